@@ -1,0 +1,5 @@
+"""Tensor operations of lmcache-rag, one sub-package per operation."""
+
+from lmcache_rag_kernels.rope import Rotation, rotate
+
+__all__ = ["Rotation", "rotate"]

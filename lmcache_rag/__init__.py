@@ -1,0 +1,42 @@
+"""lmcache-rag: a language model reads each document once.
+
+Chunk KV caches are computed at ingest, stored, and blended into the prompt inside vLLM at query time.
+Importing this package imports neither torch nor vllm; `LocalEngine` does when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.errors import LmcacheRagError
+from lmcache_rag.prompt import PromptFormat, PromptPlan, Segment
+from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+
+if TYPE_CHECKING:
+    from lmcache_rag.corpus import Corpus
+    from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlendOptions",
+    "Corpus",
+    "EngineSettings",
+    "LmcacheRagError",
+    "LocalEngine",
+    "PromptFormat",
+    "PromptPlan",
+    "ReuseReport",
+    "Sampling",
+    "Segment",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LocalEngine", "EngineSettings", "Sampling"):
+        from lmcache_rag import engine
+
+        return getattr(engine, name)
+    if name == "Corpus":
+        from lmcache_rag.corpus import Corpus
+
+        return Corpus
+    raise AttributeError(f"module 'lmcache_rag' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""What `lmcache-rag bench` runs. Plain vLLM and blending are measured in the same process, alternating."""

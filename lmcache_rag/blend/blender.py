@@ -1,0 +1,169 @@
+"""Blend: load, rotate to place, select, recompute (CacheBlend's scheme, Yao et al. 2025, with exchangeable selectors)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lmcache_rag.blend.attention import attention_mass
+from lmcache_rag.blend.passes import Observer, Pass, PassRunner
+from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
+from lmcache_rag.blend.selectors import SELECTORS
+from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.store.chunks import ChunkStore, KVShape
+from lmcache_rag.vllm.request import ReuseReport
+
+FOREIGN_BUDGET_FACTOR = 2.0
+"""KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
+
+PROBE_TOKENS = 64
+"""The question is probed with its last tokens only, this many at most."""
+
+
+class Blender:
+    """Does blends, one at a time.
+
+    Args:
+        run: runs the model over the workspace.
+        max_pass_tokens: longer passes are cut into several, which is exact since attention is causal.
+    """
+
+    def __init__(self, workspace: Workspace, run: PassRunner, shape: KVShape, max_pass_tokens: int) -> None:
+        self.workspace = workspace
+        self._run = run
+        self._shape = shape
+        self._max_pass_tokens = max_pass_tokens
+
+    def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
+        """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
+        report = ReuseReport(
+            mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
+        )
+        with _timed(report, "load"):
+            state = _Blend(self, plan, chunks, report)
+        with _timed(report, "select"):
+            selected = SELECTORS[plan.selector].select(state) if state.budget or plan.selector == "all" else None
+        with _timed(report, "recompute"):
+            recomputed = torch.zeros_like(state.required)
+            if selected is not None:
+                recomputed[selected] = True
+            self.run(plan, (state.required | recomputed).nonzero().flatten())
+        state.count(recomputed)
+        return report
+
+    def run(
+        self, plan: BlendPlan, positions: Tensor, observe: Observer | None = None, stop_after: int | None = None
+    ) -> None:
+        """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question."""
+        if not len(positions):
+            return
+        prompt = torch.tensor(plan.token_ids, dtype=torch.int64, device=self.workspace.device)
+        probe = positions >= plan.end
+        token_ids = torch.cat([prompt[positions[~probe]], prompt[len(prompt) - int(probe.sum()) :]])
+        for ids, part in zip(
+            token_ids.split(self._max_pass_tokens), positions.split(self._max_pass_tokens), strict=True
+        ):
+            self._run(ids, Pass(self.workspace, part, observe, stop_after))
+
+
+class _Blend:
+    """One blend under way: what was loaded, and what selectors may look at (`selectors.Selection`).
+
+    Attributes:
+        required: bool `[end]`: tokens whose KV was not loaded.
+        candidates, budget, segments, layers: see `selectors.Selection`.
+    """
+
+    def __init__(self, blender: Blender, plan: BlendPlan, chunks: ChunkStore, report: ReuseReport) -> None:
+        self.layers = len(blender.workspace.layers)
+        self._blender = blender
+        self._plan = plan
+        self._chunks = chunks
+        self._report = report
+        self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
+        self._missed = torch.zeros_like(self.required)
+        if plan.preamble is not None and plan.preamble.name is not None:
+            self._load(plan.preamble)
+        self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
+        self.candidates = ~self.required
+        self.candidates[: plan.local_tokens] = False
+        for segment in (plan.preamble, *self.segments):
+            if segment is not None and segment.exact:
+                self.candidates[segment.start : segment.end] = False
+        wanted = sum(
+            min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)) * segment.length
+            for segment in self.segments
+        )
+        self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
+
+    def question_attention(self, first_layer: int) -> Tensor:
+        workspace, end = self._blender.workspace, self._plan.end
+        question = min(PROBE_TOKENS, len(self._plan.token_ids) - end, workspace.max_tokens - end)
+        mass = torch.zeros(end, dtype=torch.float32, device=workspace.device)
+
+        def observe(layer: int, positions: Tensor, query: Tensor) -> None:
+            asking = positions >= end
+            if layer < first_layer or not bool(asking.any()):
+                return
+            spec, at = workspace.layers[layer], positions[asking]
+            keys = workspace.key[layer, : int(at[-1]) + 1]
+            mass.add_(attention_mass(query[asking], keys, at, scale=spec.scale, window=spec.window)[:end])
+
+        probe = torch.arange(end, end + question, device=workspace.device)
+        self._blender.run(self._plan, torch.cat([self.required.nonzero().flatten(), probe]), observe)
+        return mass
+
+    def value_deviation(self, layer: int) -> Tensor:
+        value = self._blender.workspace.value[layer, : self._plan.end]
+        reused = value.clone()
+        everything = (self.required | self.candidates).nonzero().flatten()
+        self._blender.run(self._plan, everything, stop_after=layer)
+        return (value.float() - reused.float()).square().sum((1, 2))
+
+    def count(self, recomputed: Tensor) -> None:
+        """Fill the report's token counts; tokens in the local prefix cache count as local only."""
+        local, report = self._plan.local_tokens, self._report
+        report.local_tokens = local
+        report.recomputed_tokens = int(recomputed[local:].sum())
+        report.reused_tokens = int((~self.required & ~recomputed)[local:].sum())
+        report.unknown_tokens = int((self.required & ~self._missed)[local:].sum())
+        for segment in (self._plan.preamble, *self.segments):
+            if segment is not None and segment.name is not None:
+                tokens = max(0, segment.end - max(segment.start, local))
+                report.exact_tokens += tokens if segment.exact else 0
+                report.foreign_tokens += tokens if segment.foreign else 0
+
+    def _load_or_miss(self, segment: PlannedSegment) -> bool:
+        reason = "absent" if segment.name is None else self._load(segment)
+        if reason:
+            self._missed[segment.start : segment.end] = True
+            missed = max(0, segment.end - max(segment.start, self._plan.local_tokens))
+            self._report.miss(reason, missed)
+        return not reason
+
+    def _load(self, segment: PlannedSegment) -> str:
+        """Put a stored object in its place; returns why it could not be, or nothing."""
+        assert segment.name is not None
+        loaded = self._chunks.load(segment.name, self._blender._shape)
+        if isinstance(loaded, str):
+            return loaded
+        if segment.offset + segment.length > loaded.tokens:
+            return "shorter than planned"
+        self._blender.workspace.place(loaded, segment.start, segment.offset, segment.length)
+        self._report.bytes_loaded += loaded.size_bytes
+        self.required[segment.start : segment.end] = False
+        return ""
+
+
+@contextmanager
+def _timed(report: ReuseReport, phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.phases_s[phase] = report.phases_s.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""Selectors: which tokens of the reused chunks are recomputed, given how many.
+
+Each is one small class behind one method; to add one, write it here and name it in `SELECTORS` and in
+`lmcache_rag.vllm.request.SelectorName`. All tests and benchmarks then pick it up.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lmcache_rag.blend.plan import PlannedSegment
+
+
+class Selection(Protocol):
+    """What a selector may look at.
+
+    Attributes:
+        candidates: bool `[end]`: reused tokens that may be recomputed (those whose KV is exact need not be).
+        budget: how many may be recomputed, at most as many as there are candidates.
+        segments: the reused segments.
+        layers: the model's number of layers.
+    """
+
+    candidates: Tensor
+    budget: int
+    segments: tuple[PlannedSegment, ...]
+    layers: int
+
+    def question_attention(self, first_layer: int) -> Tensor:
+        """Attention that each token gets from the question over the reused KV, summed over the question's tokens,
+        the heads, and the layers from `first_layer` on: float32 `[end]`. Costs one pass of the question's tokens."""
+        ...
+
+    def value_deviation(self, layer: int) -> Tensor:
+        """Squared distance of each token's recomputed V in `layer` from the reused one: float32 `[end]`. Costs one
+        pass of all tokens through the layers up to this one, whose K and V are then kept."""
+        ...
+
+
+class Selector(Protocol):
+    """Chooses the tokens to recompute."""
+
+    name: ClassVar[str]
+
+    def select(self, selection: Selection) -> Tensor:
+        """Positions to recompute, int64, candidates only, `selection.budget` at most, in any order."""
+        ...
+
+
+class NoneSelector:
+    """Nothing is recomputed: plain reuse, as in Prompt Cache (Gim et al. 2024, https://arxiv.org/abs/2311.04934)."""
+
+    name: ClassVar[str] = "none"
+
+    def select(self, selection: Selection) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=selection.candidates.device)
+
+
+class AllSelector:
+    """Every candidate, whatever the budget: full prefill by our own passes."""
+
+    name: ClassVar[str] = "all"
+
+    def select(self, selection: Selection) -> Tensor:
+        return selection.candidates.nonzero().flatten()
+
+
+class HeadSelector:
+    """The first tokens of each chunk, in equal shares, as in EPIC (Hu et al. 2024, https://arxiv.org/abs/2410.15332)."""
+
+    name: ClassVar[str] = "head"
+
+    def select(self, selection: Selection) -> Tensor:
+        depth = torch.full(selection.candidates.shape, torch.inf, device=selection.candidates.device)
+        for segment in selection.segments:
+            depth[segment.start : segment.end] = torch.arange(segment.length, device=depth.device) / segment.length
+        return _top(-depth, selection)
+
+
+class CacheBlendSelector:
+    """The tokens whose V deviates most at a check layer, as in CacheBlend (Yao et al. 2025,
+    https://arxiv.org/abs/2405.16444): all tokens are recomputed up to layer 1, then only the chosen ones."""
+
+    name: ClassVar[str] = "cacheblend"
+    check_layer: ClassVar[int] = 1
+
+    def select(self, selection: Selection) -> Tensor:
+        return _top(selection.value_deviation(min(self.check_layer, selection.layers - 1)), selection)
+
+
+class QuerySelector:
+    """The tokens that the question attends to most in the upper two thirds of the layers, read off the reused KV; the
+    signal of ProphetKV and InfoFlow KV (2026)."""
+
+    name: ClassVar[str] = "query"
+
+    def select(self, selection: Selection) -> Tensor:
+        return _top(selection.question_attention(selection.layers // 3), selection)
+
+
+def _top(score: Tensor, selection: Selection) -> Tensor:
+    """The candidates with the highest score, as many as the budget allows; of equals the first, on every machine."""
+    score = torch.where(selection.candidates, score, -torch.inf)
+    return score.argsort(descending=True, stable=True)[: selection.budget]
+
+
+SELECTORS: dict[str, Selector] = {
+    selector.name: selector
+    for selector in (NoneSelector(), AllSelector(), HeadSelector(), CacheBlendSelector(), QuerySelector())
+}

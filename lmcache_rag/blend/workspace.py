@@ -1,0 +1,85 @@
+"""Dense K and V of one prompt, all layers: where a blend is done before it goes to vLLM's paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from lmcache_rag_kernels import Rotation, rotate
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one attention layer computes.
+
+    Attributes:
+        scale: factor of q·k before the softmax.
+        window: a token sees its own position and the `window - 1` before it; None for all.
+        rotation: RoPE of this layer; None where it has none.
+    """
+
+    scale: float
+    window: int | None = None
+    rotation: Rotation | None = None
+
+
+class LayeredKV(Protocol):
+    """Position-free K and V, layer by layer: `[2, tokens, kv_heads, head_size]`."""
+
+    def layer(self, index: int) -> Tensor: ...
+
+
+class Workspace:
+    """K (RoPE applied) and V at positions 0 to `max_tokens`, allocated once and used by one blend at a time.
+
+    Attributes:
+        key, value: `[layers, max_tokens, kv_heads, head_size]`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        *,
+        kv_heads: int,
+        head_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers = tuple(layers)
+        shape = (len(self.layers), max_tokens, kv_heads, head_size)
+        self.key = torch.empty(shape, dtype=dtype, device=device)
+        self.value = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.key.device
+
+    def place(self, kv: LayeredKV, start: int, offset: int, length: int) -> None:
+        """Put tokens `offset` to `offset + length` of stored KV at positions from `start` on."""
+        positions = torch.arange(start, start + length, device=self.device)
+        rows = slice(start, start + length)
+        for index, spec in enumerate(self.layers):
+            key, value = kv.layer(index)[:, offset : offset + length].to(self.device)
+            self.value[index, rows] = value
+            if spec.rotation is None:
+                self.key[index, rows] = key
+            else:
+                rotate(key, spec.rotation, positions, out=self.key[index, rows])
+
+    def take(self, start: int, length: int) -> Tensor:
+        """A position-free copy of the rows from `start` on: `[layers, 2, length, kv_heads, head_size]` in main memory."""
+        positions = torch.arange(start, start + length, device=self.device)
+        rows = slice(start, start + length)
+        taken = torch.stack([self.key[:, rows], self.value[:, rows]], dim=1)
+        for index, spec in enumerate(self.layers):
+            if spec.rotation is not None:
+                rotate(taken[index, 0], spec.rotation, positions, inverse=True, out=taken[index, 0])
+        return taken.cpu()

@@ -1,0 +1,240 @@
+"""The command line: `lmcache-rag index`, `ask` and `bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lmcache_rag import __version__
+from lmcache_rag.errors import LmcacheRagError, PromptError
+from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, ReuseReport, SelectorName
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(bench_app, name="bench")
+
+out = Console()
+err = Console(stderr=True)
+
+IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
+ThreadsOption = Annotated[Optional[int], typer.Option(help="CPU threads; all cores by default.")]
+ModelOption = Annotated[Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")]
+DtypeOption = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
+DEFAULT_INDEX = Path(".lmcache-rag")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        out.print(f"lmcache-rag {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def index(
+    paths: Annotated[list[Path], typer.Argument(help="Text and Markdown files, or folders of them.")],
+    folder: IndexOption = DEFAULT_INDEX,
+    model: ModelOption = None,
+    store: Annotated[Optional[Path], typer.Option(help="Folder of the KV store; within the index by default.")] = None,
+    namespace: Annotated[Optional[str], typer.Option(help="KV is never shared between namespaces.")] = None,
+    chunk_tokens: Annotated[Optional[int], typer.Option(help="Longest passage, in tokens; 512 by default.")] = None,
+    overlap_tokens: Annotated[Optional[int], typer.Option(help="Tokens shared by neighbouring passages; 0.")] = None,
+    embedding_model: Annotated[Optional[str], typer.Option(help="For finding passages; all-MiniLM-L6-v2.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Form of the prompt: completion (default) or chat.")] = None,
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Index documents: find their passages, compute each one's KV once, and store it. Run again, it does what changed."""
+    from lmcache_rag.corpus import IndexSettings, find_files, open_corpus, updating
+
+    settings = IndexSettings.checked(
+        model=model,
+        store=store,
+        namespace=namespace,
+        chunk_tokens=chunk_tokens,
+        overlap_tokens=overlap_tokens,
+        embedding_model=embedding_model,
+        prompt=prompt,
+    )
+    files = find_files(paths)
+    err.print(f"{len(files)} files")
+    try:
+        with (
+            updating(folder),
+            err.status("Starting vLLM"),
+            open_corpus(folder, settings, create=True, dtype=dtype, threads=threads) as (_, corpus),
+        ):
+            plan = corpus.plan_update(paths)
+            free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
+            err.print(
+                f"{len(plan.pending)} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
+                f"{plan.tokens} tokens to read, up to {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
+            )
+            with _progress() as progress:
+                task = progress.add_task("tokens", total=plan.tokens)
+                report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))
+    except KeyboardInterrupt:
+        err.print("Interrupted: the documents done so far are indexed. Run the command again to go on.")
+        raise typer.Exit(130) from None
+    rate = f", {report.tokens_computed / report.seconds:.0f} tokens/s" if report.tokens_computed else ""
+    out.print(
+        f"{report.added} added, {report.changed} changed, {report.removed} removed, {report.unchanged} unchanged; "
+        f"{report.chunks_computed} passages computed{rate}, {report.chunks_present} present already, "
+        f"{report.bytes_stored / 1e6:.0f} MB stored in {corpus.manifest.store_folder(folder)}"
+    )
+    for problem in report.refused:
+        err.print(f"[red]left out:[/red] {problem}", highlight=False)
+    if report.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    folder: IndexOption = DEFAULT_INDEX,
+    model: ModelOption = None,
+    passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")] = 5,
+    selector: Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")] = DEFAULT_SELECTOR,
+    ratio: Annotated[float, typer.Option(help="Share of the passages' tokens to recompute, 0 to 1.")] = DEFAULT_RATIO,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Answer with plain prefill only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Answer a question from the indexed documents, with their stored KV."""
+    from lmcache_rag.corpus import IndexSettings, open_corpus
+    from lmcache_rag.engine import Sampling
+
+    if not question.strip():
+        raise PromptError("The question is empty.")
+    options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, ratio=ratio)
+    with (
+        err.status("Starting vLLM") as status,
+        open_corpus(folder, IndexSettings.checked(model=model), dtype=dtype, threads=threads) as (engine, corpus),
+    ):
+        options = options.model_copy(update={"namespace": corpus.manifest.namespace})
+        hits = corpus.search(question, passages)
+        plan = corpus.prompt(question, hits)
+        sampling = Sampling(max_tokens=max_tokens, stop=corpus.manifest.prompt.stop)
+        engine.generate(plan.token_ids[:64], Sampling(max_tokens=1), BlendOptions(mode="off"))  # first-time costs
+        status.stop()
+        for delta in engine.stream(plan, sampling, options, cache_salt="blended"):
+            if not as_json:
+                out.print(delta.text, end="", markup=False, highlight=False)
+            answer = delta.completion
+        assert answer is not None
+        plain = engine.generate(plan, sampling, BlendOptions(mode="off"), cache_salt="plain") if compare else None
+    if as_json:
+        result: dict[str, Any] = {
+            "answer": answer.text.strip(),
+            "sources": [{"path": hit.path, "text": hit.text, "score": round(hit.score, 4)} for hit in hits],
+            "reuse": answer.reuse.model_dump(),
+            "ttft_s": round(answer.ttft_s, 4),
+        }
+        if plain is not None:
+            result["plain"] = {"answer": plain.text.strip(), "ttft_s": round(plain.ttft_s, 4)}
+        print(json.dumps(result, indent=2))
+        return
+    out.print("\n")
+    for number, hit in enumerate(hits, start=1):
+        out.print(f"[dim]{number}. {hit.path}: {' '.join(hit.text.split())[:100]}...[/dim]", highlight=False)
+    out.print(f"\n{describe(answer.reuse)}\nTTFT {answer.ttft_s:.3f} s", highlight=False)
+    if plain is not None:
+        out.print(
+            f"\nPlain prefill: {plain.text.strip()}\nTTFT {plain.ttft_s:.3f} s, "
+            f"{plain.ttft_s / answer.ttft_s:.1f}x that of the blended answer",
+            markup=False,
+            highlight=False,
+        )
+
+
+@bench_app.command("ttft")
+def bench_ttft_command(
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks in the prompt.")] = 5,
+    chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens per chunk.")] = 580,
+    ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15",
+    selectors: Annotated[str, typer.Option(help="Selectors, separated by commas.")] = DEFAULT_SELECTOR,
+    repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """TTFT of full prefill, prefix cache, plain reuse and blending, and the cost of ingest."""
+    from lmcache_rag.bench.ttft import bench_ttft
+    from lmcache_rag.engine import EngineSettings, LocalEngine
+    from lmcache_rag.model import DEFAULT_MODEL
+
+    tried = [
+        BlendOptions.checked(selector=selector.strip(), ratio=ratio.strip())
+        for selector in selectors.split(",")
+        for ratio in ratios.split(",")
+    ]
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
+        settings = EngineSettings.checked(model=model or DEFAULT_MODEL, store=store, dtype=dtype, threads=threads)
+        with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
+            rows = bench_ttft(
+                engine,
+                chunks=chunks,
+                chunk_tokens=chunk_tokens,
+                ratios=sorted({options.ratio for options in tried}),
+                selectors=list(dict.fromkeys(options.selector for options in tried)),
+                repeat=repeat,
+                progress=status.update,
+            )
+            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+    _print_rows(rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def describe(reuse: ReuseReport) -> str:
+    """A reuse report in a sentence."""
+    if reuse.mode in ("off", "plain"):
+        return f"{reuse.prompt_tokens} prompt tokens, all by plain prefill ({reuse.reason})"
+    parts = [
+        f"{reuse.reused_tokens} reused",
+        f"{reuse.recomputed_tokens} recomputed ({reuse.selector}, r={reuse.ratio:g})",
+        f"{reuse.missed_tokens} missed" + "".join(f", {tokens} {why}" for why, tokens in reuse.misses.items()),
+        f"{reuse.unknown_tokens + reuse.vllm_tokens} new",
+    ]
+    if reuse.local_tokens:
+        parts.append(f"{reuse.local_tokens} in the prefix cache")
+    phases = ", ".join(f"{phase} {1000 * seconds:.0f} ms" for phase, seconds in reuse.phases_s.items())
+    return f"{reuse.prompt_tokens} prompt tokens: {', '.join(parts)}; {reuse.bytes_loaded / 1e6:.1f} MB loaded ({phases})"
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one sentence and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=True)
+    except LmcacheRagError as error:
+        err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err)
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    for group in (rows[:-1], rows[-1:]):
+        table = Table(*group[0])
+        for row in group:
+            table.add_row(*map(str, row.values()))
+        out.print(table)

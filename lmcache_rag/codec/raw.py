@@ -1,0 +1,25 @@
+"""Raw floats in the model's dtype: lossless, no work to read."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lmcache_rag.errors import CorruptObjectError
+
+
+class RawCodec:
+    """K's bytes, then V's."""
+
+    name: ClassVar[str] = "raw"
+
+    def encode_layer(self, kv: Tensor) -> memoryview:
+        return memoryview(kv.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+
+    def decode_layer(self, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        tokens, heads, size = shape
+        if len(stream) != 2 * tokens * heads * size * dtype.itemsize:
+            raise CorruptObjectError(f"a raw layer of shape {shape} in {dtype} cannot have {len(stream)} bytes")
+        return torch.frombuffer(stream, dtype=dtype).view(2, tokens, heads, size)

@@ -1,0 +1,252 @@
+"""An index of documents: passages found by vectors (FAISS), with their KV in a store. Updates do only what changed."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmcache_rag.corpus.database import Database, Passage
+from lmcache_rag.corpus.documents import Document, find_files, read_document
+from lmcache_rag.corpus.embedder import Embedder
+from lmcache_rag.corpus.manifest import Manifest
+from lmcache_rag.corpus.splitter import split
+from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.errors import CorpusError
+from lmcache_rag.prompt import PromptPlan
+
+OWN_STORE = Path("kv")
+"""Folder of the KV store within an index that has one of its own."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage found for a question; `score` is the cosine of the vectors."""
+
+    path: str
+    text: str
+    score: float
+
+
+@dataclass
+class UpdateReport:
+    """What an update did. `refused` names the files that could not be used, with the reason."""
+
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    refused: list[str] = field(default_factory=list)
+    chunks_computed: int = 0
+    chunks_present: int = 0
+    tokens_computed: int = 0
+    bytes_stored: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A new or changed document, split and tokenised."""
+
+    document: Document
+    texts: list[str]
+    token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """What an update is going to do; `needed_bytes` at most are written to the store, `free_bytes` are free there."""
+
+    pending: list[Pending]
+    removed: list[str]
+    report: UpdateReport
+    tokens: int
+    needed_bytes: int
+    free_bytes: int | None
+
+
+class Corpus:
+    """An index in a folder, used with one engine.
+
+    Args:
+        manifest: what the index is to be made with; compared with what it was made with where it exists.
+
+    Raises:
+        CorpusError: the index was made with another model, preamble, or other settings, or cannot be used.
+    """
+
+    def __init__(self, folder: Path, engine: LocalEngine, embedder: Embedder, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._engine = engine
+        self._embedder = embedder
+        self._preamble = manifest.prompt.preamble_ids(engine.tokenizer)
+        known = Manifest.read(folder)
+        if known is not None:
+            known.check(folder, manifest)
+        else:
+            _check_chunk_length(manifest, engine, len(self._preamble))
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                manifest.write(folder)
+        self._database = Database(folder / "index.sqlite")
+        self._vectors: Any = None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def plan_update(self, paths: Sequence[Path]) -> UpdatePlan:
+        """Read and split what is new or changed in `paths`. Documents that were below them and are gone are removed.
+
+        Raises:
+            CorpusError: as `find_files`; a single file that cannot be used is listed in the report instead.
+        """
+        known, report = self._database.documents(), UpdateReport()
+        pending, seen = [], set()
+        for path in find_files(paths):
+            seen.add(str(path))
+            try:
+                document = read_document(path)
+            except CorpusError as error:
+                report.refused.append(str(error))
+                continue
+            if known.get(document.path) == document.digest:
+                report.unchanged += 1
+                continue
+            pending.append(self._split(document))
+        roots = [Path(path).expanduser().resolve() for path in paths]
+        gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
+        tokens = sum(len(ids) for item in pending for ids in item.token_ids)
+        stored = self._engine.chunk_store()
+        return UpdatePlan(
+            pending, gone, report, tokens, tokens * self._engine.kv_bytes_per_token, stored.store.free_bytes()
+        )
+
+    def update(self, plan: UpdatePlan, progress: Callable[[int], Any] | None = None) -> UpdateReport:
+        """Carry a plan out, document by document, so that an interruption loses at most the one under way.
+
+        Raises:
+            CorpusError: the KV would not fit the disk, or could not be stored; documents done so far are indexed.
+        """
+        if plan.free_bytes is not None and plan.needed_bytes > plan.free_bytes:
+            raise CorpusError(
+                f"The KV of the new passages needs up to {plan.needed_bytes / 1e9:.1f} GB, and only "
+                f"{plan.free_bytes / 1e9:.1f} GB are free: free some space, or name another folder with --store."
+            )
+        report = plan.report
+        known = self._database.documents()
+        for item in plan.pending:
+            done = self._engine.precompute(self._preamble, item.token_ids, progress)
+            if done.errors:
+                raise CorpusError(done.errors[0])
+            vectors = self._embedder.embed(item.texts)
+            chunks = self._engine.chunk_store()
+            passages = [
+                Passage(text, chunks.scope.chunk_prefix(ids), vector)
+                for text, ids, vector in zip(item.texts, item.token_ids, vectors, strict=True)
+            ]
+            self._database.replace(item.document.path, item.document.digest, passages)
+            report.chunks_computed += done.computed
+            report.chunks_present += done.present
+            report.tokens_computed += done.tokens
+            report.bytes_stored += done.bytes_stored
+            report.seconds += done.seconds
+            if item.document.path in known:
+                report.changed += 1
+            else:
+                report.added += 1
+        for path in plan.removed:
+            self._database.remove(path)
+            report.removed += 1
+        self._delete_unused_kv()
+        self._vectors = None
+        return report
+
+    def search(self, question: str, count: int) -> list[Hit]:
+        """The `count` passages nearest to the question, nearest first.
+
+        Raises:
+            CorpusError: the index is empty.
+        """
+        import faiss
+
+        if self._vectors is None:
+            ids, vectors = self._database.vectors()
+            if not len(ids):
+                raise CorpusError(f"The index {self.folder} is empty: index some documents first.")
+            self._vectors = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
+            self._vectors.add_with_ids(np.ascontiguousarray(vectors), ids)
+        scores, found = self._vectors.search(self._embedder.embed([question]), count)
+        hits = []
+        for score, passage_id in zip(scores[0].tolist(), found[0].tolist(), strict=True):
+            if passage_id >= 0:
+                path, text = self._database.passage(passage_id)
+                hits.append(Hit(path, text, score))
+        return hits
+
+    def prompt(self, question: str, hits: Sequence[Hit]) -> PromptPlan:
+        """The prompt for a question over the passages found for it."""
+        return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
+
+    def _split(self, document: Document) -> Pending:
+        manifest, tokenizer = self.manifest, self._engine.tokenizer
+        texts = split(document, tokenizer, manifest.chunk_tokens, manifest.overlap_tokens)
+        return Pending(document, texts, [manifest.prompt.chunk_ids(tokenizer, text) for text in texts])
+
+    def _delete_unused_kv(self) -> None:
+        """Delete the KV of passages that are gone; only from a store that is the index's own."""
+        if self.manifest.store == OWN_STORE:
+            store = self._engine.store
+            for prefix in self._database.unused_kv():
+                store.delete(list(store.list(prefix)))
+        self._database.forget_unused_kv()
+
+
+@contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Hold the index in `folder`, made if need be, for changes.
+
+    Raises:
+        CorpusError: another process holds it, or the folder cannot be written to.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CorpusError(
+                f"Another process is indexing into {folder}: wait for it, or name another folder with --index."
+            ) from error
+        yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into the index folder into a `CorpusError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(
+            f"The index folder {folder} cannot be written to ({error.strerror}): "
+            "change its permissions, or name another folder with --index."
+        ) from error
+
+
+def _check_chunk_length(manifest: Manifest, engine: LocalEngine, preamble_tokens: int) -> None:
+    frame = preamble_tokens + len(manifest.prompt.chunk_ids(engine.tokenizer, "")) + 1
+    if manifest.chunk_tokens + frame > engine.max_model_len:
+        raise CorpusError(
+            f"Chunks of {manifest.chunk_tokens} tokens do not fit the model's context of {engine.max_model_len} "
+            f"(the preamble takes {preamble_tokens}): choose {max(1, engine.max_model_len - frame)} or fewer."
+        )
+    if manifest.overlap_tokens >= manifest.chunk_tokens:
+        raise CorpusError(
+            f"Chunks of {manifest.chunk_tokens} tokens cannot overlap by {manifest.overlap_tokens}: choose a smaller overlap."
+        )

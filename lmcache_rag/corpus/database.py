@@ -1,0 +1,139 @@
+"""The index's tables: documents, their passages and vectors. SQLite, so that a crash leaves the last whole document."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lmcache_rag.errors import CorpusError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, digest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS passages (
+    id INTEGER PRIMARY KEY,
+    document INTEGER NOT NULL REFERENCES documents (id) ON DELETE CASCADE,
+    text TEXT NOT NULL,
+    kv_prefix TEXT NOT NULL,
+    vector BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS passages_of_document ON passages (document);
+CREATE INDEX IF NOT EXISTS passages_of_kv ON passages (kv_prefix);
+CREATE TABLE IF NOT EXISTS unused_kv (kv_prefix TEXT PRIMARY KEY);
+"""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One passage: its text, and what the names of its stored KV start with."""
+
+    text: str
+    kv_prefix: str
+    vector: np.ndarray
+
+
+class Database:
+    """The tables in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._failing():
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def documents(self) -> dict[str, str]:
+        """path -> digest of every indexed document."""
+        with self._failing():
+            return dict(self._connection.execute("SELECT path, digest FROM documents"))
+
+    def replace(self, path: str, digest: str, passages: Sequence[Passage]) -> None:
+        """Put a document in, in the place of what was there under its path."""
+        with self._transaction() as connection:
+            self._remove(connection, path)
+            document = connection.execute(
+                "INSERT INTO documents (path, digest) VALUES (?, ?)", (path, digest)
+            ).lastrowid
+            connection.executemany(
+                "INSERT INTO passages (document, text, kv_prefix, vector) VALUES (?, ?, ?, ?)",
+                [(document, passage.text, passage.kv_prefix, passage.vector.tobytes()) for passage in passages],
+            )
+
+    def remove(self, path: str) -> None:
+        """Take a document out."""
+        with self._transaction() as connection:
+            self._remove(connection, path)
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 `[passages]` and vectors float32 `[passages, dimensions]` of all passages."""
+        with self._failing():
+            rows = self._connection.execute("SELECT id, vector FROM passages ORDER BY id").fetchall()
+        ids = np.array([row[0] for row in rows], dtype=np.int64)
+        vectors = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float32)
+        return ids, vectors.reshape(len(rows), -1)
+
+    def passage(self, passage_id: int) -> tuple[str, str]:
+        """Path of its document and text of a passage."""
+        with self._failing():
+            row = self._connection.execute(
+                "SELECT path, text FROM passages JOIN documents ON documents.id = document WHERE passages.id = ?",
+                (passage_id,),
+            ).fetchone()
+        return row[0], row[1]
+
+    def texts(self) -> list[str]:
+        """All passages' texts."""
+        with self._failing():
+            return [row[0] for row in self._connection.execute("SELECT text FROM passages ORDER BY id")]
+
+    def unused_kv(self) -> list[str]:
+        """KV prefixes that lost their last passage and are not yet forgotten."""
+        with self._failing():
+            return [
+                row[0]
+                for row in self._connection.execute(
+                    "SELECT kv_prefix FROM unused_kv WHERE kv_prefix NOT IN (SELECT kv_prefix FROM passages)"
+                )
+            ]
+
+    def forget_unused_kv(self) -> None:
+        """The store no longer holds what `unused_kv` named."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM unused_kv")
+
+    def _remove(self, connection: sqlite3.Connection, path: str) -> None:
+        connection.execute(
+            "INSERT OR IGNORE INTO unused_kv SELECT kv_prefix FROM passages "
+            "WHERE document = (SELECT id FROM documents WHERE path = ?)",
+            (path,),
+        )
+        connection.execute("DELETE FROM documents WHERE path = ?", (path,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._failing():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise CorpusError(
+                f"The index file {self._path} cannot be used ({error}): check free space and permissions; "
+                "if it is damaged, delete the index folder and index the documents again."
+            ) from error

@@ -1,0 +1,85 @@
+"""Text and Markdown files from folders. Other formats come through the readers of LlamaIndex and LangChain."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmcache_rag.errors import CorpusError
+
+SUFFIXES = (".txt", ".text", ".md", ".markdown")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file's text."""
+
+    path: str
+    text: str
+    digest: str
+
+    @property
+    def is_markdown(self) -> bool:
+        return self.path.lower().endswith((".md", ".markdown"))
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """The text and Markdown files in `paths` (files, or folders and all below them), hidden ones left out.
+
+    Raises:
+        CorpusError: a path is not there or cannot be looked into, or none of them holds such a file.
+    """
+    named = [Path(path).expanduser() for path in paths]
+    found: set[Path] = set()
+    for path in named:
+        if path.is_file():
+            if path.suffix.lower() not in SUFFIXES:
+                raise CorpusError(f"{path} is no text or Markdown file ({', '.join(SUFFIXES)}): convert it first.")
+            found.add(path.resolve())
+        elif path.is_dir():
+            found.update(_below(path))
+        else:
+            raise CorpusError(f"{path} is not there: name a file or a folder.")
+    if not found:
+        folders = ", ".join(map(str, named))
+        raise CorpusError(f"No text or Markdown files ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some.")
+    return sorted(found)
+
+
+def read_document(path: Path) -> Document:
+    """A file's text, decoded as UTF-8.
+
+    Raises:
+        CorpusError: it cannot be read, is binary, or has no text in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read ({error.strerror}): change its permissions, or move it away.") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or move it away.") from error
+    if "\0" in text:
+        raise CorpusError(f"{path} is a binary file: convert it to text, or move it away.")
+    if not text.strip():
+        raise CorpusError(f"{path} has no text in it: fill it, or move it away.")
+    return Document(str(path), text, hashlib.blake2b(content, digest_size=16).hexdigest())
+
+
+def _below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename} cannot be looked into ({error.strerror}): change its permissions.") from error
+
+    files = []
+    for name, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [folder_name for folder_name in folders if not folder_name.startswith(".")]
+        files += [
+            (Path(name) / file).resolve()
+            for file in names
+            if not file.startswith(".") and file.lower().endswith(SUFFIXES)
+        ]
+    return files

@@ -1,0 +1,92 @@
+"""What an index was made with. KV and tokens of one model are useless to another, so this is checked at every use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lmcache_rag.errors import CorpusError
+from lmcache_rag.prompt import PromptFormat
+from lmcache_rag.vllm.request import first_problem
+
+_FILE = "manifest.json"
+_VERSION = 1
+
+
+class Manifest(BaseModel):
+    """Settings and identities of an index, in `manifest.json` in its folder.
+
+    Attributes:
+        model: as the user named it.
+        store: folder of the KV store, relative to the index where it lies in it.
+        prompt: the prompt's form; its preamble is what chunk KV was computed behind.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = _VERSION
+    model: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    namespace: str
+    store: Path
+    prompt: PromptFormat
+    chunk_tokens: int
+    overlap_tokens: int
+    embedding_model: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of the index in `folder`; None where there is no index. Raises `CorpusError`."""
+        path = folder / _FILE
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
+        try:
+            manifest = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise CorpusError(
+                f"{path} is damaged ({first_problem(error)}): delete {folder} and index the documents again."
+            ) from None
+        if manifest.version != _VERSION:
+            raise CorpusError(
+                f"The index {folder} has version {manifest.version}, and this release reads version {_VERSION}: "
+                "index the documents into another folder."
+            )
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all."""
+        part = folder / f"{_FILE}.part"
+        part.write_text(self.model_dump_json(indent=2) + "\n")
+        os.replace(part, folder / _FILE)
+
+    def check(self, folder: Path, wanted: Manifest) -> None:
+        """Compare with what is wanted now; raises `CorpusError` that names the first difference."""
+        names = {
+            "model": "model",
+            "model_fingerprint": "weights of the model",
+            "tokenizer_fingerprint": "tokenizer",
+            "namespace": "namespace",
+            "prompt": "preamble or prompt form",
+            "chunk_tokens": "chunk length",
+            "overlap_tokens": "overlap of chunks",
+            "embedding_model": "embedding model",
+        }
+        for field, name in names.items():
+            was, now = getattr(self, field), getattr(wanted, field)
+            if was != now:
+                shown = "" if field == "prompt" else f" ({was!r}, now {now!r})"
+                raise CorpusError(
+                    f"The index {folder} was made with another {name}{shown}: use that one, "
+                    "or index the documents into another folder."
+                )
+
+    def store_folder(self, folder: Path) -> Path:
+        """Where the KV store is."""
+        return folder / self.store

@@ -1,0 +1,116 @@
+"""Opening an index: the engine and the corpus that its manifest, or the user for a new one, asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmcache_rag.corpus.corpus import OWN_STORE, Corpus
+from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
+from lmcache_rag.corpus.manifest import Manifest
+from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.engine.settings import EngineSettings
+from lmcache_rag.errors import CorpusError
+from lmcache_rag.model import DEFAULT_MODEL
+from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
+from lmcache_rag.vllm.request import NAMESPACE_PATTERN, first_problem
+
+
+class IndexSettings(BaseModel):
+    """What an index is made with. None stands for what an existing index was made with, else for the default.
+
+    Attributes:
+        store: folder of the KV store; by default within the index. Name one to share it with other indexes.
+        prompt: `completion` is plain text, `chat` the model's own chat template; or a form of your own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    store: Path | None = None
+    namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
+    chunk_tokens: int | None = Field(default=None, ge=16)
+    overlap_tokens: int | None = Field(default=None, ge=0)
+    embedding_model: str | None = None
+    prompt: Literal["completion", "chat"] | PromptFormat | None = None
+
+    @classmethod
+    def checked(cls, **values: Any) -> IndexSettings:
+        """Like the constructor, but raises `CorpusError` with one sentence that names the field."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise CorpusError(first_problem(error)) from None
+
+
+@contextmanager
+def open_corpus(
+    folder: Path, settings: IndexSettings | None = None, *, create: bool = False, **engine: Any
+) -> Iterator[tuple[LocalEngine, Corpus]]:
+    """Start the engine of the index in `folder` and open the index; both are closed at the end.
+
+    Args:
+        create: make the index where there is none.
+        engine: further fields of `EngineSettings`.
+
+    Raises:
+        CorpusError: there is no index, or it was made with something else than `settings` ask for.
+    """
+    settings = settings or IndexSettings()
+    folder = Path(folder).expanduser()
+    known = Manifest.read(folder)
+    if known is None and not create:
+        raise CorpusError(f"There is no index in {folder}: run `lmcache-rag index PATH... --index {folder}` first.")
+    model = settings.model or (known.model if known else DEFAULT_MODEL)
+    if known is not None and model != known.model:
+        raise CorpusError(
+            f"The index {folder} was made with the model {known.model!r}: use that one, "
+            "or index the documents into another folder."
+        )
+    store = settings.store.expanduser().resolve() if settings.store else (known.store if known else OWN_STORE)
+    if known is not None and store != known.store:
+        raise CorpusError(
+            f"The index {folder} keeps its KV in {known.store_folder(folder)}: leave --store out, "
+            "or index the documents into another folder."
+        )
+    namespace = settings.namespace or (known.namespace if known else "default")
+    engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
+    embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
+    with LocalEngine(engine_settings) as started:
+        manifest = Manifest(
+            model=model,
+            model_fingerprint=started.model_fingerprint,
+            tokenizer_fingerprint=started.tokenizer_fingerprint,
+            namespace=namespace,
+            store=store,
+            prompt=_prompt(settings, known, started),
+            chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
+            overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
+            embedding_model=embedding_model,
+        )
+        corpus = Corpus(folder, started, SentenceEmbedder(embedding_model), manifest)
+        try:
+            yield started, corpus
+        finally:
+            corpus.close()
+
+
+def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine) -> PromptFormat:
+    if isinstance(settings.prompt, PromptFormat):
+        return settings.prompt
+    if settings.prompt == "chat":
+        tokenizer: Any = engine.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise CorpusError("This model has no chat template: use the prompt form `completion`.")
+        return chat_format(tokenizer.apply_chat_template)
+    if settings.prompt is None and known is not None:
+        return known.prompt
+    return completion_format()
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)

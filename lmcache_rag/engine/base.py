@@ -1,0 +1,93 @@
+"""What every engine does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lmcache_rag.engine.settings import Sampling
+from lmcache_rag.prompt import PromptPlan, Tokenizer
+from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+
+Prompt = PromptPlan | Sequence[int] | str
+"""A plan (its segments are known), token ids, or text (stored chunks are found in it)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer.
+
+    Attributes:
+        finish_reason: `stop`, `length` or `abort`.
+        ttft_s: seconds from submission to the first token.
+        total_s: seconds from submission to the last.
+        logprobs: per generated token, token id -> log-probability; empty where not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    reuse: ReuseReport
+    ttft_s: float
+    total_s: float
+    prompt_tokens: int
+    logprobs: tuple[dict[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of an answer; the last one carries the whole."""
+
+    text: str
+    completion: Completion | None = None
+
+
+@dataclass
+class PrecomputeReport:
+    """What became of the chunks given to `precompute`.
+
+    Attributes:
+        computed: chunks computed and stored now.
+        present: chunks that were stored already.
+    """
+
+    computed: int = 0
+    present: int = 0
+    tokens: int = 0
+    bytes_stored: int = 0
+    seconds: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """Answers prompts and precomputes chunks."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def precompute(
+        self,
+        preamble: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        progress: Callable[[int], Any] | None = None,
+    ) -> PrecomputeReport:
+        """Compute and store the KV of each chunk (token ids) behind `preamble`; `progress` gets each one's tokens."""
+        ...
+
+    def generate(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Completion: ...
+
+    def stream(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Iterator[Delta]: ...
+
+    async def agenerate(
+        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
+    ) -> Completion: ...
+
+    def astream(
+        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
+    ) -> AsyncIterator[Delta]: ...
+
+    def close(self) -> None: ...

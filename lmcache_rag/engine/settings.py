@@ -1,0 +1,76 @@
+"""Settings of an engine and of one generation. Unknown or impossible values are errors that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from lmcache_rag.errors import EngineError
+from lmcache_rag.model import DEFAULT_MODEL
+from lmcache_rag.vllm.request import NAMESPACE_PATTERN, first_problem
+
+
+class EngineSettings(BaseSettings):
+    """How a local engine is started. Each field can be set by an environment variable, `LMCACHE_RAG_<FIELD>`.
+
+    Attributes:
+        model: Hugging Face id or folder.
+        store: folder of the KV store; shared by every engine that names it.
+        namespace: whose KV: one namespace never sees another's.
+        dtype: the model's compute type; `auto` is float32 on CPUs without native bfloat16, else the model's own.
+        max_model_len: longest prompt and answer together; None takes the model's own limit.
+        max_num_batched_tokens: tokens that vLLM computes in one step; None lets vLLM decide.
+        kv_cache_bytes: size of vLLM's paged KV cache; None lets vLLM decide (on CPUs: 2 GiB).
+        block_tokens: tokens per block of the paged KV cache; None lets vLLM decide (on CPUs: 32).
+        threads: CPU threads; None takes all cores that this process may use.
+        prefix_caching: vLLM's own exact prefix cache.
+        max_num_seqs: how many requests are computed at the same time.
+        seed: of vLLM's sampler.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", extra="forbid", frozen=True)
+
+    model: str = DEFAULT_MODEL
+    store: Path = Path(".lmcache-rag/kv")
+    namespace: str = Field(default="default", pattern=NAMESPACE_PATTERN)
+    dtype: str = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=16)
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
+    block_tokens: int | None = Field(default=None, ge=8)
+    threads: int | None = Field(default=None, ge=1)
+    prefix_caching: bool = True
+    max_num_seqs: int = Field(default=16, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def checked(cls, **values: Any) -> EngineSettings:
+        """Like the constructor, but raises `EngineError` with one sentence that names the field."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise EngineError(first_problem(error)) from None
+
+
+class Sampling(BaseModel):
+    """How an answer is sampled.
+
+    Attributes:
+        max_tokens: longest answer.
+        temperature: 0 is greedy.
+        stop: generation ends before any of these strings.
+        logprobs: how many log-probabilities per generated token are returned; -1 for the whole vocabulary.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=-1)

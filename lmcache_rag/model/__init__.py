@@ -1,0 +1,14 @@
+"""The model's files: found, prepared where it is the default one, and fingerprinted."""
+
+from lmcache_rag.model.default import DEFAULT_MODEL, prepare_default_model
+from lmcache_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lmcache_rag.model.resolve import cache_folder, resolve_model
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "cache_folder",
+    "model_fingerprint",
+    "prepare_default_model",
+    "resolve_model",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,119 @@
+"""Chunk KV in a store: variants of chunks, by the chunks' tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, chunk_key
+from lmcache_rag.codec import CODECS, ObjectHeader, StoredObject, pack, unpack
+from lmcache_rag.codec.container import FORMAT_VERSION
+from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.store.base import Store
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token's KV looks like in a model."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of K and V in all layers, uncoded."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.dtype.itemsize
+
+
+class LoadedKV:
+    """One stored variant of a chunk, its layers decoded one by one."""
+
+    def __init__(self, stored: StoredObject, shape: KVShape, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._stored = stored
+        self._shape = shape
+        self._codec = CODECS[stored.header.codec]
+
+    @property
+    def tokens(self) -> int:
+        return self._stored.header.tokens
+
+    def layer(self, index: int) -> torch.Tensor:
+        """`[2, tokens, kv_heads, head_size]`: K with RoPE taken off, and V."""
+        shape = (self.tokens, self._shape.kv_heads, self._shape.head_size)
+        return self._codec.decode_layer(self._stored.layers[index], shape, self._shape.dtype)
+
+
+class ChunkStore:
+    """The chunks of one scope (namespace and model) in a store."""
+
+    def __init__(self, store: Store, scope: KVScope, codec: str = "raw") -> None:
+        self.store = store
+        self.scope = scope
+        self.codec = CODECS[codec]
+
+    def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
+        """Where the variant of a chunk is kept."""
+        return f"{self.scope.chunk_prefix(token_ids)}{variant}.{self.codec.name}.v{FORMAT_VERSION}"
+
+    def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
+        """The readable variants of a chunk: variant -> object name."""
+        found = {}
+        for name in self.store.list(self.scope.chunk_prefix(token_ids)):
+            variant, _, form = name.rpartition("/")[2].partition(".")
+            codec, _, version = form.rpartition(".v")
+            if codec in CODECS and version == str(FORMAT_VERSION):
+                found[variant] = name
+        return found
+
+    def save(self, chunk: ChunkKV, variant: str) -> int:
+        """Store one variant of a chunk; returns its size in bytes. Raises `StoreError`."""
+        layers, _, tokens, kv_heads, head_size = chunk.kv.shape
+        header = ObjectHeader(
+            namespace=self.scope.namespace,
+            model=self.scope.model,
+            key=chunk_key(chunk.token_ids),
+            variant=variant,
+            codec=self.codec.name,
+            tokens=tokens,
+            layers=layers,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            dtype=str(chunk.kv.dtype).removeprefix("torch."),
+        )
+        streams = [self.codec.encode_layer(layer) for layer in chunk.kv]
+        return self.store.write(self.name(chunk.token_ids, variant), pack(header, chunk.token_ids, streams))
+
+    def load(self, name: str, shape: KVShape) -> LoadedKV | str:
+        """The object `name`, or why it cannot be used. A corrupt object is deleted, so that it is computed again."""
+        try:
+            data = self.store.read(name)
+        except StoreError:
+            return "unreadable"
+        if data is None:
+            return "absent"
+        try:
+            stored = unpack(data)
+        except CorruptObjectError:
+            self._discard(name)
+            return "corrupt"
+        header = stored.header
+        if (header.namespace, header.model) != (self.scope.namespace, self.scope.model):
+            return "of another model"
+        found = (header.layers, header.kv_heads, header.head_size, header.dtype)
+        if found != (shape.layers, shape.kv_heads, shape.head_size, str(shape.dtype).removeprefix("torch.")):
+            return "of another model"
+        if header.codec not in CODECS:
+            return "in an unknown codec"
+        return LoadedKV(stored, shape, len(data))
+
+    def _discard(self, name: str) -> None:
+        try:
+            self.store.delete([name])
+        except StoreError:
+            return  # a store that may only be read; the miss is reported all the same

@@ -1,0 +1,140 @@
+"""Objects as files below one folder, on a local or shared disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lmcache_rag.errors import StoreError
+
+_UNFINISHED = ".unfinished"
+_ABANDONED_AFTER_S = 24 * 3600
+
+
+class DiskStore:
+    """One file an object.
+
+    A file is written under another name in `.unfinished`, flushed to the disk and then renamed, so that a crash at any
+    moment leaves either the whole object or none. What crashed writers left behind is removed a day later.
+
+    Raises:
+        StoreError: the folder cannot be made, or not be written to.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser()
+        self._unfinished = self.root / _UNFINISHED
+        try:
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            probe = self._unfinished / f"{uuid.uuid4().hex}.probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"The store folder {self.root} cannot be written to ({error.strerror}): "
+                "change its permissions, or name another folder with --store."
+            ) from error
+        self._remove_abandoned()
+
+    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+        path = self._path(name)
+        part = self._unfinished / uuid.uuid4().hex
+        try:
+            with part.open("wb", buffering=0) as file:
+                length = sum(_write_all(file.fileno(), content) for content in parts)
+                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part, path)
+            _flush_folder(path.parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise _failed(f"{name} could not be stored in {self.root}", error) from error
+        return length
+
+    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
+        try:
+            with self._path(name).open("rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                data = np.empty(length if limit_bytes is None else min(length, limit_bytes), dtype=np.uint8)
+                view = memoryview(data)
+                at = 0
+                while at < len(view):
+                    count = file.readinto(view[at:])
+                    if not count:
+                        break
+                    at += count
+                return view[:at]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _failed(f"{name} could not be read from {self.root}", error) from error
+
+    def exists(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            path = self._path(name)
+            try:
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
+                    raise _failed(f"{name} could not be deleted from {self.root}", error) from error
+
+    def list(self, prefix: str) -> Iterator[str]:
+        for folder, _, files in os.walk(self._path(prefix)):
+            relative = Path(folder).relative_to(self.root).as_posix()
+            for file in sorted(files):
+                yield f"{relative}/{file}"
+
+    def generation(self, prefix: str) -> Hashable:
+        try:
+            with os.scandir(self._path(prefix)) as entries:
+                return tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self.root).free
+
+    def _path(self, name: str) -> Path:
+        return self.root.joinpath(*name.split("/"))
+
+    def _remove_abandoned(self) -> None:
+        oldest = time.time() - _ABANDONED_AFTER_S
+        for path in self._unfinished.iterdir():
+            try:
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+            except OSError:
+                continue  # another process removed it, or is about to
+
+
+def _write_all(descriptor: int, content: bytes | memoryview) -> int:
+    view = memoryview(content)
+    at = 0
+    while at < len(view):
+        at += os.write(descriptor, view[at:])
+    return at
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _failed(what: str, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"{what}: the disk is full. Free some space, or name another folder with --store.")
+    return StoreError(f"{what} ({error.strerror}).")

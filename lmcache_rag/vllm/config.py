@@ -1,0 +1,61 @@
+"""What the connector is told at start-up (`kv_connector_extra_config`), and which engines it can serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lmcache_rag.store.catalog import GRAM
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ConnectorConfig(BaseModel):
+    """Settings of the connector.
+
+    Attributes:
+        store: folder of the KV store.
+        codec: how KV is written to the store.
+        automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
+        min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
+        max_blend_tokens: prompts whose reused part ends later are left to plain prefill; bounds the memory reserved.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: Path
+    codec: str = "raw"
+    automatic: bool = True
+    min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
+    max_blend_tokens: int = Field(default=32768, ge=1)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> ConnectorConfig:
+        """The connector's settings in a vLLM configuration."""
+        transfer = vllm_config.kv_transfer_config
+        return cls(**(transfer.kv_connector_extra_config if transfer is not None else {}))
+
+    def workspace_tokens(self, max_model_len: int) -> int:
+        """How many tokens a blend may span."""
+        return min(self.max_blend_tokens, max_model_len)
+
+
+def unsupported_engine(vllm_config: VllmConfig) -> str:
+    """Why an engine's requests all pass through untouched, or nothing."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism"
+    if parallel.tensor_parallel_size > 1:
+        return "tensor parallelism"
+    if parallel.decode_context_parallel_size > 1:
+        return "context parallelism"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding"
+    if vllm_config.cache_config.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+        return "a quantised KV cache"
+    if vllm_config.model_config.uses_mrope:
+        return "multimodal RoPE"
+    return ""

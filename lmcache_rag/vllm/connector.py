@@ -1,0 +1,148 @@
+"""The KV connector that vLLM loads: one class, of which each process uses one half."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
+from lmcache_rag.store import DiskStore
+from lmcache_rag.vllm.config import ConnectorConfig, unsupported_engine
+from lmcache_rag.vllm.metadata import StepJobs, StepReports
+from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
+from lmcache_rag.vllm.planner import Planner
+from lmcache_rag.vllm.request import ReuseReport
+from lmcache_rag.vllm.scheduler_half import SchedulerHalf
+from lmcache_rag.vllm.worker_half import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class BlendConnector(KVConnectorBase_V1):
+    """Use it with `kv_connector="BlendConnector"`, `kv_connector_module_path="lmcache_rag.vllm.connector"`,
+    `kv_role="kv_both"` and `ConnectorConfig`'s fields as `kv_connector_extra_config`."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._config = ConnectorConfig.of(vllm_config)
+        self._unsupported = unsupported_engine(vllm_config)
+        if not self._unsupported and len(kv_cache_config.kv_cache_groups) != 1:
+            self._unsupported = "several KV cache groups"
+        self._worker: WorkerHalf | None = None
+        self._scheduler: SchedulerHalf | None = None
+        self._store = DiskStore(self._config.store)
+        model_config = vllm_config.model_config
+        folder = resolve_model(str(model_config.model))
+        self._fingerprint = model_fingerprint(folder, str(model_config.dtype), cache_folder())
+        self._workspace_tokens = self._config.workspace_tokens(model_config.max_model_len)
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(
+                Planner(self._store, self._fingerprint, self._config, self._workspace_tokens),
+                automatic=self._config.automatic,
+                unsupported=self._unsupported,
+                hash_block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
+            )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # Worker half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._unsupported:
+            return
+        from lmcache_rag.vllm.worker import bound_model
+
+        model = bound_model()
+        self._worker = WorkerHalf(
+            model,
+            self._store,
+            self._fingerprint,
+            self._config.codec,
+            workspace_tokens=min(self._workspace_tokens, model.max_tokens),
+            max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+            block_tokens=self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+        )
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        step = self._get_connector_metadata()
+        assert isinstance(step, StepJobs)
+        for job in step.jobs:
+            assert self._worker is not None
+            self._worker.do(job)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker.take_reports() if self._worker is not None else None
+
+    # Scheduler half
+
+    @property
+    def scheduler(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "this is the worker's half"
+        return self._scheduler
+
+    def on_new_request(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.scheduler.matched_tokens(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self.scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self.scheduler.take_jobs()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        reports = connector_output.kv_connector_worker_meta
+        if isinstance(reports, StepReports):
+            self.scheduler.receive(reports)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return False, self.scheduler.finish(request) or None
+
+    def report_of(self, request_id: str) -> ReuseReport:
+        """The report of a running or lately finished request; its response may lack it where a stop string ended it."""
+        return self.scheduler.report_of(request_id)
+
+    # Metrics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._scheduler is None or self._scheduler.stats.is_empty():
+            return None
+        return self._scheduler.stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return ReuseStats(dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVConnectorPromMetrics | None:
+        return ReusePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,125 @@
+"""From a request's tokens and options to a `BlendPlan`: which stored chunks lie where. Knows nothing of vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
+from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, variant_of
+from lmcache_rag.errors import StoreError
+from lmcache_rag.store.base import Store
+from lmcache_rag.store.catalog import Catalog, Match
+from lmcache_rag.store.chunks import ChunkStore
+from lmcache_rag.vllm.config import ConnectorConfig
+from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+
+
+class Planner:
+    """Plans blends for one model over one store."""
+
+    def __init__(self, store: Store, model: str, config: ConnectorConfig, max_tokens: int) -> None:
+        self._store = store
+        self._model = model
+        self._config = config
+        self._max_tokens = max_tokens
+        self._catalogs: dict[str, Catalog] = {}
+
+    def plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
+        """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
+        compute are counted in `report`."""
+        try:
+            return self._plan(token_ids, options, report)
+        except StoreError as error:
+            report.reason = f"store: {error}"
+            return None
+
+    def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
+        prompt = np.asarray(token_ids, dtype=np.int32)
+        matches = self._matches(prompt, options)
+        if not matches:
+            report.reason = "no stored chunk in the prompt"
+            return None
+        end = matches[-1].start + matches[-1].length
+        if end > len(prompt) or matches[0].start < 0:
+            report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
+            return None
+        if options.mode == "precompute" and (len(matches) != 1 or end != len(prompt)):
+            report.reason = "precompute takes one segment that ends the prompt"
+            return None
+        chunks = ChunkStore(self._store, KVScope(options.namespace, self._model), self._config.codec)
+        preamble_length = matches[0].start - matches[0].offset
+        preamble = self._preamble(prompt[:preamble_length], chunks)
+        segments = self._segments(matches, prompt[:preamble_length], options, chunks)
+        if options.mode == "blend":
+            while segments and segments[-1].name is None:
+                report.miss("absent", segments.pop().length)
+            if not segments:
+                report.reason = "no chunk of the prompt is stored"
+                return None
+            end = min(segments[-1].end, len(prompt) - 1)
+            reused = sum(segment.length for segment in segments if segment.name is not None)
+            known = reused + (preamble.length if preamble is not None and preamble.name is not None else 0)
+            if end - known > reused:
+                report.reason = "most of the prompt before the last stored chunk is not stored"
+                for segment in segments:
+                    if segment.name is None:
+                        report.miss("absent", segment.length)
+                return None
+            segments[-1] = _cut(segments[-1], end)
+        if end > self._max_tokens:
+            report.reason = f"the reused part ends at {end}, behind max_blend_tokens ({self._max_tokens})"
+            return None
+        return BlendPlan(
+            mode="precompute" if options.mode == "precompute" else "blend",
+            namespace=options.namespace,
+            token_ids=tuple(prompt.tolist()),
+            preamble=preamble,
+            segments=tuple(segment for segment in segments if segment.length),
+            end=end,
+            selector="none" if options.mode == "precompute" else options.selector,
+            ratio=0.0 if options.mode == "precompute" else options.ratio,
+        )
+
+    def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
+        if options.segments is not None:
+            return [Match(start, length, 0, prompt[start : start + length]) for start, length in options.segments]
+        catalog = self._catalogs.get(options.namespace)
+        if catalog is None:
+            scope = KVScope(options.namespace, self._model)
+            catalog = self._catalogs[options.namespace] = Catalog(self._store, scope, self._config.min_match_tokens)
+        return catalog.find(prompt)
+
+    def _preamble(self, preamble: np.ndarray, chunks: ChunkStore) -> PlannedSegment | None:
+        if not len(preamble):
+            return None
+        name = chunks.variants(preamble).get(NO_CONTEXT)
+        return PlannedSegment(0, len(preamble), name=name, exact=True)
+
+    def _segments(
+        self, matches: list[Match], preamble: np.ndarray, options: BlendOptions, chunks: ChunkStore
+    ) -> list[PlannedSegment]:
+        own = variant_of(preamble)
+        segments = []
+        for match in matches:
+            variants = chunks.variants(match.chunk)
+            name = variants.get(own)
+            foreign = name is None and bool(variants) and options.mode == "blend"
+            if foreign:
+                name = variants[min(variants)]
+            exact = name is not None and not foreign and match.offset == 0 and match.start == len(preamble)
+            segments.append(PlannedSegment(match.start, match.length, match.offset, name, exact, foreign))
+        return segments
+
+
+def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
+    """Names everything that shapes a blend's KV, so that it is found again only by a request with the same plan."""
+    shaped_by = (caller_salt, plan.namespace, plan.token_ids, plan.preamble, plan.segments, plan.selector, plan.ratio)
+    return hashlib.blake2b(repr(shaped_by).encode(), digest_size=16).hexdigest()
+
+
+def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:
+    length = max(0, min(segment.length, end - segment.start))
+    return PlannedSegment(segment.start, length, segment.offset, segment.name, segment.exact, segment.foreign)

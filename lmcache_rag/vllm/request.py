@@ -1,0 +1,122 @@
+"""What a request says about blending, and what is reported back.
+
+Both travel in vLLM's `kv_transfer_params` under the key `lmcache_rag`: options on the way in, the report on the way
+out. This module imports neither vllm nor torch, so that a client of a server can use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lmcache_rag.errors import PromptError
+
+PARAMS_KEY = "lmcache_rag"
+
+SelectorName = Literal["none", "all", "head", "cacheblend", "query"]
+DEFAULT_SELECTOR: SelectorName = "query"
+DEFAULT_RATIO = 0.15
+NAMESPACE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+
+
+class BlendOptions(BaseModel):
+    """How one request is to be treated.
+
+    Attributes:
+        mode: `blend` puts stored chunk KV together and repairs it; `off` is untouched vLLM; `precompute` computes the
+            KV of the prompt's one segment behind its preamble and stores it.
+        selector: which tokens are recomputed; see `lmcache_rag.blend.selectors`.
+        ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1.
+        segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
+            prompt by their tokens.
+        namespace: KV of one namespace is never used for another.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["blend", "off", "precompute"] = "blend"
+    selector: SelectorName = DEFAULT_SELECTOR
+    ratio: float = Field(default=DEFAULT_RATIO, ge=0.0, le=1.0)
+    segments: tuple[tuple[int, int], ...] | None = None
+    namespace: str = Field(default="default", pattern=NAMESPACE_PATTERN)
+
+    @field_validator("segments")
+    @classmethod
+    def _ascending(cls, segments: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        end = 0
+        for start, length in segments or ():
+            if start < end or length < 1:
+                raise ValueError(
+                    f"segment ({start}, {length}) overlaps the one before it or is empty; "
+                    "give (start, length) pairs in ascending order"
+                )
+            end = start + length
+        return segments
+
+    @classmethod
+    def checked(cls, **values: Any) -> BlendOptions:
+        """Like the constructor, but raises `PromptError` with one sentence that names the field."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise PromptError(first_problem(error)) from None
+
+    def to_params(self) -> dict[str, Any]:
+        """The value of vLLM's `kv_transfer_params`."""
+        return {PARAMS_KEY: self.model_dump(mode="json")}
+
+
+class ReuseReport(BaseModel):
+    """What happened to one request's prompt. Token counts add up to `prompt_tokens` with `vllm_tokens`.
+
+    Attributes:
+        mode: `blend`, `precompute`, `off` (as asked) or `plain` (nothing to reuse, or not handled: see `reason`).
+        prompt_tokens: length of the prompt.
+        local_tokens: already in this engine's paged cache (vLLM's prefix cache), kept as they are.
+        reused_tokens: taken from the store and not recomputed.
+        recomputed_tokens: taken from the store and recomputed to repair them.
+        missed_tokens: in a segment that the store does not hold (or not intact), computed in full.
+        unknown_tokens: in no segment, before or between segments, computed in full.
+        vllm_tokens: left to vLLM's own prefill (the question, and what follows the last reusable chunk).
+        exact_tokens: of the reused, those whose KV equals full prefill (the preamble, the first chunk behind it).
+        foreign_tokens: of the reused and recomputed, those computed behind another preamble than the prompt's.
+        stored_tokens: written to the store by this request.
+        bytes_loaded: bytes read from the store.
+        bytes_stored: bytes written to the store.
+        misses: reason -> tokens.
+        phases_s: seconds per phase (`load`, `select`, `recompute`, `write`, `store`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Literal["blend", "precompute", "off", "plain"] = "plain"
+    reason: str = ""
+    selector: str = ""
+    ratio: float = 0.0
+    prompt_tokens: int = 0
+    local_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    missed_tokens: int = 0
+    unknown_tokens: int = 0
+    vllm_tokens: int = 0
+    exact_tokens: int = 0
+    foreign_tokens: int = 0
+    stored_tokens: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    misses: dict[str, int] = Field(default_factory=dict)
+    phases_s: dict[str, float] = Field(default_factory=dict)
+
+    def miss(self, reason: str, tokens: int) -> None:
+        """Count `tokens` as missed for `reason`."""
+        self.missed_tokens += tokens
+        self.misses[reason] = self.misses.get(reason, 0) + tokens
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem that pydantic found, as `field: what is wrong (got value)`."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "options"
+    return f"{field}: {problem['msg']} (got {problem['input']!r})"

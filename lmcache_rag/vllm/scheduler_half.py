@@ -1,0 +1,195 @@
+"""The connector's scheduler half: plans blends, keeps their KV apart from exact KV, and hands out reports."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from lmcache_rag.blend.plan import BlendPlan
+from lmcache_rag.vllm.metadata import BlendJob, StepJobs, StepReports
+from lmcache_rag.vllm.metrics import ReuseStats
+from lmcache_rag.vllm.planner import Planner, plan_digest
+from lmcache_rag.vllm.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_KEPT_REPORTS = 1024
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tracked:
+    """A request. `report` is the dict that its response carries; it is completed in place.
+
+    Attributes:
+        planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
+        blended: a blend was started, whose report counts.
+    """
+
+    plan: BlendPlan | None
+    report: dict[str, Any]
+    planned_misses: dict[str, int]
+    blended: bool = False
+
+
+class SchedulerHalf:
+    """Runs where vLLM's scheduler runs.
+
+    Args:
+        unsupported: why no request of this engine is handled, or nothing.
+        hash_block_tokens: tokens per block hash of the prefix cache.
+    """
+
+    def __init__(self, planner: Planner, *, automatic: bool, unsupported: str, hash_block_tokens: int) -> None:
+        self._planner = planner
+        self._automatic = automatic
+        self._unsupported = unsupported
+        self._hash_block_tokens = hash_block_tokens
+        self._tracked: dict[str, _Tracked] = {}
+        self._finished: OrderedDict[str, _Tracked] = OrderedDict()
+        self._jobs: list[BlendJob] = []
+        self.stats = ReuseStats()
+
+    def add(self, request: Request) -> None:
+        """Plan a new request, and keep what will be computed for it apart in the prefix cache."""
+        report = ReuseReport(prompt_tokens=request.num_prompt_tokens)
+        plan = self._plan(request, report)
+        if plan is not None:
+            salt(request, plan, self._hash_block_tokens)
+        elif report.mode != "off":
+            report.mode = "plain"
+        report.vllm_tokens = request.num_prompt_tokens - report.missed_tokens
+        self._tracked[request.request_id] = _Tracked(plan, report.model_dump(), dict(report.misses))
+
+    def _plan(self, request: Request, report: ReuseReport) -> BlendPlan | None:
+        given = (request.kv_transfer_params or {}).get(PARAMS_KEY)
+        try:
+            options = BlendOptions(**given) if given is not None else BlendOptions()
+        except (ValidationError, TypeError) as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
+            report.reason = f"invalid options: {problem}"
+            _log.warning("request %s passes through: %s", request.request_id, report.reason)
+            return None
+        if options.mode == "off":
+            report.mode, report.reason = "off", "as asked"
+            return None
+        report.reason = self._unsupported or _unhandled(request)
+        if report.reason:
+            return None
+        if given is None and not self._automatic:
+            report.reason = "no options given, and automatic matching is off"
+            return None
+        assert request.prompt_token_ids is not None
+        return self._planner.plan(request.prompt_token_ids, options, report)
+
+    def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
+        """How many tokens behind the locally computed ones a blend provides; None puts the request off to a later
+        step, since one blend a step is done. Has no effect of its own."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.plan is None:
+            return 0
+        matched = max(0, _provided(tracked.plan) - computed_tokens)
+        return None if matched and self._jobs else matched
+
+    def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
+        """vLLM has allocated blocks: the blend is done in this step."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.plan is None:
+            return
+        provided = _provided(tracked.plan)
+        if external_tokens == 0:
+            tracked.report.update(mode="plain", reason="in the local prefix cache already", local_tokens=provided)
+            tracked.report["vllm_tokens"] = len(tracked.plan.token_ids) - provided
+            return
+        tracked.blended = True
+        plan = replace(tracked.plan, local_tokens=provided - external_tokens)
+        self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
+
+    def take_jobs(self) -> StepJobs:
+        """This step's blends."""
+        jobs, self._jobs = self._jobs, []
+        return StepJobs(jobs)
+
+    def receive(self, step: StepReports) -> None:
+        """Complete the reports of requests that the worker half blended, also of those that finished in this step."""
+        for request_id, report in step.reports.items():
+            tracked = self._tracked.get(request_id) or self._finished.get(request_id)
+            if tracked is None:
+                continue
+            misses = dict(tracked.planned_misses)
+            for reason, tokens in report["misses"].items():
+                misses[reason] = misses.get(reason, 0) + tokens
+            report = {**report, "misses": misses, "missed_tokens": sum(misses.values())}
+            counted = ("local", "reused", "recomputed", "missed", "unknown")
+            report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
+            tracked.report.update(report)
+            self.stats.add(report)
+
+    def finish(self, request: Request) -> dict[str, Any]:
+        """The report for the response. It is a live dict: where the request finishes in the step of its blend, the
+        worker half's figures arrive just after this, still before the response is sent."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return {}
+        self._jobs = [job for job in self._jobs if job.request_id != request.request_id]
+        if not tracked.blended:
+            self.stats.add(tracked.report)
+        self._finished[request.request_id] = tracked
+        while len(self._finished) > _KEPT_REPORTS:
+            self._finished.popitem(last=False)
+        return {PARAMS_KEY: tracked.report}
+
+    def report_of(self, request_id: str) -> ReuseReport:
+        """The report of a request that is running or was lately finished."""
+        tracked = self._tracked.get(request_id) or self._finished.get(request_id)
+        return ReuseReport() if tracked is None else ReuseReport(**tracked.report)
+
+
+def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
+    """Give a blended request's blocks hashes of their own, so that no exact request ever hits them.
+
+    Blocks that lie within the preamble hold exact KV and keep their hashes, under which they may be shared. The block
+    hashes chain, so it is enough to mix the digest into what the first of the other blocks is chained to. A precompute
+    request is to find nothing, so that its whole KV is captured.
+    """
+    digest = uuid.uuid4().hex if plan.mode == "precompute" else plan_digest(plan, request.cache_salt)
+    exact_tokens = plan.preamble.length if plan.preamble is not None and plan.mode == "blend" else 0
+    kept = min(exact_tokens // hash_block_tokens, len(request.block_hashes))
+    del request.block_hashes[kept:]
+    if not kept:
+        request.cache_salt = digest
+        request.update_block_hashes()
+        return
+    parent = request.block_hashes[-1]
+    request.block_hashes[-1] = type(parent)(parent + bytes.fromhex(digest))
+    request.update_block_hashes()
+    request.block_hashes[kept - 1] = parent
+
+
+def _provided(plan: BlendPlan) -> int:
+    """How many of the prompt's tokens come from the blend; one at least stays for vLLM, which samples from it."""
+    return min(plan.end, len(plan.token_ids) - 1)
+
+
+def _unhandled(request: Request) -> str:
+    """Why a request passes through untouched, or nothing."""
+    if request.lora_request is not None:
+        return "LoRA"
+    if request.mm_features:
+        return "multimodal input"
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "prompt embeddings"
+    if request.pooling_params is not None:
+        return "pooling"
+    if request.resumable:
+        return "streaming input"
+    if request.skip_reading_prefix_cache:
+        return "prompt logprobs, or reading caches is off"
+    return ""

@@ -1,0 +1,49 @@
+"""The worker class: vLLM's own, which in addition binds the loaded model for the connector's worker half."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+
+from lmcache_rag.errors import ModelError
+from lmcache_rag.vllm.config import ConnectorConfig, unsupported_engine
+from lmcache_rag.vllm.model import BoundModel
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+
+_bound: BoundModel | None = None
+
+
+class BlendWorker(Worker):
+    """Use it as `worker_cls="lmcache_rag.vllm.worker.BlendWorker"`, together with the connector."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not unsupported_engine(self.vllm_config):
+            global _bound
+            _bound = BoundModel(self.get_model(), self.vllm_config)
+
+    def determine_available_memory(self) -> int:
+        """Memory for the paged cache, less what blending reserves; a size that the user set is kept."""
+        available = super().determine_available_memory()
+        if _bound is None or self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        tokens = ConnectorConfig.of(self.vllm_config).workspace_tokens(_bound.max_tokens)
+        return available - tokens * _bound.shape.bytes_per_token
+
+
+def bound_model() -> BoundModel:
+    """The model that this process has loaded.
+
+    Raises:
+        ModelError: the engine runs without our worker class.
+    """
+    if _bound is None:
+        raise ModelError(
+            "No model is bound: start vLLM with worker_cls='lmcache_rag.vllm.worker.BlendWorker' beside the connector."
+        )
+    return _bound

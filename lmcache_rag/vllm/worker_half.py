@@ -1,0 +1,95 @@
+"""The connector's worker half: does the step's blends before vLLM's forward, and writes them to the paged cache."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from lmcache_rag.blend.blender import Blender
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, variant_of
+from lmcache_rag.errors import StoreError
+from lmcache_rag.store.base import Store
+from lmcache_rag.store.chunks import ChunkStore
+from lmcache_rag.vllm.metadata import BlendJob, StepReports
+from lmcache_rag.vllm.model import BoundModel
+from lmcache_rag.vllm.request import ReuseReport
+
+
+class WorkerHalf:
+    """Runs where the model runs. Its memory, the workspace, is allocated here, at start-up.
+
+    Args:
+        workspace_tokens: the longest blend.
+        max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
+        block_tokens: tokens per block of the paged cache.
+    """
+
+    def __init__(
+        self,
+        model: BoundModel,
+        store: Store,
+        fingerprint: str,
+        codec: str,
+        *,
+        workspace_tokens: int,
+        max_pass_tokens: int,
+        block_tokens: int,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._fingerprint = fingerprint
+        self._codec = codec
+        self._block_tokens = block_tokens
+        self._blender = Blender(model.workspace(workspace_tokens), model, model.shape, max_pass_tokens)
+        self._reports: dict[str, dict[str, Any]] = {}
+
+    @torch.inference_mode()
+    def do(self, job: BlendJob) -> None:
+        """Do one blend, and keep its report for the scheduler half."""
+        plan = job.plan
+        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), self._codec)
+        report = self._blender.blend(plan, chunks)
+        start = time.perf_counter()
+        end = min(plan.end, len(plan.token_ids) - 1)
+        if end > plan.local_tokens:
+            slots = self._slots(job.block_ids, plan.local_tokens, end)
+            self._model.write_paged(self._blender.workspace, plan.local_tokens, end, slots)
+        report.phases_s["write"] = time.perf_counter() - start
+        if plan.mode == "precompute":
+            start = time.perf_counter()
+            self._keep(job, chunks, report)
+            report.phases_s["store"] = time.perf_counter() - start
+        self._reports[job.request_id] = report.model_dump()
+
+    def take_reports(self) -> StepReports | None:
+        """What was done since the last call."""
+        reports, self._reports = self._reports, {}
+        return StepReports(reports) if reports else None
+
+    def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        """Slot of each position in the paged cache: block id times block size plus offset."""
+        positions = torch.arange(start, end)
+        blocks = torch.tensor(block_ids, dtype=torch.int64)
+        slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
+        return slots.to(self._model.device)
+
+    def _keep(self, job: BlendJob, chunks: ChunkStore, report: ReuseReport) -> None:
+        """Store the preamble and the chunk of a precompute request, where they were not loaded from the store."""
+        plan = job.plan
+        preamble_length = plan.preamble.length if plan.preamble is not None else 0
+        parts = [(plan.segments[0].start, plan.segments[0].length, variant_of(plan.token_ids[:preamble_length]))]
+        if preamble_length:
+            parts.insert(0, (0, preamble_length, NO_CONTEXT))
+        for start, length, variant in parts:
+            token_ids = torch.tensor(plan.token_ids[start : start + length], dtype=torch.int32).numpy()
+            if variant in chunks.variants(token_ids):
+                continue
+            chunk = ChunkKV(token_ids, self._blender.workspace.take(start, length))
+            try:
+                report.bytes_stored += chunks.save(chunk, variant)
+                report.stored_tokens += length
+            except StoreError as error:
+                report.reason = str(error)
+                return
