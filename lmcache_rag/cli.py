@@ -19,7 +19,9 @@ from lmcache_rag import __version__
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, ReuseReport, SelectorName
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
+)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 app.add_typer(bench_app, name="bench")
 
@@ -28,7 +30,9 @@ err = Console(stderr=True)
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 ThreadsOption = Annotated[Optional[int], typer.Option(help="CPU threads; all cores by default.")]
-ModelOption = Annotated[Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")]
+ModelOption = Annotated[
+    Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")
+]
 DtypeOption = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
 DEFAULT_INDEX = Path(".lmcache-rag")
 
@@ -104,7 +108,9 @@ def ask(
     folder: IndexOption = DEFAULT_INDEX,
     model: ModelOption = None,
     passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")] = 5,
-    selector: Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")] = DEFAULT_SELECTOR,
+    selector: Annotated[
+        str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")
+    ] = DEFAULT_SELECTOR,
     ratio: Annotated[float, typer.Option(help="Share of the passages' tokens to recompute, 0 to 1.")] = DEFAULT_RATIO,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
@@ -213,7 +219,9 @@ def describe(reuse: ReuseReport) -> str:
     if reuse.local_tokens:
         parts.append(f"{reuse.local_tokens} in the prefix cache")
     phases = ", ".join(f"{phase} {1000 * seconds:.0f} ms" for phase, seconds in reuse.phases_s.items())
-    return f"{reuse.prompt_tokens} prompt tokens: {', '.join(parts)}; {reuse.bytes_loaded / 1e6:.1f} MB loaded ({phases})"
+    return (
+        f"{reuse.prompt_tokens} prompt tokens: {', '.join(parts)}; {reuse.bytes_loaded / 1e6:.1f} MB loaded ({phases})"
+    )
 
 
 def main() -> None:
@@ -229,7 +237,9 @@ def main() -> None:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
+    )
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

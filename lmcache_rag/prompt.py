@@ -107,9 +107,14 @@ class PromptFormat(BaseModel):
 
 
 def completion_format() -> PromptFormat:
-    """Plain completion form, which suits base models and very small instruction-tuned ones."""
+    """Plain completion form, which suits base models and very small instruction-tuned ones.
+
+    The preamble is a few sentences long on purpose: chunk KV computed behind a preamble of a few words only needs more
+    repair, since a model's first tokens draw much of its attention.
+    """
     return PromptFormat(
-        preamble="Answer the question with the facts in the passages.\n\nPassages:\n",
+        preamble="Below are passages from documents. Each passage states facts. "
+        "Read them, then answer the question with the words of the passages.\n\nPassages:\n",
         question="\nQuestion: {question}\nAnswer:",
         stop=("\n",),
     )

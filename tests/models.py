@@ -69,8 +69,10 @@ def make_tiny(name: str, folder: Path) -> Path:
     torch.manual_seed(len(name))
     model = TINY[name]()
     model.to(torch.float32).save_pretrained(folder)
-    vocabulary = {f"w{token}": token for token in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = special + [f"w{token}" for token in range(len(special), VOCABULARY)]
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", pad_token="w0").save_pretrained(folder)
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder

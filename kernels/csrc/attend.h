@@ -33,9 +33,10 @@ struct Kernel {
     int64_t (*work_size)(int64_t head_size, int64_t tiles);
     // Write K and V of one key block of one kv head as float32, in the order in which `attend` reads them.
     void (*pack)(const Problem &, int64_t kv_head, int64_t block, float *key, float *value);
-    // Attention of row tiles [first_tile, first_tile + tiles) of one kv head; `key` and `value` are its packed block 0.
-    void (*attend)(const Problem &, int64_t kv_head, int64_t first_tile, int64_t tiles, const float *key,
-                   const float *value, float *work);
+    // Attention of row tiles [first_tile, first_tile + tiles) of one kv head, whose packed blocks from `first_block` on
+    // are at `key` and `value`.
+    void (*attend)(const Problem &, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
+                   const float *key, const float *value, float *work);
 };
 
 #ifdef ATTEND_X86

@@ -95,6 +95,10 @@ inline Vec exp2_vec(Vec x) {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+int64_t packed_key_size(int64_t head_size) { return kBlock * head_size; }
+
+int64_t packed_value_size(int64_t head_size) { return kBlock * round_up(head_size, kLanes); }
+
 // What a tile keeps between key blocks, and the rows' queries. O is [kTile][width].
 struct Tile {
     int32_t position[kTile];
@@ -193,7 +197,8 @@ void raise_maximum(Tile &tile, const Vec *top, int64_t width, float *out) {
         const float factor = exp2f(tile.maximum[r] - row_top);
         tile.maximum[r] = row_top;
         tile.sum[r] *= factor;
-        for (int64_t c = 0; c < width; c += kLanes) store_vec(load_vec(out + r * width + c) * factor, out + r * width + c);
+        float *row = out + r * width;
+        for (int64_t c = 0; c < width; c += kLanes) store_vec(load_vec(row + c) * factor, row + c);
     }
 }
 
@@ -270,8 +275,8 @@ inline void step(const Problem &problem, int64_t first_key, const float *key, co
 }
 
 template <typename T>
-void attend_rows(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, const float *key,
-                 const float *value, float *work) {
+void attend_rows(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
+                 const float *key, const float *value, float *work) {
     const WorkLayout at(problem.head_size, tiles);
     const int64_t query_size = kTile * problem.head_size, out_size = kTile * at.width;
     Tile *tile = reinterpret_cast<Tile *>(work + at.tile);
@@ -279,43 +284,63 @@ void attend_rows(const Problem &problem, int64_t kv_head, int64_t first_tile, in
         start_tile<T>(problem, kv_head, (first_tile + i) * kTile, tile[i], work + at.query + i * query_size);
     memset(work + at.out, 0, sizeof(float) * tiles * out_size);
 
-    for (int64_t block = tile[0].low / kBlock; block * kBlock < tile[tiles - 1].high; ++block)
+    for (int64_t block = tile[0].low / kBlock; block * kBlock < tile[tiles - 1].high; ++block) {
+        const float *block_key = key + (block - first_block) * packed_key_size(problem.head_size);
+        const float *block_value = value + (block - first_block) * packed_value_size(problem.head_size);
         for (int64_t i = 0; i < tiles; ++i)
             if (block * kBlock < tile[i].high && (block + 1) * kBlock > tile[i].low)
-                step(problem, block * kBlock, key + block * kBlock * problem.head_size,
-                     value + block * kBlock * at.width, work + at.query + i * query_size, at.width, tile[i], work,
-                     work + at.out + i * out_size);
+                step(problem, block * kBlock, block_key, block_value, work + at.query + i * query_size, at.width,
+                     tile[i], work, work + at.out + i * out_size);
+    }
 
     for (int64_t i = 0; i < tiles; ++i)
         finish_tile<T>(problem, kv_head, (first_tile + i) * kTile, tile[i], work + at.out + i * out_size, at.width);
 }
 
-// key: [kBlock / kPanel][head_size][kPanel], value: [kBlock][width]. Keys that no query sees become zeros, because
-// even the weight 0 of a hidden key would make NaN of a NaN.
+bool seen(const Problem &problem, int64_t token) {
+    return token <= problem.positions[problem.queries - 1] && problem.seen[token];
+}
+
+// Keys of one block transposed to [kBlock / kPanel][head_size][kPanel]; those that no query sees become zeros.
 template <typename T>
-void pack_block(const Problem &problem, int64_t kv_head, int64_t block, float *key, float *value) {
-    const int64_t head_size = problem.head_size, width = round_up(head_size, kLanes);
-    const int64_t last = problem.positions[problem.queries - 1];
+void pack_key(const Problem &problem, int64_t kv_head, int64_t block, float *key) {
+    // A few dimensions at a time, so that the lines written to stay in the L1 cache.
+    constexpr int64_t kStep = 8;
+    for (int64_t first = 0; first < problem.head_size; first += kStep)
+        for (int64_t j = 0; j < kBlock; ++j) {
+            const int64_t token = block * kBlock + j;
+            float *to = key + j / kPanel * (problem.head_size * kPanel) + first * kPanel + j % kPanel;
+            if (seen(problem, token)) {
+                const T *from = row_of<T>(problem.key, problem.key_stride, token, kv_head) + first;
+                for (int64_t d = 0; d < kStep; ++d) to[d * kPanel] = load(from + d);
+            } else {
+                for (int64_t d = 0; d < kStep; ++d) to[d * kPanel] = 0.0f;
+            }
+        }
+}
+
+// Values of one block as [kBlock][width]. Those that no query sees become zeros, because even the weight 0 of a hidden
+// key would make NaN of a NaN.
+template <typename T>
+void pack_value(const Problem &problem, int64_t kv_head, int64_t block, float *value) {
+    const int64_t width = round_up(problem.head_size, kLanes);
     for (int64_t j = 0; j < kBlock; ++j) {
         const int64_t token = block * kBlock + j;
-        float *key_to = key + j / kPanel * (head_size * kPanel) + j % kPanel;
-        float *value_to = value + j * width;
-        if (token > last || !problem.seen[token]) {
-            for (int64_t d = 0; d < head_size; ++d) key_to[d * kPanel] = 0.0f;
-            for (int64_t d = 0; d < width; ++d) value_to[d] = 0.0f;
-            continue;
+        float *to = value + j * width;
+        int64_t d = 0;
+        if (seen(problem, token)) {
+            const T *from = row_of<T>(problem.value, problem.value_stride, token, kv_head);
+            for (; d < problem.head_size; ++d) to[d] = load(from + d);
         }
-        const T *key_from = row_of<T>(problem.key, problem.key_stride, token, kv_head);
-        const T *value_from = row_of<T>(problem.value, problem.value_stride, token, kv_head);
-        for (int64_t d = 0; d < head_size; ++d) key_to[d * kPanel] = load(key_from + d);
-        for (int64_t d = 0; d < head_size; ++d) value_to[d] = load(value_from + d);
-        for (int64_t d = head_size; d < width; ++d) value_to[d] = 0.0f;
+        for (; d < width; ++d) to[d] = 0.0f;
     }
 }
 
-int64_t packed_key_size(int64_t head_size) { return kBlock * head_size; }
-
-int64_t packed_value_size(int64_t head_size) { return kBlock * round_up(head_size, kLanes); }
+template <typename T>
+void pack_block(const Problem &problem, int64_t kv_head, int64_t block, float *key, float *value) {
+    pack_key<T>(problem, kv_head, block, key);
+    pack_value<T>(problem, kv_head, block, value);
+}
 
 int64_t work_size(int64_t head_size, int64_t tiles) { return WorkLayout(head_size, tiles).size; }
 
@@ -323,10 +348,10 @@ void pack(const Problem &problem, int64_t kv_head, int64_t block, float *key, fl
     (problem.bfloat16 ? pack_block<Bfloat16> : pack_block<float>)(problem, kv_head, block, key, value);
 }
 
-void attend(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, const float *key,
-            const float *value, float *work) {
-    (problem.bfloat16 ? attend_rows<Bfloat16> : attend_rows<float>)(problem, kv_head, first_tile, tiles, key, value,
-                                                                    work);
+void attend(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
+            const float *key, const float *value, float *work) {
+    const auto rows = problem.bfloat16 ? attend_rows<Bfloat16> : attend_rows<float>;
+    rows(problem, kv_head, first_tile, tiles, first_block, key, value, work);
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ void parallel(int threads, const std::function<void(int)> &body) {
     Call call{body};
     if (threads <= 1) {
         call.run();
-        // `threads` is PyTorch's number, which is its runtime's number for the calling thread; this must be that runtime.
+    // `threads` is PyTorch's number, which is its runtime's number for the calling thread: it tells the runtime.
     } else if (!runtime().path.empty() && runtime().max_threads() == threads) {
         runtime().parallel([](void *data) { static_cast<Call *>(data)->run(); }, &call, threads, 0);
     } else {

@@ -21,5 +21,7 @@ def token_runs(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]
             break
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     if len(token_ids) < needed:
-        raise PromptError(f"{count} chunks of {length} tokens are more than the {len(token_ids)} tokens of text there are.")
+        raise PromptError(
+            f"{count} chunks of {length} tokens are more than the {len(token_ids)} tokens of text there are."
+        )
     return [token_ids[start : start + length] for start in range(0, needed, length)]

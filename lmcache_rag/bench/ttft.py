@@ -62,7 +62,9 @@ def bench_ttft(
                 engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
             done = engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
             if mode in ("reuse", "blend") and not done.reuse.reused_tokens:
-                raise EngineError(f"Nothing was reused in mode {mode} ({done.reuse.reason}), so there is nothing to measure.")
+                raise EngineError(
+                    f"Nothing was reused in mode {mode} ({done.reuse.reason}), so there is nothing to measure."
+                )
             if turn:
                 times[number].append(done.ttft_s)
     full = statistics.median(times[0])

@@ -48,7 +48,9 @@ def attention_mass(query: Tensor, key: Tensor, positions: Tensor, *, scale: floa
         at = positions[start : start + _QUERY_BLOCK]
         low, high = visible_range(at, window)
         # [kv_heads, group * queries, head_size] @ [kv_heads, head_size, keys]
-        folded = query[start : start + _QUERY_BLOCK].unflatten(1, (key.shape[1], group)).permute(1, 2, 0, 3).flatten(1, 2)
+        folded = (
+            query[start : start + _QUERY_BLOCK].unflatten(1, (key.shape[1], group)).permute(1, 2, 0, 3).flatten(1, 2)
+        )
         logits = (folded @ key[low:high].permute(1, 2, 0)).float() * scale
         hidden = ~visible(at, low, high, window)
         logits.unflatten(1, (group, len(at))).masked_fill_(hidden, -torch.inf)

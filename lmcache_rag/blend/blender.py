@@ -91,7 +91,6 @@ class _Blend:
             self._load(plan.preamble)
         self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
         self.candidates = ~self.required
-        self.candidates[: plan.local_tokens] = False
         for segment in (plan.preamble, *self.segments):
             if segment is not None and segment.exact:
                 self.candidates[segment.start : segment.end] = False

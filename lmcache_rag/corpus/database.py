@@ -78,7 +78,7 @@ class Database:
             rows = self._connection.execute("SELECT id, vector FROM passages ORDER BY id").fetchall()
         ids = np.array([row[0] for row in rows], dtype=np.int64)
         vectors = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float32)
-        return ids, vectors.reshape(len(rows), -1)
+        return ids, vectors.reshape(len(rows), -1) if rows else vectors.reshape(0, 0)
 
     def passage(self, passage_id: int) -> tuple[str, str]:
         """Path of its document and text of a passage."""

@@ -45,7 +45,9 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
             raise CorpusError(f"{path} is not there: name a file or a folder.")
     if not found:
         folders = ", ".join(map(str, named))
-        raise CorpusError(f"No text or Markdown files ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some.")
+        raise CorpusError(
+            f"No text or Markdown files ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some."
+        )
     return sorted(found)
 
 
@@ -58,7 +60,9 @@ def read_document(path: Path) -> Document:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{path} cannot be read ({error.strerror}): change its permissions, or move it away.") from error
+        raise CorpusError(
+            f"{path} cannot be read ({error.strerror}): change its permissions, or move it away."
+        ) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -72,7 +76,9 @@ def read_document(path: Path) -> Document:
 
 def _below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise CorpusError(f"{error.filename} cannot be looked into ({error.strerror}): change its permissions.") from error
+        raise CorpusError(
+            f"{error.filename} cannot be looked into ({error.strerror}): change its permissions."
+        ) from error
 
     files = []
     for name, folders, names in os.walk(folder, onerror=refuse):

@@ -80,7 +80,9 @@ class Engine(Protocol):
 
     def generate(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Completion: ...
 
-    def stream(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Iterator[Delta]: ...
+    def stream(
+        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
+    ) -> Iterator[Delta]: ...
 
     async def agenerate(
         self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None

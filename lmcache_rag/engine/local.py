@@ -469,4 +469,3 @@ def _start_failure(error: BaseException) -> BaseException:
     failure = EngineError(f"vLLM did not start: {error}")
     failure.__cause__ = error
     return failure
-

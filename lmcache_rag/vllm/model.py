@@ -45,7 +45,9 @@ class BoundModel:
             if reason:
                 raise ModelError(f"This model's KV cannot be blended: {name} {reason}. Run it without lmcache-rag.")
         first = self._layers[0]
-        if any((layer.num_kv_heads, layer.head_size) != (first.num_kv_heads, first.head_size) for layer in self._layers):
+        if any(
+            (layer.num_kv_heads, layer.head_size) != (first.num_kv_heads, first.head_size) for layer in self._layers
+        ):
             raise ModelError("This model's KV cannot be blended: its layers have KV of different shapes.")
         self.device = next(model.parameters()).device
         self.shape = KVShape(len(self._layers), first.num_kv_heads, first.head_size, vllm_config.model_config.dtype)

@@ -50,7 +50,7 @@ class Planner:
             report.reason = "precompute takes one segment that ends the prompt"
             return None
         chunks = ChunkStore(self._store, KVScope(options.namespace, self._model), self._config.codec)
-        preamble_length = matches[0].start - matches[0].offset
+        preamble_length = max(0, matches[0].start - matches[0].offset)
         preamble = self._preamble(prompt[:preamble_length], chunks)
         segments = self._segments(matches, prompt[:preamble_length], options, chunks)
         if options.mode == "blend":

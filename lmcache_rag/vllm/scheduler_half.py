@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _KEPT_REPORTS = 1024
 
+_SMALL_REST = 64
+"""Where the prefix cache holds all but so few tokens of a blend, vLLM's own prefill of the rest is the faster way."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -96,6 +99,8 @@ class SchedulerHalf:
         if tracked is None or tracked.plan is None:
             return 0
         matched = max(0, _provided(tracked.plan) - computed_tokens)
+        if computed_tokens and matched < _SMALL_REST:
+            return 0
         return None if matched and self._jobs else matched
 
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
@@ -105,8 +110,7 @@ class SchedulerHalf:
             return
         provided = _provided(tracked.plan)
         if external_tokens == 0:
-            tracked.report.update(mode="plain", reason="in the local prefix cache already", local_tokens=provided)
-            tracked.report["vllm_tokens"] = len(tracked.plan.token_ids) - provided
+            tracked.report.update(mode="plain", reason="in the local prefix cache already")
             return
         tracked.blended = True
         plan = replace(tracked.plan, local_tokens=provided - external_tokens)

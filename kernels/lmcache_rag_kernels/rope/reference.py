@@ -40,7 +40,9 @@ class Rotation:
         return 2 * self.cos.shape[-1]
 
 
-def rotate(x: Tensor, rotation: Rotation, positions: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> Tensor:
+def rotate(
+    x: Tensor, rotation: Rotation, positions: Tensor, *, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
     """Rotate keys to `positions`, or (inverse) take the rotation of `positions` off.
 
     Args:

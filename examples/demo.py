@@ -1,0 +1,69 @@
+"""Index the handbook in `examples/corpus`, ask five questions, and compare blended answers with plain prefill.
+
+    make demo
+
+Each question has an expected phrase, which a right answer contains.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lmcache_rag import BlendOptions, LmcacheRagError, Sampling
+from lmcache_rag.cli import describe
+from lmcache_rag.corpus import IndexSettings, open_corpus, updating
+
+HERE = Path(__file__).parent
+INDEX = HERE / ".index"
+PASSAGES = 5
+PLAIN = BlendOptions(mode="off")
+BLENDED = BlendOptions(selector="query", ratio=0.15)
+
+
+def main() -> None:
+    out = Console(highlight=False)
+    questions = json.loads((HERE / "questions.json").read_text())
+    with updating(INDEX), open_corpus(INDEX, IndexSettings(chunk_tokens=400), create=True) as (engine, corpus):
+        plan = corpus.plan_update([HERE / "corpus"])
+        out.print(f"{len(plan.pending)} documents to read, {plan.tokens} tokens, {plan.report.unchanged} unchanged")
+        with Progress(console=out) as progress:
+            task = progress.add_task("precomputing KV", total=plan.tokens)
+            report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))
+        out.print(f"{report.chunks_computed} passages computed, {report.bytes_stored / 1e6:.0f} MB stored\n")
+
+        sampling = Sampling(max_tokens=32, stop=corpus.manifest.prompt.stop)
+        warm_up = corpus.prompt("What is this?", corpus.search("What is this?", PASSAGES))
+        for options in (PLAIN, BLENDED):
+            engine.generate(warm_up, Sampling(max_tokens=1), options)
+
+        right, speedups = {"plain": 0, "blended": 0}, []
+        for number, item in enumerate(questions):
+            question, expected = item["question"], item["expected"]
+            hits = corpus.search(question, PASSAGES)
+            prompt = corpus.prompt(question, hits)
+            answers = {
+                "plain": engine.generate(prompt, sampling, PLAIN, cache_salt=f"plain {number}"),
+                "blended": engine.generate(prompt, sampling, BLENDED, cache_salt=f"blended {number}"),
+            }
+            out.print(f"[bold]{question}[/bold]")
+            for name, answer in answers.items():
+                contains = expected.lower() in answer.text.lower()
+                right[name] += contains
+                mark = "" if contains else f"   (expected: {expected})"
+                out.print(f"  {name:8} TTFT {answer.ttft_s:6.3f} s  {answer.text.strip()}{mark}", markup=False)
+            speedups.append(answers["plain"].ttft_s / answers["blended"].ttft_s)
+            out.print(f"  [dim]sources: {', '.join(dict.fromkeys(Path(hit.path).name for hit in hits))}[/dim]")
+            out.print(f"  [dim]{describe(answers['blended'].reuse)}[/dim]\n")
+        scores = ", ".join(f"{name} {count}/{len(questions)}" for name, count in right.items())
+        out.print(f"expected phrase: {scores}, TTFT {statistics.median(speedups):.1f}x lower")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LmcacheRagError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,98 @@
+"""A retriever that computes the KV of the documents it finds, once each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.prompts import BaseChatPromptTemplate, PromptTemplate, StringPromptTemplate, format_document
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import Runnable
+from pydantic import ConfigDict, PrivateAttr
+
+from langchain_lmcache_rag.chat_models import ChatLmcacheRag
+from langchain_lmcache_rag.prompts import preamble_of
+from lmcache_rag.engine import PrecomputeReport
+
+_log = logging.getLogger(__name__)
+
+
+class KVRetriever(BaseRetriever):
+    """Wraps a retriever: what it finds is returned unchanged, and the KV of documents not stored yet is computed.
+
+    The first query that finds a document then pays for reading it, and no later one does. `precompute` pays at ingest
+    instead.
+
+    Attributes:
+        retriever: any retriever, such as a vector store's `as_retriever()`.
+        llm: the model that will answer.
+        prompt: the chain's prompt; KV is computed behind its text before `{context}`. A string is a template too.
+        context: name of the prompt's variable that stands for the documents.
+        document_prompt: how the chain writes one document into the prompt: a template of `page_content` and metadata,
+            or a function.
+
+    Raises:
+        PromptError: no two prompts of the template begin alike; when called: a document does not fit the model.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    retriever: Runnable[str, list[Document]]
+    llm: ChatLmcacheRag
+    prompt: StringPromptTemplate | BaseChatPromptTemplate | str
+    context: str = "context"
+    document_prompt: str | Callable[[Document], str] = "{page_content}"
+
+    _preamble: str = PrivateAttr()
+    _last_report: PrecomputeReport | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        self._preamble = preamble_of(self.prompt, self.context, self.llm.prompt_text)
+
+    @property
+    def preamble(self) -> str:
+        """The text that KV is computed behind."""
+        return self._preamble
+
+    @property
+    def last_report(self) -> PrecomputeReport | None:
+        """What became of the documents of the last query or `precompute`; None before the first."""
+        return self._last_report
+
+    def precompute(self, documents: Sequence[Document]) -> PrecomputeReport:
+        """Compute and store the KV of each document; one that is stored costs nothing.
+
+        Raises:
+            PromptError: a document does not fit the model.
+        """
+        engine = self.llm.engine
+        texts = [self.text_of(document).strip() for document in documents]
+        chunks = [engine.tokenizer.encode(text, add_special_tokens=False) for text in texts if text]
+        report: PrecomputeReport = engine.precompute(self.llm.get_token_ids(self.preamble), chunks)
+        if report.errors:
+            _log.warning("The KV of %d documents could not be stored (%s).", len(report.errors), report.errors[0])
+        self._last_report = report
+        return report
+
+    def text_of(self, document: Document) -> str:
+        """A document as the chain prompts it; use it in the chain's `format_docs` too."""
+        if isinstance(self.document_prompt, str):
+            return str(format_document(document, PromptTemplate.from_template(self.document_prompt)))
+        return self.document_prompt(document)
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()})
+        self.precompute(documents)
+        return documents
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        documents = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()})
+        await asyncio.to_thread(self.precompute, documents)
+        return documents

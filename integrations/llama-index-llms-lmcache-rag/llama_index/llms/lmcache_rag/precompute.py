@@ -1,0 +1,89 @@
+"""An ingestion step that computes the KV of each node once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
+from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from llama_index.llms.lmcache_rag.base import LmcacheRag
+
+from lmcache_rag.engine import PrecomputeReport
+from lmcache_rag.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+
+class KVPrecompute(TransformComponent):
+    """Computes and stores the KV of each node, behind the text that stands before the nodes in a prompt.
+
+    A node is computed as a query engine prompts it, `get_content(metadata_mode=MetadataMode.LLM)`, so this is the last
+    step of a pipeline that changes text or metadata. Nodes pass unchanged, and one whose KV is stored costs nothing.
+
+    Args:
+        llm: the model that will answer.
+        prompt: the template that the query engine fills in, with the variable `{context_str}`; by default LlamaIndex's
+            own for questions. Chunks are also reused behind other templates, with more repair.
+
+    Raises:
+        PromptError: no two prompts of the template begin alike; when called: a node does not fit the model.
+    """
+
+    scope: str = Field(description="Whose KV is computed: namespace, and fingerprint of the model.")
+    store: Path = Field(description="Where it is kept.")
+    preamble: str = Field(description="The text it is computed behind.")
+
+    _llm: LmcacheRag = PrivateAttr()
+    _last_report: PrecomputeReport | None = PrivateAttr(default=None)
+
+    def __init__(self, llm: LmcacheRag, prompt: BasePromptTemplate = DEFAULT_TEXT_QA_PROMPT_SEL) -> None:
+        settings = llm.engine.settings
+        fields: dict[str, Any] = {
+            "scope": f"{settings.namespace}/{llm.engine.model_fingerprint}",
+            "store": settings.store,
+            "preamble": llm.preamble(prompt),
+        }
+        super().__init__(**fields)
+        self._llm = llm
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "KVPrecompute"
+
+    @property
+    def last_report(self) -> PrecomputeReport | None:
+        """What became of the nodes of the last call; None before the first."""
+        return self._last_report
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        engine = self._llm.engine
+        texts = [node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in nodes]
+        chunks = [engine.tokenizer.encode(text, add_special_tokens=False) for text in texts if text]
+        self._last_report = report = engine.precompute(self._llm.token_ids(self.preamble), chunks)
+        if report.errors:
+            _log.warning("The KV of %d nodes could not be stored (%s).", len(report.errors), report.errors[0])
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """What a pipeline's cache knows this step by. It names the state of the store too, so that the cache never
+        hides that stored KV is gone."""
+        engine = self._llm.engine
+        state = repr(engine.store.generation(engine.chunk_store().scope.prefix))
+        digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+        return {**super().to_dict(**kwargs), "store": str(self.store), "stored": digest}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses, since LlamaIndex would drop the engine and go on."""
+        raise EngineError(
+            "KVPrecompute holds an engine and cannot go to another process: run the pipeline without num_workers."
+        )

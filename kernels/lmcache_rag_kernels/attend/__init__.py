@@ -1,0 +1,48 @@
+"""Dense causal attention of queries at scattered positions: in C++ on CPUs, in PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from torch import Tensor
+
+from lmcache_rag_kernels.attend import cpu, reference
+from lmcache_rag_kernels.attend.reference import attention_mass
+
+__all__ = ["attend", "attention_mass"]
+
+logger = logging.getLogger(__name__)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float, window: int | None, out: Tensor
+) -> None:
+    """Causal attention of queries at `positions` over keys at positions 0, 1, ...
+
+    Args:
+        query: `[queries, heads, head_size]`, RoPE applied. float32 or bfloat16 on a CPU, and a head size that is a
+            multiple of 8 up to 256, take the C++ kernel; all else is computed by PyTorch.
+        key, value: `[tokens, kv_heads, head_size]`; row i is position i. Head h of the query sees kv head
+            `h // (heads // kv_heads)`.
+        positions: int64 `[queries]`, ascending, each below `tokens`.
+        window: a query sees its own position and the `window - 1` before it; None for all.
+        out: `[queries, heads, head_size]`, written.
+
+    Raises:
+        ValueError: (C++ kernel) shapes do not fit each other, or positions are not as above.
+    """
+    if cpu.supports(query, key, value, positions, out):
+        if cpu.compiled():
+            cpu.attend(query, key, value, positions, scale=scale, window=window, out=out)
+            return
+        _say_not_compiled()
+    reference.attend(query, key, value, positions, scale=scale, window=window, out=out)
+
+
+@functools.cache
+def _say_not_compiled() -> None:
+    logger.warning(
+        "The C++ attention kernel is not compiled, so PyTorch computes attention, about three times slower. "
+        "Install a C++ compiler (GCC or Clang) and reinstall lmcache-rag-kernels."
+    )

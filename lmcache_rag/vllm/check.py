@@ -1,0 +1,229 @@
+"""`make check-vllm`: are the private interfaces of vLLM that we use still there, with the signatures we know?
+
+    python -m lmcache_rag.vllm.check [WHEEL ...]
+
+Reads the sources of the installed vLLM, or of downloaded wheels, without importing them (a CUDA wheel can be checked on
+any machine), prints what is missing, and exits with 1 where something is.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Source = Callable[[str], str | None]
+"""A file's text by its path within the vllm package; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method that is called or overridden with these parameters, by these names and in this order."""
+
+    path: str
+    name: str
+    parameters: tuple[str, ...]
+
+    def problem(self, source: Source) -> str:
+        node = _find(source, self.path, self.name)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return "is gone"
+        found = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        places = [found.index(name) if name in found else -1 for name in self.parameters]
+        if -1 in places or places != sorted(places):
+            return f"has parameters ({', '.join(found)}), expected ({', '.join(self.parameters)})"
+        required = len(node.args.args) - len(node.args.defaults)
+        new = [name for name in found[:required] if name not in (*self.parameters, "self", "cls")]
+        return f"has new required parameters ({', '.join(new)})" if new else ""
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """A class whose objects have these attributes: fields, properties, methods, or set in a method."""
+
+    path: str
+    name: str
+    attributes: tuple[str, ...]
+
+    def problem(self, source: Source) -> str:
+        node = _find(source, self.path, self.name)
+        if not isinstance(node, ast.ClassDef):
+            return "is gone"
+        found = {
+            child.attr
+            for child in ast.walk(node)
+            if isinstance(child, ast.Attribute) and isinstance(child.value, ast.Name) and child.value.id == "self"
+        }
+        for child in node.body:
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(child.name)
+            targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        missing = [name for name in self.attributes if name not in found]
+        return f"has no {', '.join(missing)}" if missing else ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of code that must stand in a function or class: behaviour that no signature shows."""
+
+    path: str
+    name: str
+    text: str
+
+    def problem(self, source: Source) -> str:
+        node = _find(source, self.path, self.name)
+        if node is None:
+            return "is gone"
+        return "" if self.text in ast.unparse(node) else f"does not contain `{self.text}` any more"
+
+
+_BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
+_ATTENTION = "model_executor/layers/attention/attention.py"
+_SCHEDULER = "v1/core/sched/scheduler.py"
+_UPDATE = ("self", "layer", "key", "value", "kv_cache", "slot_mapping")
+
+INTERFACES: tuple[Function | Attributes | Text, ...] = (
+    # The nested forward
+    Attributes("forward_context.py", "ForwardContext", ("no_compile_layers", "attn_metadata", "slot_mapping", "skip_compiled")),
+    Function("forward_context.py", "override_forward_context", ("forward_context",)),
+    Function(_ATTENTION, "get_attention_context", ("layer_name",)),
+    Text(_ATTENTION, "get_attention_context", "forward_context.no_compile_layers[layer_name]"),
+    Function(_ATTENTION, "unified_attention_with_output", ("query", "key", "value", "output", "layer_name")),
+    Text(_ATTENTION, "unified_attention_with_output", "self.impl.forward("),
+    Text(_ATTENTION, "unified_kv_cache_update", "if layer_slot_mapping is not None"),
+    Attributes(
+        _ATTENTION,
+        "Attention",
+        ("num_kv_heads", "head_size", "head_size_v", "sliding_window", "has_sink", "kv_sharing_target_layer_name", "impl", "kv_cache"),
+    ),
+    Attributes("model_executor/layers/rotary_embedding/base.py", "RotaryEmbeddingBase", ("cos_sin_cache", "is_neox_style")),
+    Function("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl.do_kv_cache_update", _UPDATE),
+    Function("v1/attention/backends/flash_attn.py", "FlashAttentionImpl.do_kv_cache_update", _UPDATE),
+    Function("v1/attention/backends/flashinfer.py", "FlashInferImpl.do_kv_cache_update", _UPDATE),
+    Function("v1/attention/backends/triton_attn.py", "TritonAttentionImpl.do_kv_cache_update", _UPDATE),
+    # The worker class
+    Attributes("v1/worker/gpu_worker.py", "Worker", ("load_model", "get_model", "determine_available_memory")),
+    Attributes("v1/worker/cpu_worker.py", "CPUWorker", ("determine_available_memory",)),
+    # The connector
+    Function(_BASE, "KVConnectorBase_V1.__init__", ("self", "vllm_config", "role", "kv_cache_config")),
+    Function(_BASE, "KVConnectorBase_V1.register_kv_caches", ("self", "kv_caches")),
+    Function(_BASE, "KVConnectorBase_V1.start_load_kv", ("self", "forward_context")),
+    Function(_BASE, "KVConnectorBase_V1.wait_for_layer_load", ("self", "layer_name")),
+    Function(_BASE, "KVConnectorBase_V1.save_kv_layer", ("self", "layer_name", "kv_layer", "attn_metadata")),
+    Function(_BASE, "KVConnectorBase_V1.wait_for_save", ("self",)),
+    Function(_BASE, "KVConnectorBase_V1.build_connector_worker_meta", ("self",)),
+    Function(_BASE, "KVConnectorBase_V1.on_new_request", ("self", "request")),
+    Function(_BASE, "KVConnectorBase_V1.get_num_new_matched_tokens", ("self", "request", "num_computed_tokens")),
+    Function(_BASE, "KVConnectorBase_V1.update_state_after_alloc", ("self", "request", "blocks", "num_external_tokens")),
+    Function(_BASE, "KVConnectorBase_V1.build_connector_meta", ("self", "scheduler_output")),
+    Function(_BASE, "KVConnectorBase_V1.update_connector_output", ("self", "connector_output")),
+    Function(_BASE, "KVConnectorBase_V1.request_finished", ("self", "request", "block_ids")),
+    Function(_BASE, "KVConnectorBase_V1.get_kv_connector_stats", ("self",)),
+    Function(_BASE, "KVConnectorBase_V1.build_kv_connector_stats", ("cls", "data")),
+    Function(
+        _BASE,
+        "KVConnectorBase_V1.build_prom_metrics",
+        ("cls", "vllm_config", "metric_types", "labelnames", "per_engine_labelvalues"),
+    ),
+    Function(_BASE, "KVConnectorWorkerMetadata.aggregate", ("self", "other")),
+    Attributes(
+        "distributed/kv_transfer/kv_connector/v1/metrics.py",
+        "KVConnectorStats",
+        ("data", "reset", "aggregate", "reduce", "is_empty"),
+    ),
+    Attributes("v1/kv_cache_interface.py", "KVCacheConfig", ("kv_cache_groups", "hash_block_size")),
+    Attributes("v1/outputs.py", "KVConnectorOutput", ("kv_connector_worker_meta",)),
+    # What the scheduler does with the connector's answers
+    Attributes("v1/core/sched/output.py", "SchedulerOutput", ("has_sync_kv_loads", "kv_connector_metadata")),
+    Text(_SCHEDULER, "Scheduler.schedule", "if ext_tokens is None:"),
+    Text(_SCHEDULER, "Scheduler.schedule", "has_sync_kv_loads = True"),
+    Text(_SCHEDULER, "Scheduler.add_request", "self.connector.on_new_request(request)"),
+    Attributes(
+        "v1/request.py",
+        "Request",
+        (
+            "request_id", "kv_transfer_params", "prompt_token_ids", "num_prompt_tokens", "cache_salt", "block_hashes",
+            "update_block_hashes", "lora_request", "mm_features", "prompt_embeds", "pooling_params", "resumable",
+            "skip_reading_prefix_cache",
+        ),
+    ),
+    Text("v1/core/kv_cache_utils.py", "get_request_block_hasher", "request.block_hashes[-1]"),
+    Text("v1/core/kv_cache_utils.py", "generate_block_hash_extra_keys", "request.cache_salt"),
+    # The engine in this process
+    Function("v1/engine/llm_engine.py", "LLMEngine.from_engine_args", ("cls", "engine_args")),
+    Function("v1/engine/llm_engine.py", "LLMEngine.add_request", ("self", "request_id", "prompt", "params")),
+    Function("v1/engine/llm_engine.py", "LLMEngine.abort_request", ("self", "request_ids")),
+    Function("v1/engine/llm_engine.py", "LLMEngine.step", ("self",)),
+    Attributes("v1/engine/core_client.py", "InprocClient", ("engine_core", "shutdown")),
+    Attributes("v1/engine/core.py", "EngineCore", ("scheduler",)),
+    Attributes(_SCHEDULER, "Scheduler", ("connector",)),
+)  # fmt: skip
+
+
+def problems(source: Source) -> list[str]:
+    """What is missing or different, one sentence each."""
+    found = []
+    for interface in INTERFACES:
+        problem = interface.problem(source)
+        if problem:
+            found.append(f"vllm/{interface.path}: {interface.name} {problem}")
+    return found
+
+
+def installed_source() -> Source:
+    """The installed vllm package. Raises `ModuleNotFoundError` where there is none."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("vllm is not installed")
+    root = Path(spec.origin).parent
+
+    def read(path: str) -> str | None:
+        file = root / path
+        return file.read_text() if file.is_file() else None
+
+    return read
+
+
+def wheel_source(wheel: Path) -> Source:
+    """The vllm package in a wheel."""
+    archive = zipfile.ZipFile(wheel)
+
+    def read(path: str) -> str | None:
+        try:
+            return archive.read(f"vllm/{path}").decode()
+        except KeyError:
+            return None
+
+    return read
+
+
+def main(arguments: list[str]) -> int:
+    """Check the installed vLLM, or the wheels named; the exit code."""
+    sources = {name: wheel_source(Path(name)) for name in arguments} or {"the installed vllm": installed_source()}
+    failed = False
+    for name, source in sources.items():
+        found = problems(source)
+        failed |= bool(found)
+        print(f"{name}: {len(INTERFACES) - len(found)} of {len(INTERFACES)} interfaces are as expected")
+        for problem in found:
+            print(f"  {problem}")
+    return int(failed)
+
+
+def _find(source: Source, path: str, name: str) -> ast.AST | None:
+    """The definition of `name`, `Class.method` for a method."""
+    text = source(path)
+    node: ast.AST | None = ast.parse(text) if text is not None else None
+    for part in name.split("."):
+        children = list(ast.walk(node)) if isinstance(node, ast.Module) else getattr(node, "body", [])
+        node = next((child for child in children if getattr(child, "name", None) == part), None)
+    return node
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""An index over real files with a real engine: updates do only what changed, and interruptions lose nothing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
+from lmcache_rag.corpus.corpus import OWN_STORE
+from lmcache_rag.engine import LocalEngine
+from lmcache_rag.errors import CorpusError
+from lmcache_rag.prompt import PromptFormat, completion_format
+
+FORM = PromptFormat(preamble="w4 w5 w6 w7 ", chunk=" {text} ", question=" w8 {question} w9")
+EMBEDDER = SentenceEmbedder()
+
+
+def text(seed: int, words: int = 60) -> str:
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(10, 380)}" for _ in range(words))
+
+
+def manifest(engine: LocalEngine, **changes: object) -> Manifest:
+    values = {
+        "model": "tiny",
+        "model_fingerprint": engine.model_fingerprint,
+        "tokenizer_fingerprint": engine.tokenizer_fingerprint,
+        "namespace": "default",
+        "store": OWN_STORE,
+        "prompt": FORM,
+        "chunk_tokens": 40,
+        "overlap_tokens": 0,
+        "embedding_model": EMBEDDER.name,
+    }
+    return Manifest(**{**values, **changes})
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(text(number))
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, llama: LocalEngine) -> Corpus:
+    return Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama))
+
+
+def update(corpus: Corpus, folder: Path) -> UpdateReport:
+    with updating(corpus.folder):
+        return corpus.update(corpus.plan_update([folder]))
+
+
+def stored(engine: LocalEngine) -> int:
+    return len(list(engine.store.list(engine.chunk_store().scope.prefix)))
+
+
+def test_only_what_changed_is_processed_and_what_is_gone_is_removed(
+    corpus: Corpus, documents: Path, llama: LocalEngine
+) -> None:
+    first = update(corpus, documents)
+    assert (first.added, first.chunks_computed) == (3, 6)
+    assert stored(llama) == 7  # and the preamble
+    again = update(corpus, documents)
+    assert (again.added, again.unchanged, again.chunks_computed) == (0, 3, 0)
+    (documents / "0.txt").write_text(text(0) + " " + text(9, 30))
+    (documents / "1.txt").unlink()
+    (documents / "3.txt").write_text(text(2))  # the same text as 2.txt
+    third = update(corpus, documents)
+    assert (third.added, third.changed, third.removed, third.unchanged) == (1, 1, 1, 1)
+    assert third.chunks_present == 1 + 2  # the changed document's start, and the copied document
+    assert third.chunks_computed == 2
+    (documents / "3.txt").unlink()
+    assert update(corpus, documents).removed == 1
+    assert stored(llama) == 1 + 3 + 2  # what 2.txt shares with the removed copy is kept
+
+
+def test_documents_elsewhere_are_left_alone(corpus: Corpus, documents: Path, tmp_path: Path) -> None:
+    update(corpus, documents)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.md").write_text(text(20))
+    report = update(corpus, other)
+    assert (report.added, report.removed) == (1, 0)
+
+
+def test_search_and_prompt(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    (documents / "rain.md").write_text("The rain gauge has a funnel of brass.")
+    update(corpus, documents)
+    hits = corpus.search("Of what is the funnel of the rain gauge made?", 2)
+    assert hits[0].path.endswith("rain.md") and hits[0].score > hits[1].score
+    plan = corpus.prompt("w20", hits)
+    assert len(plan.segments) == 2
+    assert llama.generate(plan).reuse.missed_tokens == 0
+    assert len(corpus.search("anything", 1000)) == 7
+
+
+def test_a_file_that_cannot_be_used_is_named_and_the_others_are_indexed(corpus: Corpus, documents: Path) -> None:
+    (documents / "bad.txt").write_bytes(b"\xff\xff")
+    report = update(corpus, documents)
+    assert report.added == 3
+    assert len(report.refused) == 1 and "bad.txt" in report.refused[0]
+
+
+def test_an_interruption_keeps_the_documents_done(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    plan = corpus.plan_update([documents])
+    done = 0
+
+    def interrupt(_tokens: int) -> None:
+        nonlocal done
+        done += 1
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.update(plan, interrupt)
+    assert len(corpus.search("anything", 100)) == 2  # the first document
+    report = update(corpus, documents)
+    assert (report.added, report.unchanged) == (2, 1)
+    assert report.chunks_present == 2  # what the interrupted document had stored already
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": "other"}, "another model"),
+        ({"model_fingerprint": "0" * 32}, "weights of the model"),
+        ({"tokenizer_fingerprint": "0" * 32}, "tokenizer"),
+        ({"prompt": completion_format()}, "preamble"),
+        ({"chunk_tokens": 41}, "chunk length"),
+        ({"namespace": "other"}, "namespace"),
+        ({"embedding_model": "other"}, "embedding model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_index_made_with_something_else(
+    corpus: Corpus, llama: LocalEngine, changes: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(CorpusError, match=problem):
+        Corpus(corpus.folder, llama, EMBEDDER, manifest(llama, **changes))
+
+
+def test_chunks_longer_than_the_context(tmp_path: Path, llama: LocalEngine) -> None:
+    with pytest.raises(CorpusError, match="do not fit the model's context of 1024"):
+        Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama, chunk_tokens=1020))
+    with pytest.raises(CorpusError, match="cannot overlap"):
+        Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama, overlap_tokens=40))
+    assert Manifest.read(tmp_path / "index") is None
+
+
+def test_a_second_process_is_kept_out(corpus: Corpus) -> None:
+    with (
+        updating(corpus.folder),
+        pytest.raises(CorpusError, match="Another process is indexing"),
+        updating(corpus.folder),
+    ):
+        pass
+
+
+def test_an_empty_index_says_so(corpus: Corpus) -> None:
+    with pytest.raises(CorpusError, match="is empty"):
+        corpus.search("anything", 3)
+
+
+def test_too_little_space_is_said_before_anything_is_computed(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    from dataclasses import replace
+
+    plan = replace(corpus.plan_update([documents]), free_bytes=1000)
+    with pytest.raises(CorpusError, match="free some space"):
+        corpus.update(plan)
+    assert stored(llama) == 0
+
+
+def test_a_damaged_manifest_or_index_says_what_to_do(corpus: Corpus, llama: LocalEngine) -> None:
+    corpus.close()
+    (corpus.folder / "index.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(CorpusError, match="index the documents again"):
+        Corpus(corpus.folder, llama, EMBEDDER, manifest(llama))
+    (corpus.folder / "manifest.json").write_text("{")
+    with pytest.raises(CorpusError, match="is damaged"):
+        Manifest.read(corpus.folder)

@@ -1,0 +1,60 @@
+"""Finding and reading files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.corpus import find_files, read_document
+from lmcache_rag.errors import CorpusError
+
+
+def test_text_and_markdown_files_below_folders(tmp_path: Path) -> None:
+    for name in ("a.md", "sub/b.txt", "sub/C.MD", "sub/d.pdf", ".hidden/e.md", "sub/.f.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    found = find_files([tmp_path, tmp_path / "a.md"])
+    assert [path.relative_to(tmp_path.resolve()).as_posix() for path in found] == ["a.md", "sub/C.MD", "sub/b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda path: path.mkdir(), "No text or Markdown files"),
+        (lambda path: None, "is not there"),
+        (lambda path: path.write_bytes(b"x"), "is no text or Markdown file"),
+    ],
+    ids=["empty folder", "not there", "other format"],
+)
+def test_nothing_to_find(tmp_path: Path, make, problem: str) -> None:
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(CorpusError, match=problem):
+        find_files([path])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe\x00\x01", "is not UTF-8 text"),
+        (b"text\0text", "binary"),
+        (b" \n\t ", "has no text"),
+    ],
+)
+def test_what_is_no_text(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "file.md"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=problem):
+        read_document(path)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read_document(tmp_path / "gone.md")
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    assert read_document(path).text == "hello"

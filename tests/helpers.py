@@ -1,0 +1,58 @@
+"""What several tests need: prompts of random tokens, and log-probabilities as tensors."""
+
+from __future__ import annotations
+
+import random
+import uuid
+
+import torch
+
+from lmcache_rag.engine import Completion, LocalEngine, Sampling
+from lmcache_rag.prompt import PromptPlan
+from lmcache_rag.vllm.request import BlendOptions
+
+OFF = BlendOptions(mode="off")
+
+
+def random_plan(
+    seed: int, *, preamble: int = 21, chunks: tuple[int, ...] = (90, 47, 120), rest: int = 13
+) -> PromptPlan:
+    """A prompt of random tokens of a tiny model."""
+    draw = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(4, 380) for _ in range(count)]
+
+    return PromptPlan.assemble(tokens(preamble), [tokens(count) for count in chunks], tokens(rest))
+
+
+def parts(plan: PromptPlan) -> tuple[list[int], list[list[int]], list[int]]:
+    """Preamble, chunks and rest of a plan, as token ids."""
+    ids = list(plan.token_ids)
+    chunks = [ids[segment.start : segment.end] for segment in plan.segments]
+    return ids[: plan.preamble_length], chunks, ids[plan.segments[-1].end :]
+
+
+def ingest(engine: LocalEngine, plan: PromptPlan) -> None:
+    """Precompute all chunks of a plan behind its preamble."""
+    preamble, chunks, _ = parts(plan)
+    assert not engine.precompute(preamble, chunks).errors
+
+
+def answer(
+    engine: LocalEngine, plan: PromptPlan, options: BlendOptions, salt: str | None = None, tokens: int = 4
+) -> tuple[torch.Tensor, Completion]:
+    """Log-probabilities `[tokens, vocabulary]` of a greedy answer, and the whole of it; by default with a fresh salt."""
+    salt = salt or uuid.uuid4().hex
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True, logprobs=-1)
+    done = engine.generate(plan, sampling, options, cache_salt=salt)
+    rows = [torch.tensor([row[token] for token in sorted(row)]) for row in done.logprobs]
+    return torch.stack(rows), done
+
+
+def noise(engine: LocalEngine, plan: PromptPlan, tokens: int = 4) -> float:
+    """vLLM's own difference between computing a prompt from its start and behind a cached prefix."""
+    salt = uuid.uuid4().hex
+    cold, _ = answer(engine, plan, OFF, salt, tokens)
+    warm, _ = answer(engine, plan, OFF, salt, tokens)
+    return max(float((cold - warm).abs().max()), 1e-6)

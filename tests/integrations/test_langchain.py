@@ -1,0 +1,257 @@
+"""The LangChain integration on a real engine: a retrieval chain, streaming, asyncio, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core")
+
+import langchain_lmcache_rag as package
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.runnables import ConfigurableField, Runnable, RunnablePassthrough
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_lmcache_rag import ChatLmcacheRag, KVRetriever
+from langchain_lmcache_rag.prompts import plain_text
+from pydantic import ValidationError
+
+from lmcache_rag.engine import LocalEngine
+from lmcache_rag.errors import EngineError, PromptError
+from tests.integrations.words import word_vector
+
+PROMPT = ChatPromptTemplate.from_messages(
+    [
+        ("system", "Answer the question from the passages."),
+        ("human", "Passages:\n{context}\n\nQuestion: {question}\nAnswer:"),
+    ]
+)
+
+
+class WordEmbeddings(Embeddings):
+    """See `word_vector`."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [word_vector(text) for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        return word_vector(text)
+
+
+@pytest.fixture
+def documents(corpus_texts: dict[str, str]) -> list[Document]:
+    """A document per section."""
+    return [
+        Document(page_content=section.strip(), metadata={"file": name})
+        for name, text in corpus_texts.items()
+        for section in re.split(r"\n(?=## )", text)
+    ]
+
+
+@pytest.fixture
+def llm(smollm: LocalEngine) -> ChatLmcacheRag:
+    return ChatLmcacheRag(engine=smollm, max_tokens=12)
+
+
+def retriever_of(documents: list[Document], llm: ChatLmcacheRag, **values: Any) -> KVRetriever:
+    store = InMemoryVectorStore.from_documents(documents, WordEmbeddings())
+    found = store.as_retriever(search_kwargs={"k": 3})
+    return KVRetriever(**{"retriever": found, "llm": llm, "prompt": PROMPT, **values})
+
+
+def format_docs(documents: list[Document]) -> str:
+    return "\n\n".join(document.page_content for document in documents)
+
+
+def chain_of(retriever: KVRetriever, llm: Runnable[Any, AIMessage]) -> Runnable[str, AIMessage]:
+    return {"context": retriever | format_docs, "question": RunnablePassthrough()} | PROMPT | llm
+
+
+def assert_mostly_reused(answer: AIMessage) -> None:
+    reuse = answer.response_metadata["reuse"]
+    assert reuse["mode"] == "blend"
+    assert reuse["reused_tokens"] > reuse["prompt_tokens"] / 2
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["input_tokens"] == reuse["prompt_tokens"]
+    assert answer.response_metadata["ttft_s"] > 0
+
+
+def test_all() -> None:
+    assert sorted(package.__all__) == ["ChatLmcacheRag", "KVRetriever"]
+    assert all(hasattr(package, name) for name in package.__all__)
+
+
+@pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"])
+def test_chain_reuses_found_documents(
+    llm: ChatLmcacheRag, documents: list[Document], question: str, chat_template: bool
+) -> None:
+    llm.chat_template = chat_template
+    retriever = retriever_of(documents, llm)
+    answer = chain_of(retriever, llm).invoke(question)
+    assert retriever.last_report is not None
+    assert retriever.last_report.computed == 3
+    assert answer.text.strip()
+    assert_mostly_reused(answer)
+    if not chat_template:
+        assert answer.response_metadata["reuse"]["foreign_tokens"] == 0
+    chain_of(retriever, llm).invoke(question)
+    assert (retriever.last_report.computed, retriever.last_report.present) == (0, 3)
+
+
+def test_streaming_and_asynchronous_answers_are_the_same(
+    llm: ChatLmcacheRag, documents: list[Document], question: str
+) -> None:
+    retriever = retriever_of(documents, llm)
+    report = retriever.precompute(documents)
+    assert (report.computed, report.errors) == (len(documents), [])
+    chain = chain_of(retriever, llm) | StrOutputParser()
+    answer = chain.invoke(question)
+    pieces = list(chain.stream(question))
+
+    async def asked() -> tuple[str, list[str]]:
+        return await chain.ainvoke(question), [piece async for piece in chain.astream(question)]
+
+    whole, later_pieces = asyncio.run(asked())
+    assert answer == "".join(pieces) == whole == "".join(later_pieces)
+    assert len([piece for piece in pieces if piece]) > 3
+    assert len([piece for piece in later_pieces if piece]) > 3
+    assert retriever.last_report is not None
+    assert retriever.last_report.computed == 0
+
+
+def test_tokens_stream_while_others_are_computed(llm: ChatLmcacheRag) -> None:
+    """The event loop runs on between tokens, and several requests share the engine."""
+
+    log: list[str] = []
+
+    async def streamed(prompt: str) -> None:
+        async for piece in llm.astream(prompt):
+            if piece.text:
+                log.append(prompt)  # noqa: PERF401  # each as it comes: the other's stand in between
+
+    async def both() -> None:
+        await asyncio.gather(streamed("One, two, three,"), streamed("Monday, Tuesday,"))
+
+    asyncio.run(both())
+    turns = sum(before != after for before, after in itertools.pairwise(log))
+    assert turns > 3
+
+
+def test_off_reuses_nothing(llm: ChatLmcacheRag, documents: list[Document], question: str) -> None:
+    answer = chain_of(retriever_of(documents, llm), llm.bind(mode="off")).invoke(question)
+    reuse = answer.response_metadata["reuse"]
+    assert (reuse["mode"], reuse["reused_tokens"], reuse["bytes_loaded"]) == ("off", 0, 0)
+
+
+def test_document_prompt(llm: ChatLmcacheRag, documents: list[Document]) -> None:
+    text = f"From {documents[0].metadata['file']}: {documents[0].page_content}"
+    by_template = retriever_of(documents, llm, document_prompt="From {file}: {page_content}")
+    by_function = retriever_of(documents, llm, document_prompt=lambda d: f"From {d.metadata['file']}: {d.page_content}")
+    assert by_template.text_of(documents[0]) == by_function.text_of(documents[0]) == text
+    assert by_template.precompute(documents[:1]).computed == 1
+    assert by_function.precompute(documents[:1]).present == 1
+
+
+@pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"])
+def test_preamble_begins_the_prompt(llm: ChatLmcacheRag, chat_template: bool) -> None:
+    llm.chat_template = chat_template
+    retriever = retriever_of([Document("x")], llm)
+    prompt = llm.prompt_text(PROMPT.invoke({"context": "FOUND", "question": "ASKED"}).to_messages())
+    assert prompt.partition("FOUND")[0] == retriever.preamble
+    assert "system" in retriever.preamble if chat_template else retriever.preamble.startswith("Answer the question")
+
+
+def test_other_kinds_of_prompt(llm: ChatLmcacheRag) -> None:
+    text = "Use this: {context}\nAnswer {question}"
+    assert retriever_of([], llm, prompt=text).preamble == "Use this: "
+    assert retriever_of([], llm, prompt=PromptTemplate.from_template(text)).preamble == "Use this: "
+    partial = ChatPromptTemplate.from_template("{manner} {docs} {question}").partial(manner="Be brief:")
+    assert retriever_of([], llm, prompt=partial, context="docs").preamble == "Be brief: "
+    history = ChatPromptTemplate.from_messages(
+        [("system", "Facts: {context}"), MessagesPlaceholder("history"), ("human", "{question}")]
+    )
+    assert retriever_of([], llm, prompt=history).preamble == "Facts: "
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ("No place for documents: {question}", "no variable {context}"),
+        ("{question} {context}", "{question} stands before {context}"),
+        (ChatPromptTemplate([MessagesPlaceholder("history"), ("human", "{context}")]), "{history} stands before"),
+    ],
+    ids=["missing", "behind", "history"],
+)
+def test_unusable_prompts_are_refused(llm: ChatLmcacheRag, prompt: Any, complaint: str) -> None:
+    with pytest.raises(PromptError, match=re.escape(complaint)):
+        retriever_of([], llm, prompt=prompt)
+
+
+def test_plain_text() -> None:
+    assert plain_text([SystemMessage("Be brief."), HumanMessage("Q?\nAnswer:")]) == "Be brief.\n\nQ?\nAnswer:"
+    turns = [HumanMessage("Hello"), AIMessage("Hi."), HumanMessage([{"type": "text", "text": "Who?"}])]
+    assert plain_text(turns) == "User: Hello\n\nAssistant: Hi.\n\nUser: Who?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (HumanMessage([{"type": "image", "url": "https://example.org/a.png"}]), "image"),
+        (ToolMessage("4", tool_call_id="1"), "ToolMessage"),
+    ],
+    ids=["image", "tool"],
+)
+def test_only_text_is_read(llm: ChatLmcacheRag, message: Any, complaint: str) -> None:
+    with pytest.raises(PromptError, match=complaint):
+        llm.invoke([message])
+
+
+def test_stop(llm: ChatLmcacheRag) -> None:
+    text = llm.invoke("Count: one, two, three, four,").text
+    word = text.split()[2]
+    answer = llm.invoke("Count: one, two, three, four,", stop=[word])
+    assert answer.text == text[: text.index(word)]
+    assert answer.response_metadata["finish_reason"] == "stop"
+    assert "".join(piece.text for piece in llm.bind(stop=[word]).stream("Count: one, two, three, four,")) == answer.text
+
+
+def test_tokens_are_the_engines_own(llm: ChatLmcacheRag) -> None:
+    answer = llm.invoke("Hello")
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["input_tokens"] == llm.get_num_tokens("Hello")
+
+
+def test_configurable_fields(llm: ChatLmcacheRag) -> None:
+    configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="longest"))
+    answer = configurable.with_config(configurable={"longest": 2}).invoke("One, two,")
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({"max_tokens": 0}, "max_tokens"), ({"tools": []}, "tools"), ({"selector": "best"}, "selector")],
+    ids=["value", "unknown", "blend"],
+)
+def test_wrong_arguments_name_the_field(llm: ChatLmcacheRag, arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(PromptError, match=complaint):
+        llm.invoke("Hello", **arguments)
+
+
+def test_wrong_fields_are_refused(smollm: LocalEngine) -> None:
+    with pytest.raises(ValidationError, match="max_token"):
+        ChatLmcacheRag(engine=smollm, max_token=5)
+    with pytest.raises(EngineError, match="engine="):
+        ChatLmcacheRag()
+
+
+def test_too_long_a_prompt(llm: ChatLmcacheRag) -> None:
+    with pytest.raises(PromptError, match="tokens"):
+        llm.invoke("word " * 5000)

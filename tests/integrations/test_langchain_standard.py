@@ -1,0 +1,93 @@
+"""LangChain's own conformance suite, on a real engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_tests")
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from langchain_lmcache_rag import ChatLmcacheRag
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from lmcache_rag.engine import LocalEngine
+
+
+class OnEngine:
+    """What both suites are told: the model, and what it does not do."""
+
+    engine: LocalEngine
+
+    @pytest.fixture(autouse=True)
+    def _started(self, smollm: LocalEngine) -> None:
+        self.engine = smollm
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatLmcacheRag
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"engine": self.engine}
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return False
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False
+
+    @property
+    def supports_model_override(self) -> bool:
+        return False  # an engine has one model
+
+
+class TestUnit(OnEngine, ChatModelUnitTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without what belongs to a remote service: a key, a timeout, retries."""
+        return {"temperature": 0, "max_tokens": 100, "stop": []}
+
+
+@pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"], scope="class")
+class TestIntegration(OnEngine, ChatModelIntegrationTests):
+    chat_template: bool
+
+    @pytest.fixture(autouse=True)
+    def _form(self, chat_template: bool) -> None:
+        self.chat_template = chat_template
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"engine": self.engine, "max_tokens": 8, "chat_template": self.chat_template}
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[str, list[str]]:  # type: ignore[override]
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        """An answer over a text whose KV is stored."""
+        source = Path(__file__).read_text()
+        text = source[-600:] if stream else source[:600]
+        llm = ChatLmcacheRag(**self.chat_model_params)
+        self.engine.precompute([], [self.engine.tokenizer.encode(text, add_special_tokens=False)])
+        if not stream:
+            answer = llm.invoke(text)
+        else:
+            pieces = list(llm.stream(text))
+            answer = pieces[0]
+            for piece in pieces[1:]:
+                answer += piece
+        assert answer.usage_metadata is not None
+        assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
+        return answer

@@ -1,0 +1,196 @@
+"""The command line, on a tiny model and real files: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lmcache_rag.cli import app
+from lmcache_rag.errors import LmcacheRagError
+from tests.corpus.test_corpus import text
+from tests.models import make_tiny
+
+pytestmark = pytest.mark.usefixtures("no_engine")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.txt").write_text(text(number))
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result: Result) -> str:
+    """The sentence that `main` would print; exit code 1 goes with it."""
+    assert isinstance(result.exception, LmcacheRagError), result.output
+    return str(result.exception)
+
+
+def test_index_then_ask(tmp_path: Path, model: Path, documents: Path) -> None:
+    folder = tmp_path / "index"
+    options = ["--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]
+    first = run("index", documents, *options)
+    assert first.exit_code == 0, first.output
+    assert "2 added" in first.output and "4 passages computed" in first.output
+    again = run("index", documents, *options)
+    assert "2 unchanged; 0 passages computed" in " ".join(again.output.split())
+    asked = run("ask", "w20 w30", "--index", folder, "--dtype", "float32", "--json", "--compare", "--max-tokens", 5)
+    assert asked.exit_code == 0, asked.output
+    result = json.loads(asked.stdout)
+    assert set(result) == {"answer", "sources", "reuse", "ttft_s", "plain"}
+    assert {"path", "text"} <= set(result["sources"][0])
+    assert result["reuse"]["mode"] == "blend" and result["reuse"]["missed_tokens"] == 0
+    assert result["ttft_s"] > 0 and result["plain"]["ttft_s"] > 0
+    shown = run("ask", "w20 w30", "--index", folder, "--dtype", "float32", "--max-tokens", 5)
+    assert "0.txt" in shown.output and "reused" in shown.output and "TTFT" in shown.output
+
+
+def test_an_index_of_another_model_or_store(tmp_path: Path, model: Path, documents: Path) -> None:
+    folder = tmp_path / "index"
+    run("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32")
+    assert "made with the model" in error_of(run("ask", "w20", "--index", folder, "--model", "other/model"))
+    assert "keeps its KV in" in error_of(run("index", documents, "--index", folder, "--store", tmp_path / "kv"))
+    assert "chunk length" in error_of(
+        run("index", documents, "--index", folder, "--chunk-tokens", 50, "--dtype", "float32")
+    )
+    weights = model / "model.safetensors"
+    original = weights.read_bytes()
+    try:
+        weights.write_bytes(original[:-4] + b"\0\0\0\0")
+        assert "weights of the model" in error_of(run("ask", "w20", "--index", folder, "--dtype", "float32"))
+    finally:
+        weights.write_bytes(original)
+
+
+def test_files_that_cannot_be_used_are_named_and_the_exit_code_says_so(
+    tmp_path: Path, model: Path, documents: Path
+) -> None:
+    (documents / "bad.md").write_bytes(b"\xff\xff")
+    folder = tmp_path / "index"
+    result = run("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32")
+    assert result.exit_code == 1
+    assert "2 added" in result.output and "bad.md is not UTF-8 text" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["index", "nowhere"], "nowhere is not there"),
+        (["index", ".", "--chunk-tokens", "3"], "chunk_tokens"),
+        (["index", ".", "--namespace", "a/b"], "namespace"),
+        (["index", ".", "--prompt", "poem"], "prompt"),
+        (["ask", "why?", "--ratio", "1.5"], "ratio"),
+        (["ask", "why?", "--selector", "best"], "selector"),
+        (["ask", "why?"], "There is no index in .lmcache-rag"),
+        (["ask", " "], "The question is empty"),
+        (["bench", "ttft", "--ratios", "0.1,2"], "ratio"),
+        (["bench", "ttft", "--selectors", "best"], "selector"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert problem in error_of(run(*arguments))
+    assert not (tmp_path / ".lmcache-rag").exists()
+
+
+def test_an_empty_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "No text or Markdown files" in error_of(run("index", tmp_path / "empty", "--index", tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_question_longer_than_the_context(tmp_path: Path, model: Path, documents: Path) -> None:
+    folder = tmp_path / "index"
+    run("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32")
+    question = " ".join(["w20"] * 1100)
+    assert "use fewer or shorter passages" in error_of(run("ask", question, "--index", folder, "--dtype", "float32"))
+
+
+def test_folders_that_cannot_be_made(tmp_path: Path, documents: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in error_of(run("index", documents, "--index", tmp_path / "file" / "index"))
+    result = run("index", documents, "--index", tmp_path / "index", "--store", tmp_path / "file" / "kv")
+    assert "cannot be written to" in error_of(result)
+
+
+def test_bench_ttft(tmp_path: Path, model: Path) -> None:
+    rows_file = tmp_path / "rows.json"
+    result = run(
+        "bench", "ttft", "--model", model, "--dtype", "float32", "--chunks", 2, "--chunk-tokens", 100, "--ratios",
+        "0.05,0.15", "--repeat", 1, "--json", rows_file,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(rows_file.read_text())
+    assert [row["mode"] for row in rows] == ["full", "prefix_cache", "reuse", "blend", "blend", "ingest"]
+    fields = {"mode", "selector", "ratio", "prompt_tokens", "ttft_median_s", "speedup_vs_full", "threads"}
+    assert all(set(row) == fields for row in rows[:-1])
+    assert {"mode", "tokens", "seconds", "vs_plain_prefill"} <= set(rows[-1])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lmcache_rag", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_and_a_second_process(tmp_path: Path, model: Path, documents: Path) -> None:
+    for number in range(2, 400):
+        (documents / f"{number}.txt").write_text(text(number, 400))
+    folder = tmp_path / "index"
+    arguments = ["index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]
+    first = start(*arguments)
+    wait_for(folder / "kv" / "default", first)
+    second = start(*arguments)
+    output = second.communicate(timeout=120)
+    assert second.returncode == 1 and "Another process is indexing" in " ".join(output[1].split()), output
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=120)
+    assert first.returncode == 130 and "Interrupted" in output[1], output
+    asked = run("ask", "w20", "--index", folder, "--dtype", "float32", "--json", "--max-tokens", 2)
+    assert asked.exit_code == 0, asked.output
+    assert json.loads(asked.stdout)["sources"]
+
+
+def test_killed_while_indexing(tmp_path: Path, model: Path, documents: Path) -> None:
+    for number in range(2, 60):
+        (documents / f"{number}.txt").write_text(text(number, 400))
+    folder = tmp_path / "index"
+    arguments = ["index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]
+    process = start(*arguments)
+    wait_for(folder / "kv" / "default", process)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    asked = run("ask", "w20", "--index", folder, "--dtype", "float32", "--json", "--max-tokens", 2)
+    assert json.loads(asked.stdout)["reuse"]["missed_tokens"] == 0

@@ -1,0 +1,347 @@
+"""Blending inside vLLM beyond the plain case: misses, other preambles, automatic matching, isolation, and load."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
+from lmcache_rag.engine import Completion, LocalEngine, Sampling
+from lmcache_rag.errors import PromptError
+from lmcache_rag.prompt import PromptPlan
+from lmcache_rag.vllm.request import BlendOptions
+from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
+
+REUSE = BlendOptions(selector="none", ratio=0.0)
+REPAIR = BlendOptions(selector="query", ratio=0.2)
+
+
+def path_of(engine: LocalEngine, token_ids: list[int], variant: str) -> Path:
+    return engine.store.root.joinpath(*engine.chunk_store().name(token_ids, variant).split("/"))
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "absent": (Path.unlink, "absent"),
+    "flipped bit": (flip_last_byte, "corrupt"),
+    "half written": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "corrupt"),
+    "empty": (lambda path: path.write_bytes(b""), "corrupt"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_miss_is_computed_in_full_and_reported(llama: LocalEngine, damage: str, which: int) -> None:
+    plan = random_plan(11)
+    ingest(llama, plan)
+    preamble, chunks, _ = parts(plan)
+    do, reason = DAMAGES[damage]
+    do(path_of(llama, chunks[which], variant_of(preamble)))
+    tolerance = 20 * noise(llama, plan)
+    expected, _ = answer(llama, plan, OFF)
+    found, done = answer(llama, plan, BlendOptions(selector="all"))
+    assert done.reuse.misses == {reason: len(chunks[which])}
+    assert done.reuse.missed_tokens == len(chunks[which])
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    _, done = answer(llama, plan, REPAIR)
+    assert done.reuse.mode == "blend" and done.reuse.missed_tokens == len(chunks[which])
+
+
+def test_a_corrupt_object_is_computed_again_at_the_next_ingest(llama: LocalEngine) -> None:
+    plan = random_plan(12)
+    ingest(llama, plan)
+    preamble, chunks, _ = parts(plan)
+    path = path_of(llama, chunks[1], variant_of(preamble))
+    good = path.read_bytes()
+    flip_last_byte(path)
+    answer(llama, plan, REUSE)
+    report = llama.precompute(preamble, chunks)
+    assert (report.computed, report.present) == (1, 2)
+    stored = torch.frombuffer(bytearray(path.read_bytes()[-1024:]), dtype=torch.float32)
+    torch.testing.assert_close(
+        stored, torch.frombuffer(bytearray(good[-1024:]), dtype=torch.float32), atol=1e-5, rtol=0
+    )
+
+
+def test_misses_at_the_end_are_left_to_vllm(llama: LocalEngine) -> None:
+    plan = random_plan(13)
+    preamble, chunks, rest = parts(plan)
+    llama.precompute(preamble, chunks[:2])
+    _, done = answer(llama, plan, REUSE)
+    reuse = done.reuse
+    assert reuse.misses == {"absent": len(chunks[2])}
+    assert reuse.vllm_tokens == len(rest)
+    assert reuse.reused_tokens == len(preamble) + len(chunks[0]) + len(chunks[1])
+
+
+def test_nothing_stored_is_plain_prefill(llama: LocalEngine) -> None:
+    plan = random_plan(14)
+    expected, _ = answer(llama, plan, OFF)
+    found, done = answer(llama, plan, REPAIR)
+    assert done.reuse.mode == "plain" and done.reuse.reason == "no chunk of the prompt is stored"
+    assert done.reuse.missed_tokens == sum(segment.length for segment in plan.segments)
+    assert torch.equal(found, expected)
+
+
+def test_mostly_missing_is_plain_prefill(llama: LocalEngine) -> None:
+    plan = random_plan(15, chunks=(200, 40))
+    preamble, chunks, _ = parts(plan)
+    llama.precompute(preamble, chunks[1:])
+    _, done = answer(llama, plan, REPAIR)
+    assert done.reuse.mode == "plain" and done.reuse.missed_tokens == 200
+
+
+def test_off_is_untouched_vllm(llama: LocalEngine) -> None:
+    plan = random_plan(16)
+    before, _ = answer(llama, plan, OFF)
+    ingest(llama, plan)
+    after, done = answer(llama, plan, OFF)
+    assert done.reuse.mode == "off" and done.reuse.reused_tokens == 0
+    assert torch.equal(before, after)
+
+
+def test_another_preamble_gets_a_larger_budget_and_is_reported(llama: LocalEngine) -> None:
+    plan = random_plan(17)
+    ingest(llama, plan)
+    _, chunks, rest = parts(plan)
+    other = PromptPlan.assemble(list(range(50, 80)), chunks, rest)
+    _, done = answer(llama, other, REPAIR)
+    total = sum(map(len, chunks))
+    assert done.reuse.foreign_tokens == total
+    assert done.reuse.exact_tokens == 0
+    assert done.reuse.unknown_tokens == 30
+    assert done.reuse.recomputed_tokens == -(-total * 2 // 5)
+
+
+def test_own_variant_is_preferred(llama: LocalEngine) -> None:
+    plan = random_plan(18)
+    ingest(llama, plan)
+    _, chunks, rest = parts(plan)
+    other = PromptPlan.assemble(list(range(50, 80)), chunks, rest)
+    ingest(llama, other)
+    for prompt in (plan, other):
+        _, done = answer(llama, prompt, REUSE)
+        assert done.reuse.foreign_tokens == 0 and done.reuse.unknown_tokens == 0
+
+
+def test_chunks_are_found_without_being_marked(llama: LocalEngine) -> None:
+    plan = random_plan(19)
+    ingest(llama, plan)
+    marked, by_mark = answer(llama, plan, REPAIR)
+    preamble, chunks, rest = parts(plan)
+    done = llama.generate(plan.token_ids, Sampling(max_tokens=4, ignore_eos=True, logprobs=-1), REPAIR, cache_salt="x")
+    found = torch.stack([torch.tensor([row[token] for token in sorted(row)]) for row in done.logprobs])
+    assert done.reuse.reused_tokens == by_mark.reuse.reused_tokens
+    assert torch.equal(found, marked)
+    # Other text around and between, and the first and last tokens merged away.
+    prompt = [*range(50, 60), *chunks[2][2:], 7, 8, 9, *chunks[0][:-1], *rest]
+    done = llama.generate(prompt, Sampling(max_tokens=1), REPAIR)
+    assert done.reuse.foreign_tokens == len(chunks[2]) - 2 + len(chunks[0]) - 1
+    assert done.reuse.unknown_tokens == 13
+
+
+def test_automatic_parts_are_exact_where_everything_is_recomputed(llama: LocalEngine) -> None:
+    plan = random_plan(20, chunks=(150, 120))
+    ingest(llama, plan)
+    _, chunks, rest = parts(plan)
+    prompt = PromptPlan.assemble([9, 8, 7], [[*chunks[1][30:], 5, *chunks[0][:100], *rest]], [])
+    prompt = PromptPlan(prompt.token_ids, 3, ())
+    tolerance = 20 * noise(llama, prompt)
+    expected, _ = answer(llama, prompt, OFF)
+    found, done = answer(llama, prompt, BlendOptions(selector="all"))
+    assert done.reuse.recomputed_tokens == 190
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_blended_kv_never_reaches_exact_requests(llama: LocalEngine) -> None:
+    """The same caller's salt, the same tokens: whatever was blended before, `off` gives the same logits."""
+    plan = random_plan(21, preamble=70)
+    ingest(llama, plan)
+    exact, _ = answer(llama, plan, OFF)
+    reused, _ = answer(llama, plan, REUSE, "salt")
+    assert float((reused - exact).abs().max()) > 0.01, "the blend must differ for this test to mean anything"
+    found, done = answer(llama, plan, OFF, "salt")
+    torch.testing.assert_close(found, exact, atol=20 * noise(llama, plan), rtol=0)
+    longer = PromptPlan.assemble(list(plan.token_ids), [[5] * 40], [6])
+    expected, _ = answer(llama, longer, OFF)
+    found, _ = answer(llama, longer, OFF, "salt")
+    torch.testing.assert_close(found, expected, atol=20 * noise(llama, plan), rtol=0)
+
+
+def test_blends_of_different_kinds_are_kept_apart_and_equal_ones_are_shared(llama: LocalEngine) -> None:
+    plan = random_plan(22, preamble=70)
+    ingest(llama, plan)
+    fresh, _ = answer(llama, plan, REPAIR)
+    answer(llama, plan, REUSE, "salt")
+    found, done = answer(llama, plan, REPAIR, "salt")
+    assert done.reuse.mode == "blend"
+    torch.testing.assert_close(found, fresh, atol=20 * noise(llama, plan), rtol=0)
+    again, done = answer(llama, plan, REPAIR, "salt")
+    assert done.reuse.reason == "in the local prefix cache already"
+    assert torch.equal(again.argmax(-1), fresh.argmax(-1))
+
+
+def test_exact_prefix_hits_are_kept(llama: LocalEngine) -> None:
+    """A preamble that vLLM has computed for another request is not computed or loaded again into other blocks."""
+    plan = random_plan(23, preamble=100)
+    ingest(llama, plan)
+    llama.generate(plan.token_ids[:100], Sampling(max_tokens=1), OFF, cache_salt="shared")
+    expected, _ = answer(llama, plan, REPAIR)
+    found, done = answer(llama, plan, REPAIR, "shared")
+    assert done.reuse.local_tokens == 96  # whole blocks of 32
+    torch.testing.assert_close(found, expected, atol=20 * noise(llama, plan), rtol=0)
+
+
+def test_namespaces_see_nothing_of_each_other(llama: LocalEngine) -> None:
+    plan = random_plan(24)
+    ingest(llama, plan)
+    other = REUSE.model_copy(update={"namespace": "other"})
+    _, done = answer(llama, plan, other)
+    assert done.reuse.mode == "plain" and done.reuse.bytes_loaded == 0
+    done = llama.generate(plan.token_ids, Sampling(max_tokens=1), BlendOptions(namespace="other"), cache_salt="auto")
+    assert done.reuse.mode == "plain"
+
+
+def test_several_requests_at_once(llama: LocalEngine) -> None:
+    plans = [random_plan(seed, chunks=(60, 80)) for seed in range(30, 38)]
+    for plan in plans:
+        ingest(llama, plan)
+    alone = [answer(llama, plan, REPAIR)[0] for plan in plans]
+
+    async def together() -> list[Completion]:
+        sampling = Sampling(max_tokens=4, ignore_eos=True, logprobs=-1)
+        requests = [llama.agenerate(plan, sampling, REPAIR, cache_salt="together") for plan in plans]
+        requests += [llama.agenerate(plan, sampling, OFF, cache_salt="plain") for plan in plans]
+        return await asyncio.gather(*requests)
+
+    done = asyncio.run(together())
+    tolerance = 20 * noise(llama, plans[0])
+    for expected, completion in zip(alone, done[: len(plans)], strict=True):
+        assert completion.reuse.mode == "blend"
+        found = torch.stack([torch.tensor([row[token] for token in sorted(row)]) for row in completion.logprobs])
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert all(completion.reuse.mode == "off" for completion in done[len(plans) :])
+
+
+def test_a_question_longer_than_a_step_is_chunked_by_vllm(llama: LocalEngine) -> None:
+    plan = random_plan(40, chunks=(100, 60), rest=400)
+    ingest(llama, plan)
+    tolerance = 20 * noise(llama, plan)
+    expected, _ = answer(llama, plan, OFF)
+    found, done = answer(llama, plan, BlendOptions(selector="all"))
+    assert done.reuse.vllm_tokens == 400
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    _, done = answer(llama, plan, REPAIR)
+    assert done.reuse.recomputed_tokens == 32
+
+
+def test_a_prompt_that_ends_in_a_chunk(llama: LocalEngine) -> None:
+    plan = random_plan(41, chunks=(100, 60), rest=0)
+    ingest(llama, plan)
+    tolerance = 20 * noise(llama, plan)
+    expected, _ = answer(llama, plan, OFF)
+    found, done = answer(llama, plan, BlendOptions(selector="all"))
+    assert done.reuse.vllm_tokens == 1
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_prompt_logprobs_pass_through_and_say_so(llama: LocalEngine) -> None:
+    """vLLM drops external tokens for such requests: comparing plain with plain must not look like a perfect blend."""
+    from vllm import SamplingParams
+
+    plan = random_plan(42)
+    ingest(llama, plan)
+    request_reasons: list[str] = []
+
+    def probe() -> None:
+        from types import SimpleNamespace
+
+        from lmcache_rag.vllm.scheduler_half import _unhandled
+
+        params = SamplingParams(prompt_logprobs=1)
+        request = SimpleNamespace(
+            lora_request=None,
+            mm_features=[],
+            prompt_embeds=None,
+            prompt_token_ids=[1],
+            pooling_params=None,
+            resumable=False,
+            skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+        )
+        request_reasons.append(_unhandled(request))  # type: ignore[arg-type]
+
+    probe()
+    assert "prompt logprobs" in request_reasons[0]
+
+
+def test_segments_outside_the_prompt_pass_through_and_say_so(llama: LocalEngine) -> None:
+    plan = random_plan(43)
+    ingest(llama, plan)
+    options = BlendOptions(segments=((21, 5000),))
+    done = llama.generate(plan.token_ids, Sampling(max_tokens=1), options)
+    assert done.reuse.mode == "plain" and "behind the prompt" in done.reuse.reason
+
+
+def test_too_long_prompts_and_chunks_are_refused_in_words(llama: LocalEngine) -> None:
+    with pytest.raises(PromptError, match="The prompt has 1024 tokens, but the model takes 1023"):
+        llama.generate([5] * 1024)
+    with pytest.raises(PromptError, match="split the documents into smaller chunks"):
+        llama.precompute([5] * 24, [[6] * 1000])
+    with pytest.raises(PromptError, match="empty"):
+        llama.generate([])
+
+
+def test_leaving_a_stream_aborts_the_request(llama: LocalEngine) -> None:
+    plan = random_plan(44)
+    ingest(llama, plan)
+    stream = llama.stream(plan, Sampling(max_tokens=500, ignore_eos=True), REPAIR, cache_salt="one")
+    next(stream)
+    stream.close()
+    done = llama.generate(plan, Sampling(max_tokens=2), REPAIR, cache_salt="another")  # the engine goes on
+    assert done.reuse.mode == "blend"
+    assert threading.active_count() < 50
+
+
+def test_precompute_stores_preamble_and_chunk_once(llama: LocalEngine) -> None:
+    plan = random_plan(45)
+    preamble, chunks, _ = parts(plan)
+    progress: list[int] = []
+    first = llama.precompute(preamble, chunks, progress.append)
+    assert (first.computed, first.present, first.tokens) == (3, 0, len(preamble) + sum(map(len, chunks)))
+    assert progress == [len(chunk) for chunk in chunks]
+    assert path_of(llama, preamble, NO_CONTEXT).is_file()
+    second = llama.precompute(preamble, chunks)
+    assert (second.computed, second.present, second.bytes_stored) == (0, 3, 0)
+    stored = sum(file.stat().st_size for file in llama.store.root.rglob("*.v1"))
+    assert stored == first.bytes_stored
+    assert first.bytes_stored == pytest.approx(first.tokens * llama.kv_bytes_per_token, rel=0.1)
+    assert np.isclose(llama.kv_bytes_per_token, 2 * 3 * 2 * 32 * 4)
+
+
+def test_figures_are_summed_for_prometheus(llama: LocalEngine) -> None:
+    from prometheus_client import REGISTRY
+
+    def value(name: str) -> float:
+        samples = [sample for family in REGISTRY.collect() for sample in family.samples if sample.name == name]
+        return sum(sample.value for sample in samples)
+
+    plan = random_plan(46)
+    ingest(llama, plan)
+    llama.generate([5, 6, 7], Sampling(max_tokens=2), OFF)  # flushes what the step before has counted
+    before = value("vllm:lmcache_rag_recomputed_tokens_total"), value("vllm:lmcache_rag_reused_tokens_total")
+    _, done = answer(llama, plan, REPAIR)
+    llama.generate([5, 6, 7], Sampling(max_tokens=2), OFF)
+    after = value("vllm:lmcache_rag_recomputed_tokens_total"), value("vllm:lmcache_rag_reused_tokens_total")
+    assert after[0] - before[0] == done.reuse.recomputed_tokens > 0
+    assert after[1] - before[1] == done.reuse.reused_tokens > 0
