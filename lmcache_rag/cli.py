@@ -130,7 +130,6 @@ def ask(
         err.status("Starting vLLM") as status,
         open_corpus(folder, IndexSettings.checked(model=model), dtype=dtype, threads=threads) as (engine, corpus),
     ):
-        options = options.model_copy(update={"namespace": corpus.manifest.namespace})
         hits = corpus.search(question, passages)
         plan = corpus.prompt(question, hits)
         sampling = Sampling(max_tokens=max_tokens, stop=corpus.manifest.prompt.stop)

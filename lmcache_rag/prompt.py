@@ -6,11 +6,13 @@ and the token ids are concatenated, so that a chunk has the same tokens in every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, field_validator
+
+from lmcache_rag.errors import PromptError
 
 
 class Tokenizer(Protocol):
@@ -120,20 +122,27 @@ def completion_format() -> PromptFormat:
     )
 
 
-def chat_format(apply_chat_template: Callable[..., Any]) -> PromptFormat:
-    """One user message in the model's own chat template (`tokenizer.apply_chat_template`), cut around the passages."""
+def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+    """Messages (`role` and `content`) in the model's own chat template, up to where its answer begins. The text has its
+    special tokens in it, so it is tokenised with `add_special_tokens=False`.
+
+    Raises:
+        PromptError: the model has no chat template, or it does not take these messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    except (AttributeError, ValueError) as error:
+        raise PromptError(f"The model's chat template cannot be used ({error}): use the plain form.") from error
+
+
+def chat_format(tokenizer: Any) -> PromptFormat:
+    """One user message in the model's own chat template, cut around the passages. Raises `PromptError`."""
     marks = {"passages": "\x02passages\x02", "question": "\x02question\x02"}
-    text = apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": "Answer the question with the facts in the passages, in a few words.\n\nPassages:\n"
-                f"{marks['passages']}\nQuestion: {marks['question']}",
-            }
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
+    content = (
+        "Answer the question with the facts in the passages, in a few words.\n\nPassages:\n"
+        f"{marks['passages']}\nQuestion: {marks['question']}"
     )
+    text = chat_text(tokenizer, [{"role": "user", "content": content}])
     preamble, rest = text.split(marks["passages"])
     return PromptFormat(
         preamble=preamble, question=rest.replace(marks["question"], "{question}"), add_special_tokens=False

@@ -181,7 +181,7 @@ def test_ctrl_c_and_a_second_process(tmp_path: Path, model: Path, documents: Pat
 
 
 def test_killed_while_indexing(tmp_path: Path, model: Path, documents: Path) -> None:
-    for number in range(2, 60):
+    for number in range(2, 20):
         (documents / f"{number}.txt").write_text(text(number, 400))
     folder = tmp_path / "index"
     arguments = ["index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]

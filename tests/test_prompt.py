@@ -38,11 +38,14 @@ def test_bos_stands_at_the_start_only() -> None:
 
 
 def test_chat_template_is_cut_around_the_passages() -> None:
-    def template(messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize and add_generation_prompt
-        return f"<s><user>{messages[0]['content']}</user><assistant>"
+    class WithTemplate(Letters):
+        def apply_chat_template(
+            self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        ) -> str:
+            assert not tokenize and add_generation_prompt
+            return f"<s><user>{messages[0]['content']}</user><assistant>"
 
-    form = chat_format(template)
+    form = chat_format(WithTemplate())
     assert form.preamble.startswith("<s><user>Answer") and form.preamble.endswith("Passages:\n")
     assert form.question.replace("{question}", "why?") == "\nQuestion: why?</user><assistant>"
     assert form.plan(Letters(), ["alpha"], "why?").token_ids.count(1) == 0

@@ -1,6 +1,5 @@
 """Blending: stored chunk KV is put together, and a few well-chosen tokens are recomputed. Pure torch, no vLLM."""
 
-from lmcache_rag.blend.attention import attend, attention_mass
 from lmcache_rag.blend.blender import Blender, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS, Selection, Selector
@@ -16,6 +15,4 @@ __all__ = [
     "Selection",
     "Selector",
     "Workspace",
-    "attend",
-    "attention_mass",
 ]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lmcache_rag.blend.attention import attention_mass
+from lmcache_rag_kernels import attention_mass
 from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
@@ -87,12 +87,12 @@ class _Blend:
         self._report = report
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
-        if plan.preamble is not None and plan.preamble.name is not None:
+        if plan.preamble.name is not None:
             self._load(plan.preamble)
         self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
         self.candidates = ~self.required
         for segment in (plan.preamble, *self.segments):
-            if segment is not None and segment.exact:
+            if segment.exact:
                 self.candidates[segment.start : segment.end] = False
         wanted = sum(
             min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)) * segment.length
@@ -132,7 +132,7 @@ class _Blend:
         report.reused_tokens = int((~self.required & ~recomputed)[local:].sum())
         report.unknown_tokens = int((self.required & ~self._missed)[local:].sum())
         for segment in (self._plan.preamble, *self.segments):
-            if segment is not None and segment.name is not None:
+            if segment.name is not None:
                 tokens = max(0, segment.end - max(segment.start, local))
                 report.exact_tokens += tokens if segment.exact else 0
                 report.foreign_tokens += tokens if segment.foreign else 0

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lmcache_rag.blend.attention import attend
+from lmcache_rag_kernels import attend
 from lmcache_rag.blend.workspace import Workspace
 
 Observer = Callable[[int, Tensor, Tensor], None]

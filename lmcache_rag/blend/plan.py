@@ -34,7 +34,7 @@ class BlendPlan:
 
     Attributes:
         token_ids: the whole prompt, the part behind `end` included.
-        preamble: the prompt's tokens before the first segment, as a segment at 0; None where there are none.
+        preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty.
         segments: ascending, not overlapping, none behind `end`.
         local_tokens: that many first tokens are in the paged cache already and are not written.
     """
@@ -42,7 +42,7 @@ class BlendPlan:
     mode: Literal["blend", "precompute"]
     namespace: str
     token_ids: tuple[int, ...]
-    preamble: PlannedSegment | None
+    preamble: PlannedSegment
     segments: tuple[PlannedSegment, ...]
     end: int
     selector: str

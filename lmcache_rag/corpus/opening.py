@@ -17,7 +17,7 @@ from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
-from lmcache_rag.vllm.request import NAMESPACE_PATTERN, first_problem
+from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
 
 class IndexSettings(BaseModel):
@@ -77,7 +77,7 @@ def open_corpus(
             f"The index {folder} keeps its KV in {known.store_folder(folder)}: leave --store out, "
             "or index the documents into another folder."
         )
-    namespace = settings.namespace or (known.namespace if known else "default")
+    namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
@@ -103,10 +103,7 @@ def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine
     if isinstance(settings.prompt, PromptFormat):
         return settings.prompt
     if settings.prompt == "chat":
-        tokenizer: Any = engine.tokenizer
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise CorpusError("This model has no chat template: use the prompt form `completion`.")
-        return chat_format(tokenizer.apply_chat_template)
+        return chat_format(engine.tokenizer)
     if settings.prompt is None and known is not None:
         return known.prompt
     return completion_format()

@@ -6,14 +6,23 @@ from lmcache_rag.engine.base import Completion, Delta, Engine, PrecomputeReport
 from lmcache_rag.engine.settings import EngineSettings, Sampling
 
 if TYPE_CHECKING:
-    from lmcache_rag.engine.local import LocalEngine
+    from lmcache_rag.engine.local import LocalEngine, engine_of
 
-__all__ = ["Completion", "Delta", "Engine", "EngineSettings", "LocalEngine", "PrecomputeReport", "Sampling"]
+__all__ = [
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineSettings",
+    "LocalEngine",
+    "PrecomputeReport",
+    "Sampling",
+    "engine_of",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LocalEngine":
-        from lmcache_rag.engine.local import LocalEngine
+    if name in ("LocalEngine", "engine_of"):
+        from lmcache_rag.engine import local
 
-        return LocalEngine
+        return getattr(local, name)
     raise AttributeError(f"module 'lmcache_rag.engine' has no attribute {name!r}")

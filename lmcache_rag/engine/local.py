@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import json
 import os
 import queue
 import threading
@@ -128,7 +129,7 @@ class LocalEngine:
             else:
                 plan = PromptPlan.assemble(preamble, [chunk], [])
                 segments = tuple((segment.start, segment.length) for segment in plan.segments)
-                options = BlendOptions(mode="precompute", segments=segments, namespace=self.settings.namespace)
+                options = BlendOptions(mode="precompute", segments=segments)
                 reuse = self.generate(plan.token_ids, Sampling(max_tokens=1), options).reuse
                 report.computed += 1
                 report.tokens += reuse.stored_tokens
@@ -248,10 +249,13 @@ class LocalEngine:
                 f"The prompt has {len(token_ids)} tokens, but the model takes {self.max_model_len - 1} at most: "
                 "use fewer or shorter passages, or a shorter question."
             )
-        if options is None:
-            options = BlendOptions(namespace=self.settings.namespace)
-        if options.segments is None and segments is not None:
-            options = options.model_copy(update={"segments": segments})
+        options = options or BlendOptions()
+        options = options.model_copy(
+            update={
+                "namespace": options.namespace or self.settings.namespace,
+                "segments": options.segments if options.segments is not None else segments,
+            }
+        )
         request = _Request(str(next(self._ids)), token_ids, sampling or Sampling(), options, cache_salt, deliver)
         self._inbox.put(request)
         return request
@@ -308,7 +312,7 @@ class LocalEngine:
         engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(self.model_folder),
-                dtype=_compute_dtype(settings.dtype, on_cpu),
+                dtype=_compute_dtype(settings.dtype, self.model_folder, on_cpu=on_cpu),
                 enforce_eager=on_cpu,
                 enable_prefix_caching=settings.prefix_caching,
                 max_num_seqs=settings.max_num_seqs,
@@ -397,6 +401,19 @@ class LocalEngine:
         request.deliver(Delta(piece.text, completion))
 
 
+def engine_of(engine: LocalEngine | None, settings: EngineSettings | None) -> LocalEngine:
+    """The engine given, or one started from the settings given.
+
+    Raises:
+        EngineError: not exactly one of them is given, or the engine does not start.
+    """
+    if (engine is None) == (settings is None):
+        raise EngineError(
+            "Give one of engine= (a running LocalEngine) and settings= (EngineSettings to start one from)."
+        )
+    return engine if engine is not None else LocalEngine(settings)
+
+
 @dataclass
 class _Request:
     """One request, from submission to its last token."""
@@ -447,8 +464,9 @@ def _report_of(engine: LLMEngine, request: _Request) -> ReuseReport:
     return connector.report_of(request.core_id)
 
 
-def _compute_dtype(dtype: str, on_cpu: bool) -> str:
-    """vLLM's name of the compute type: on a CPU without native bfloat16, float32 is several times faster."""
+def _compute_dtype(dtype: str, model_folder: Path, *, on_cpu: bool) -> str:
+    """vLLM's name of the compute type: the model's own, also where that is float32, which vLLM would cut short; and
+    float32 on a CPU without native bfloat16, where it is several times faster."""
     if dtype != "auto" or not on_cpu:
         return dtype
     try:
@@ -456,7 +474,12 @@ def _compute_dtype(dtype: str, on_cpu: bool) -> str:
     except OSError:
         return dtype
     native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
-    return dtype if native else "float32"
+    return "float32" if not native or _stored_dtype(model_folder) == "float32" else dtype
+
+
+def _stored_dtype(model_folder: Path) -> str:
+    config = json.loads((model_folder / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "")
 
 
 def _start_failure(error: BaseException) -> BaseException:

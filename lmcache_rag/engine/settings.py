@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from lmcache_rag.errors import EngineError
+from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import DEFAULT_MODEL
-from lmcache_rag.vllm.request import NAMESPACE_PATTERN, first_problem
+from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
 
 class EngineSettings(BaseSettings):
@@ -35,7 +35,7 @@ class EngineSettings(BaseSettings):
 
     model: str = DEFAULT_MODEL
     store: Path = Path(".lmcache-rag/kv")
-    namespace: str = Field(default="default", pattern=NAMESPACE_PATTERN)
+    namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=16)
@@ -74,3 +74,11 @@ class Sampling(BaseModel):
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=-1)
+
+    @classmethod
+    def checked(cls, **values: Any) -> Sampling:
+        """Like the constructor, but raises `PromptError` with one sentence that names the field."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise PromptError(first_problem(error)) from None

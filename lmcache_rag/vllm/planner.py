@@ -14,7 +14,7 @@ from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import Catalog, Match
 from lmcache_rag.store.chunks import ChunkStore
 from lmcache_rag.vllm.config import ConnectorConfig
-from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, BlendOptions, ReuseReport
 
 
 class Planner:
@@ -49,10 +49,10 @@ class Planner:
         if options.mode == "precompute" and (len(matches) != 1 or end != len(prompt)):
             report.reason = "precompute takes one segment that ends the prompt"
             return None
-        chunks = ChunkStore(self._store, KVScope(options.namespace, self._model), self._config.codec)
-        preamble_length = max(0, matches[0].start - matches[0].offset)
-        preamble = self._preamble(prompt[:preamble_length], chunks)
-        segments = self._segments(matches, prompt[:preamble_length], options, chunks)
+        namespace = options.namespace or DEFAULT_NAMESPACE
+        chunks = ChunkStore(self._store, KVScope(namespace, self._model), self._config.codec)
+        preamble, context = self._context(prompt, matches, chunks)
+        segments = self._segments(prompt, matches, context, chunks, own_only=options.mode == "precompute")
         if options.mode == "blend":
             while segments and segments[-1].name is None:
                 report.miss("absent", segments.pop().length)
@@ -61,7 +61,7 @@ class Planner:
                 return None
             end = min(segments[-1].end, len(prompt) - 1)
             reused = sum(segment.length for segment in segments if segment.name is not None)
-            known = reused + (preamble.length if preamble is not None and preamble.name is not None else 0)
+            known = reused + (preamble.length if preamble.name is not None else 0)
             if end - known > reused:
                 report.reason = "most of the prompt before the last stored chunk is not stored"
                 for segment in segments:
@@ -74,7 +74,7 @@ class Planner:
             return None
         return BlendPlan(
             mode="precompute" if options.mode == "precompute" else "blend",
-            namespace=options.namespace,
+            namespace=namespace,
             token_ids=tuple(prompt.tolist()),
             preamble=preamble,
             segments=tuple(segment for segment in segments if segment.length),
@@ -86,30 +86,46 @@ class Planner:
     def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
         if options.segments is not None:
             return [Match(start, length, 0, prompt[start : start + length]) for start, length in options.segments]
-        catalog = self._catalogs.get(options.namespace)
+        namespace = options.namespace or DEFAULT_NAMESPACE
+        catalog = self._catalogs.get(namespace)
         if catalog is None:
-            scope = KVScope(options.namespace, self._model)
-            catalog = self._catalogs[options.namespace] = Catalog(self._store, scope, self._config.min_match_tokens)
+            scope = KVScope(namespace, self._model)
+            catalog = self._catalogs[namespace] = Catalog(self._store, scope, self._config.min_match_tokens)
         return catalog.find(prompt)
 
-    def _preamble(self, preamble: np.ndarray, chunks: ChunkStore) -> PlannedSegment | None:
-        if not len(preamble):
-            return None
-        name = chunks.variants(preamble).get(NO_CONTEXT)
-        return PlannedSegment(0, len(preamble), name=name, exact=True)
+    def _context(
+        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore
+    ) -> tuple[PlannedSegment, np.ndarray]:
+        """The prompt's tokens before its first chunk as a segment, and the preamble that its chunks' own variant was
+        computed behind.
+
+        A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact at
+        position 0, also where only its beginning is in this prompt.
+        """
+        first = matches[0]
+        if len(matches) > 1 and first.start == first.offset == 0:
+            name = chunks.variants(first.chunk).get(NO_CONTEXT)
+            if name is not None:
+                matches.pop(0)
+                return PlannedSegment(0, first.length, name=name, exact=True), first.chunk
+        preamble = prompt[: max(0, first.start - first.offset)]
+        name = chunks.variants(preamble).get(NO_CONTEXT) if len(preamble) else None
+        return PlannedSegment(0, len(preamble), name=name, exact=True), preamble
 
     def _segments(
-        self, matches: list[Match], preamble: np.ndarray, options: BlendOptions, chunks: ChunkStore
+        self, prompt: np.ndarray, matches: list[Match], context: np.ndarray, chunks: ChunkStore, *, own_only: bool
     ) -> list[PlannedSegment]:
-        own = variant_of(preamble)
+        """The matches as segments, each with the variant computed behind `context` where there is one, else another."""
+        own = variant_of(context)
         segments = []
         for match in matches:
             variants = chunks.variants(match.chunk)
             name = variants.get(own)
-            foreign = name is None and bool(variants) and options.mode == "blend"
+            foreign = name is None and bool(variants) and not own_only
             if foreign:
                 name = variants[min(variants)]
-            exact = name is not None and not foreign and match.offset == 0 and match.start == len(preamble)
+            in_place = match.offset == 0 and np.array_equal(prompt[: match.start], context)
+            exact = in_place and name is not None and not foreign
             segments.append(PlannedSegment(match.start, match.length, match.offset, name, exact, foreign))
         return segments
 

@@ -17,6 +17,7 @@ PARAMS_KEY = "lmcache_rag"
 SelectorName = Literal["none", "all", "head", "cacheblend", "query"]
 DEFAULT_SELECTOR: SelectorName = "query"
 DEFAULT_RATIO = 0.15
+DEFAULT_NAMESPACE = "default"
 NAMESPACE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
@@ -30,7 +31,7 @@ class BlendOptions(BaseModel):
         ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1.
         segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
             prompt by their tokens.
-        namespace: KV of one namespace is never used for another.
+        namespace: KV of one namespace is never used for another; None stands for the engine's own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,7 +40,7 @@ class BlendOptions(BaseModel):
     selector: SelectorName = DEFAULT_SELECTOR
     ratio: float = Field(default=DEFAULT_RATIO, ge=0.0, le=1.0)
     segments: tuple[tuple[int, int], ...] | None = None
-    namespace: str = Field(default="default", pattern=NAMESPACE_PATTERN)
+    namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
 
     @field_validator("segments")
     @classmethod

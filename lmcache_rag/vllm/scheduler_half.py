@@ -34,12 +34,14 @@ class _Tracked:
     Attributes:
         planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
         blended: a blend was started, whose report counts.
+        local_tokens: how many tokens the local prefix cache held when last asked, for the report.
     """
 
     plan: BlendPlan | None
     report: dict[str, Any]
     planned_misses: dict[str, int]
     blended: bool = False
+    local_tokens: int = 0
 
 
 class SchedulerHalf:
@@ -94,10 +96,11 @@ class SchedulerHalf:
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
         """How many tokens behind the locally computed ones a blend provides; None puts the request off to a later
-        step, since one blend a step is done. Has no effect of its own."""
+        step, since one blend a step is done. Asking changes nothing."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.plan is None:
             return 0
+        tracked.local_tokens = computed_tokens
         matched = max(0, _provided(tracked.plan) - computed_tokens)
         if computed_tokens and matched < _SMALL_REST:
             return 0
@@ -110,7 +113,10 @@ class SchedulerHalf:
             return
         provided = _provided(tracked.plan)
         if external_tokens == 0:
-            tracked.report.update(mode="plain", reason="in the local prefix cache already")
+            local, prompt = tracked.local_tokens, len(tracked.plan.token_ids)
+            reason = "blended KV in the local prefix cache"
+            tracked.report.update(mode="blend", reason=reason, local_tokens=local, missed_tokens=0, misses={})
+            tracked.report["vllm_tokens"] = prompt - local
             return
         tracked.blended = True
         plan = replace(tracked.plan, local_tokens=provided - external_tokens)
@@ -164,7 +170,7 @@ def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
     request is to find nothing, so that its whole KV is captured.
     """
     digest = uuid.uuid4().hex if plan.mode == "precompute" else plan_digest(plan, request.cache_salt)
-    exact_tokens = plan.preamble.length if plan.preamble is not None and plan.mode == "blend" else 0
+    exact_tokens = plan.preamble.length if plan.mode == "blend" else 0
     kept = min(exact_tokens // hash_block_tokens, len(request.block_hashes))
     del request.block_hashes[kept:]
     if not kept:

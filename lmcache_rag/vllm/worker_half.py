@@ -78,7 +78,7 @@ class WorkerHalf:
     def _keep(self, job: BlendJob, chunks: ChunkStore, report: ReuseReport) -> None:
         """Store the preamble and the chunk of a precompute request, where they were not loaded from the store."""
         plan = job.plan
-        preamble_length = plan.preamble.length if plan.preamble is not None else 0
+        preamble_length = plan.preamble.length
         parts = [(plan.segments[0].start, plan.segments[0].length, variant_of(plan.token_ids[:preamble_length]))]
         if preamble_length:
             parts.insert(0, (0, preamble_length, NO_CONTEXT))

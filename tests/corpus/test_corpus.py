@@ -167,7 +167,9 @@ def test_an_empty_index_says_so(corpus: Corpus) -> None:
         corpus.search("anything", 3)
 
 
-def test_too_little_space_is_said_before_anything_is_computed(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+def test_too_little_space_is_said_before_anything_is_computed(
+    corpus: Corpus, documents: Path, llama: LocalEngine
+) -> None:
     from dataclasses import replace
 
     plan = replace(corpus.plan_update([documents]), free_bytes=1000)

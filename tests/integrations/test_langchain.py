@@ -99,8 +99,7 @@ def test_chain_reuses_found_documents(
     assert retriever.last_report.computed == 3
     assert answer.text.strip()
     assert_mostly_reused(answer)
-    if not chat_template:
-        assert answer.response_metadata["reuse"]["foreign_tokens"] == 0
+    assert answer.response_metadata["reuse"]["foreign_tokens"] == 0
     chain_of(retriever, llm).invoke(question)
     assert (retriever.last_report.computed, retriever.last_report.present) == (0, 3)
 

@@ -90,12 +90,10 @@ def test_query_engine_reuses_ingested_nodes(
     response = index_of(nodes).as_query_engine(similarity_top_k=3).query(question)
     assert str(response).strip()
     assert_mostly_reused(llm.last_reuse)
-    if not chat_template:
-        assert llm.last_reuse is not None
-        assert llm.last_reuse.foreign_tokens == 0
+    assert llm.last_reuse is not None
+    assert llm.last_reuse.foreign_tokens == 0
 
 
-@pytest.mark.xfail(reason="a stored preamble of 32 tokens or more is itself found as a chunk", strict=True)
 def test_nodes_behind_a_long_preamble_are_its_own(smollm: LocalEngine, documents: list[Document]) -> None:
     llm = LmcacheRag(engine=smollm, max_tokens=1, chat_template=True)
     nodes = ingest(KVPrecompute(llm), documents[:1])

@@ -188,7 +188,9 @@ def test_blends_of_different_kinds_are_kept_apart_and_equal_ones_are_shared(llam
     assert done.reuse.mode == "blend"
     torch.testing.assert_close(found, fresh, atol=20 * noise(llama, plan), rtol=0)
     again, done = answer(llama, plan, REPAIR, "salt")
-    assert done.reuse.reason == "in the local prefix cache already"
+    assert done.reuse.reason == "blended KV in the local prefix cache"
+    assert done.reuse.mode == "blend" and done.reuse.local_tokens > 300
+    assert done.reuse.local_tokens + done.reuse.vllm_tokens == len(plan.token_ids)
     assert torch.equal(again.argmax(-1), fresh.argmax(-1))
 
 

@@ -11,12 +11,12 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field, SkipValidation, ValidationError
+from pydantic import ConfigDict, Field, SkipValidation
 
-from langchain_lmcache_rag.prompts import chat_text, plain_text
-from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling
-from lmcache_rag.errors import EngineError, PromptError
-from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, SelectorName, first_problem
+from langchain_lmcache_rag.prompts import plain_text, turns_of
+from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
+from lmcache_rag.prompt import chat_text
+from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
@@ -70,7 +70,7 @@ class ChatLmcacheRag(BaseChatModel):
     def __init__(
         self, *, engine: LocalEngine | None = None, settings: EngineSettings | None = None, **values: Any
     ) -> None:
-        values["engine"] = _engine_of(engine, settings)
+        values["engine"] = engine_of(engine, settings)
         super().__init__(**values)
 
     @property
@@ -81,7 +81,7 @@ class ChatLmcacheRag(BaseChatModel):
     def prompt_text(self, messages: Sequence[BaseMessage]) -> str:
         """Messages as the model reads them. Raises `PromptError` for what is not text."""
         if self.chat_template:
-            return chat_text(messages, self.engine.tokenizer.apply_chat_template)
+            return chat_text(self.engine.tokenizer, turns_of(messages))
         return plain_text(messages)
 
     def get_token_ids(self, text: str) -> list[int]:
@@ -155,12 +155,8 @@ class ChatLmcacheRag(BaseChatModel):
         if stop is not None:
             values["stop"] = stop
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
-        options = BlendOptions.checked(namespace=self.engine.settings.namespace, **blend)
-        try:
-            sampling = Sampling(**values)
-        except ValidationError as error:
-            raise PromptError(first_problem(error)) from None
-        return self.get_token_ids(self.prompt_text(messages)), sampling, options
+        options = BlendOptions.checked(**blend)
+        return self.get_token_ids(self.prompt_text(messages)), Sampling.checked(**values), options
 
     def _result(self, completion: Completion) -> ChatResult:
         message = AIMessage(
@@ -198,15 +194,3 @@ def _usage(completion: Completion) -> UsageMetadata:
         total_tokens=completion.prompt_tokens + answer_tokens,
         input_token_details=InputTokenDetails(cache_read=reuse.local_tokens + reuse.reused_tokens),
     )
-
-
-def _engine_of(engine: LocalEngine | None, settings: EngineSettings | None) -> LocalEngine:
-    if (engine is None) == (settings is None):
-        raise EngineError(
-            "Give one of engine= (a running LocalEngine) and settings= (EngineSettings to start one from)."
-        )
-    if engine is not None:
-        return engine
-    from lmcache_rag.engine import LocalEngine
-
-    return LocalEngine(settings)

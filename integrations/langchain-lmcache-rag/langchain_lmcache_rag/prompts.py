@@ -39,19 +39,6 @@ def plain_text(messages: Sequence[BaseMessage]) -> str:
     return "\n\n".join([*paragraphs, "Assistant:"])
 
 
-def chat_text(messages: Sequence[BaseMessage], apply_chat_template: Callable[..., Any]) -> str:
-    """The model's own chat form (`tokenizer.apply_chat_template`), up to where its answer begins.
-
-    Raises:
-        PromptError: see `turns_of`; or the model has no chat template.
-    """
-    turns = turns_of(messages)
-    try:
-        return str(apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except ValueError as error:
-        raise PromptError(f"The model's chat template cannot be used ({error}): set chat_template=False.") from error
-
-
 def preamble_of(
     prompt: BasePromptTemplate[Any] | str, context: str, render: Callable[[Sequence[BaseMessage]], str]
 ) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 _QUERY_BLOCK = 64
 
@@ -29,7 +29,7 @@ def attend(
         at = positions[block]
         low, high = visible_range(at, window)
         mask = visible(at, low, high, window)
-        result = F.scaled_dot_product_attention(
+        result = scaled_dot_product_attention(
             query[block].transpose(0, 1)[None],
             key[low:high].transpose(0, 1)[None],
             value[low:high].transpose(0, 1)[None],
@@ -47,10 +47,9 @@ def attention_mass(query: Tensor, key: Tensor, positions: Tensor, *, scale: floa
     for start in range(0, len(positions), _QUERY_BLOCK):
         at = positions[start : start + _QUERY_BLOCK]
         low, high = visible_range(at, window)
-        # [kv_heads, group * queries, head_size] @ [kv_heads, head_size, keys]
-        folded = (
-            query[start : start + _QUERY_BLOCK].unflatten(1, (key.shape[1], group)).permute(1, 2, 0, 3).flatten(1, 2)
-        )
+        # A kv head's group is folded into its queries: [kv_heads, group * queries, head_size] times the head's keys.
+        by_head = query[start : start + _QUERY_BLOCK].unflatten(1, (key.shape[1], group))
+        folded = by_head.permute(1, 2, 0, 3).flatten(1, 2)
         logits = (folded @ key[low:high].permute(1, 2, 0)).float() * scale
         hidden = ~visible(at, low, high, window)
         logits.unflatten(1, (group, len(at))).masked_fill_(hidden, -torch.inf)

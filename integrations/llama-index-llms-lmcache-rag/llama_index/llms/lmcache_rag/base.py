@@ -20,21 +20,19 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, ValidationError
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.llms.lmcache_rag.prompts import chat_text, plain_text, preamble_of
+from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble_of
 
-from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling
-from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
 from lmcache_rag.vllm.request import (
     DEFAULT_RATIO,
     DEFAULT_SELECTOR,
     BlendOptions,
     ReuseReport,
     SelectorName,
-    first_problem,
 )
 
 if TYPE_CHECKING:
@@ -86,10 +84,9 @@ class LmcacheRag(CustomLLM):
         **values: Any,
     ) -> None:
         super().__init__(messages_to_prompt=messages_to_prompt or plain_text, **values)
-        self._engine = _engine_of(engine, settings)
+        self._engine = engine_of(engine, settings)
         if self.chat_template and messages_to_prompt is None:
-            tokenizer: Any = self._engine.tokenizer
-            self.messages_to_prompt = functools.partial(chat_text, apply_chat_template=tokenizer.apply_chat_template)
+            self.messages_to_prompt = functools.partial(chat_form, self._engine.tokenizer)
 
     @classmethod
     def class_name(cls) -> str:
@@ -198,11 +195,7 @@ class LmcacheRag(CustomLLM):
         """What one call asks for: the fields, and the call's own arguments over them."""
         values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)} | kwargs
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
-        options = BlendOptions.checked(namespace=self._engine.settings.namespace, **blend)
-        try:
-            return Sampling(**values), options
-        except ValidationError as error:
-            raise PromptError(first_problem(error)) from None
+        return Sampling.checked(**values), BlendOptions.checked(**blend)
 
     def _piece(self, text: str, delta: Delta) -> CompletionResponse:
         raw = None if delta.completion is None else self._report(delta.completion)
@@ -225,15 +218,3 @@ class LmcacheRag(CustomLLM):
                 "total_tokens": completion.prompt_tokens + answer_tokens,
             },
         }
-
-
-def _engine_of(engine: LocalEngine | None, settings: EngineSettings | None) -> LocalEngine:
-    if (engine is None) == (settings is None):
-        raise EngineError(
-            "Give one of engine= (a running LocalEngine) and settings= (EngineSettings to start one from)."
-        )
-    if engine is not None:
-        return engine
-    from lmcache_rag.engine import LocalEngine
-
-    return LocalEngine(settings)

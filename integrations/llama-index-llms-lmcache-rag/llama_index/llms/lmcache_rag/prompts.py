@@ -10,6 +10,7 @@ from llama_index.core.base.llms.types import ChatMessage, TextBlock
 from llama_index.core.prompts import BasePromptTemplate
 
 from lmcache_rag.errors import PromptError
+from lmcache_rag.prompt import chat_text
 
 CONTEXT = "context_str"
 """LlamaIndex's own name of the variable that stands for the retrieved nodes."""
@@ -25,18 +26,16 @@ def plain_text(messages: Sequence[ChatMessage]) -> str:
     return messages_to_prompt(messages)
 
 
-def chat_text(messages: Sequence[ChatMessage], apply_chat_template: Callable[..., Any]) -> str:
-    """The model's own chat form (`tokenizer.apply_chat_template`), up to where its answer begins.
+def chat_form(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
+    """The model's own chat template, up to where its answer begins.
 
     Raises:
         PromptError: a message holds more than text, or the model has no chat template.
     """
     _check_text(messages)
-    turns = [{"role": message.role.value, "content": message.content or ""} for message in messages]
-    try:
-        return str(apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except ValueError as error:
-        raise PromptError(f"The model's chat template cannot be used ({error}): set chat_template=False.") from error
+    return chat_text(
+        tokenizer, [{"role": message.role.value, "content": message.content or ""} for message in messages]
+    )
 
 
 def preamble_of(template: BasePromptTemplate, render: Callable[..., str]) -> str:
