@@ -34,6 +34,7 @@ ModelOption = Annotated[
     Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
+SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]
 DEFAULT_INDEX = Path(".lmcache-rag")
 
 
@@ -58,7 +59,7 @@ def index(
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Index documents: find their passages, compute each one's KV once, and store it. Run again, it does what changed."""
+    """Index documents: find passages, compute the KV of each once, and store it. Run again, it does what changed."""
     from lmcache_rag.corpus import IndexSettings, find_files, open_corpus, updating
 
     settings = IndexSettings.checked(
@@ -108,9 +109,7 @@ def ask(
     folder: IndexOption = DEFAULT_INDEX,
     model: ModelOption = None,
     passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")] = 5,
-    selector: Annotated[
-        str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")
-    ] = DEFAULT_SELECTOR,
+    selector: SelectorOption = DEFAULT_SELECTOR,
     ratio: Annotated[float, typer.Option(help="Share of the passages' tokens to recompute, 0 to 1.")] = DEFAULT_RATIO,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,

@@ -14,7 +14,7 @@ from lmcache_rag.vllm.request import BlendOptions
 OFF = BlendOptions(mode="off")
 
 FLOAT32_ROUNDING = 5e-6
-"""Of log-probabilities of about -20. vLLM's CPU attention adds up in the same order whole and in parts, so that its own
+"""Of log-probabilities of about -20. vLLM's CPU attention adds up in the same order whole and in parts, so its own
 difference may be zero, while another kernel's cannot."""
 
 
@@ -46,7 +46,7 @@ def ingest(engine: LocalEngine, plan: PromptPlan) -> None:
 def answer(
     engine: LocalEngine, plan: PromptPlan, options: BlendOptions, salt: str | None = None, tokens: int = 4
 ) -> tuple[torch.Tensor, Completion]:
-    """Log-probabilities `[tokens, vocabulary]` of a greedy answer, and the whole of it; by default with a fresh salt."""
+    """Log-probabilities `[tokens, vocabulary]` of a greedy answer, and all of it; by default with a fresh salt."""
     salt = salt or uuid.uuid4().hex
     sampling = Sampling(max_tokens=tokens, ignore_eos=True, logprobs=-1)
     done = engine.generate(plan, sampling, options, cache_salt=salt)

@@ -61,7 +61,7 @@ TINY = {
         )
     ),
 }
-"""Llama; the same with Llama 3.1's scaled RoPE; Qwen3 with QK-norm; Gemma 3 with QK-norm, sliding windows and two RoPEs."""
+"""Llama, also with Llama 3.1's scaled RoPE; Qwen3 with QK-norm; Gemma 3 with QK-norm, windows and two RoPEs."""
 
 
 def make_tiny(name: str, folder: Path) -> Path:

@@ -34,7 +34,7 @@ def bench_ttft(
     ratios: Sequence[float],
     selectors: Sequence[SelectorName],
     repeat: int,
-    progress: Callable[[str], Any] = lambda what: None,
+    progress: Callable[[str], Any],
 ) -> list[Row]:
     """The rows that `lmcache-rag bench ttft` writes."""
     prompt_format = completion_format()
@@ -85,8 +85,8 @@ def bench_ttft(
 
 
 def _ingest(engine: LocalEngine, preamble: list[int], runs: list[list[int]], repeat: int) -> Row:
-    """Seconds to compute and store the chunks, against plain vLLM prefill of the same chunks, one request each, with the
-    preamble in the prefix cache (as far as it fills whole blocks)."""
+    """Seconds to compute and store the chunks, against plain vLLM prefill of the same chunks, one request each, with
+    the preamble in the prefix cache (as far as it fills whole blocks)."""
     ingest, plain = [], []
     store, scope = engine.store, engine.chunk_store().scope
     for turn in range(repeat + 1):

@@ -1,4 +1,4 @@
-"""Blend: load, rotate to place, select, recompute (CacheBlend's scheme, Yao et al. 2025, with exchangeable selectors)."""
+"""Blend: load, rotate to place, select, recompute: CacheBlend's scheme (Yao et al. 2025), exchangeable selectors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lmcache_rag_kernels import attention_mass
 from torch import Tensor
 
-from lmcache_rag_kernels import attention_mass
 from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from lmcache_rag_kernels import attend
 from torch import Tensor
 
-from lmcache_rag_kernels import attend
 from lmcache_rag.blend.workspace import Workspace
 
 Observer = Callable[[int, Tensor, Tensor], None]

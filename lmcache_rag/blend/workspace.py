@@ -75,7 +75,7 @@ class Workspace:
                 rotate(key, spec.rotation, positions, out=self.key[index, rows])
 
     def take(self, start: int, length: int) -> Tensor:
-        """A position-free copy of the rows from `start` on: `[layers, 2, length, kv_heads, head_size]` in main memory."""
+        """A position-free copy of rows in main memory: `[layers, 2, length, kv_heads, head_size]`."""
         positions = torch.arange(start, start + length, device=self.device)
         rows = slice(start, start + length)
         taken = torch.stack([self.key[:, rows], self.value[:, rows]], dim=1)

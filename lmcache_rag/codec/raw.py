@@ -16,7 +16,8 @@ class RawCodec:
     name: ClassVar[str] = "raw"
 
     def encode_layer(self, kv: Tensor) -> memoryview:
-        return memoryview(kv.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        data = kv.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
 
     def decode_layer(self, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape

@@ -248,5 +248,5 @@ def _check_chunk_length(manifest: Manifest, engine: LocalEngine, preamble_tokens
         )
     if manifest.overlap_tokens >= manifest.chunk_tokens:
         raise CorpusError(
-            f"Chunks of {manifest.chunk_tokens} tokens cannot overlap by {manifest.overlap_tokens}: choose a smaller overlap."
+            f"Chunks of {manifest.chunk_tokens} tokens cannot overlap by {manifest.overlap_tokens}: choose less."
         )

@@ -1,4 +1,4 @@
-"""vLLM in this process: one thread owns the engine and steps it, so that several callers, streaming and asyncio work."""
+"""vLLM in this process: one thread owns the engine and steps it; callers may be many, streaming, and asynchronous."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, variant_of
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
@@ -65,10 +65,7 @@ class LocalEngine:
             started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._serve, args=(started,), name="lmcache-rag-engine", daemon=True)
             self._thread.start()
-            failure = started.get()
-            if failure is not None:
-                self._thread.join()
-                raise failure
+            _raise_failure(started.get())
         except BaseException:
             LocalEngine._running = None
             raise
@@ -220,7 +217,7 @@ class LocalEngine:
         self._thread.join()
         LocalEngine._running = None
 
-    def __enter__(self) -> LocalEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -265,7 +262,7 @@ class LocalEngine:
     def _serve(self, started: queue.SimpleQueue[BaseException | None]) -> None:
         try:
             engine = self._start()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
             started.put(_start_failure(error))
             return
         started.put(None)
@@ -275,7 +272,7 @@ class LocalEngine:
                     for output in engine.step():
                         self._deliver(engine, output)
             failure: BaseException = EngineError("The engine was closed while the request ran.")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # raised again by every request
             self._failure = error
             failure = EngineError(f"vLLM has failed ({error}): start a new engine.")
         for request in self._requests.values():
@@ -295,8 +292,8 @@ class LocalEngine:
             from vllm.platforms import current_platform
         except (ImportError, RuntimeError, OSError) as error:
             raise EngineError(
-                f"vLLM cannot be imported ({error}): install the extra `cpu` or `cuda`; where torchvision or torchaudio "
-                "is named, uninstall it (text models do not need it)."
+                f"vLLM cannot be imported ({error}): install the extra `cpu` or `cuda`; where torchvision or "
+                "torchaudio is named, uninstall it (text models do not need it)."
             ) from error
         on_cpu = current_platform.is_cpu()
         if on_cpu:
@@ -480,6 +477,11 @@ def _compute_dtype(dtype: str, model_folder: Path, *, on_cpu: bool) -> str:
 def _stored_dtype(model_folder: Path) -> str:
     config = json.loads((model_folder / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "")
+
+
+def _raise_failure(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _start_failure(error: BaseException) -> BaseException:

@@ -74,7 +74,7 @@ def _digests(paths: list[Path], cache: Path) -> list[str]:
 
 
 def _keep(path: Path, known: dict[str, list[object]]) -> None:
-    """Write the digests whole or not at all. A cache folder that cannot be written only costs time, so it is no error."""
+    """Write the digests whole or not at all. A cache that cannot be written costs time only, so it is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:

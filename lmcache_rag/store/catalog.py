@@ -1,9 +1,9 @@
 """Which stored chunks occur in a prompt, found by their tokens.
 
-Winnowing (Schleimer, Wilkerson and Aiken 2003, "Winnowing: local algorithms for document fingerprinting"): of the hashes
-of all runs of `GRAM` tokens, the smallest in each window of `window` is kept as a fingerprint. Two texts that share
-`GRAM + window - 1` tokens share a fingerprint, wherever it lies, so a chunk is found although its first and last tokens
-were merged with its neighbours, and a part of a chunk is found too. Every hit is verified token by token.
+Winnowing (Schleimer, Wilkerson and Aiken 2003, "Winnowing: local algorithms for document fingerprinting"): of the
+hashes of all runs of `GRAM` tokens, the smallest in each window of `window` is kept as a fingerprint. Two texts that
+share `GRAM + window - 1` tokens share a fingerprint, wherever it lies, so a chunk is found although its first and last
+tokens were merged with its neighbours, and a part of a chunk is found too. Every hit is verified token by token.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class DiskStore:
             with self._path(name).open("rb", buffering=0) as file:
                 length = os.fstat(file.fileno()).st_size
                 data = np.empty(length if limit_bytes is None else min(length, limit_bytes), dtype=np.uint8)
-                view = memoryview(data)
+                view = memoryview(data)  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
                 at = 0
                 while at < len(view):
                     count = file.readinto(view[at:])

@@ -89,7 +89,9 @@ _UPDATE = ("self", "layer", "key", "value", "kv_cache", "slot_mapping")
 
 INTERFACES: tuple[Function | Attributes | Text, ...] = (
     # The nested forward
-    Attributes("forward_context.py", "ForwardContext", ("no_compile_layers", "attn_metadata", "slot_mapping", "skip_compiled")),
+    Attributes(
+        "forward_context.py", "ForwardContext", ("no_compile_layers", "attn_metadata", "slot_mapping", "skip_compiled")
+    ),
     Function("forward_context.py", "override_forward_context", ("forward_context",)),
     Function(_ATTENTION, "get_attention_context", ("layer_name",)),
     Text(_ATTENTION, "get_attention_context", "forward_context.no_compile_layers[layer_name]"),
@@ -99,9 +101,20 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Attributes(
         _ATTENTION,
         "Attention",
-        ("num_kv_heads", "head_size", "head_size_v", "sliding_window", "has_sink", "kv_sharing_target_layer_name", "impl", "kv_cache"),
+        (
+            "num_kv_heads",
+            "head_size",
+            "head_size_v",
+            "sliding_window",
+            "has_sink",
+            "kv_sharing_target_layer_name",
+            "impl",
+            "kv_cache",
+        ),
     ),
-    Attributes("model_executor/layers/rotary_embedding/base.py", "RotaryEmbeddingBase", ("cos_sin_cache", "is_neox_style")),
+    Attributes(
+        "model_executor/layers/rotary_embedding/base.py", "RotaryEmbeddingBase", ("cos_sin_cache", "is_neox_style")
+    ),
     Function("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl.do_kv_cache_update", _UPDATE),
     Function("v1/attention/backends/flash_attn.py", "FlashAttentionImpl.do_kv_cache_update", _UPDATE),
     Function("v1/attention/backends/flashinfer.py", "FlashInferImpl.do_kv_cache_update", _UPDATE),
@@ -119,7 +132,9 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Function(_BASE, "KVConnectorBase_V1.build_connector_worker_meta", ("self",)),
     Function(_BASE, "KVConnectorBase_V1.on_new_request", ("self", "request")),
     Function(_BASE, "KVConnectorBase_V1.get_num_new_matched_tokens", ("self", "request", "num_computed_tokens")),
-    Function(_BASE, "KVConnectorBase_V1.update_state_after_alloc", ("self", "request", "blocks", "num_external_tokens")),
+    Function(
+        _BASE, "KVConnectorBase_V1.update_state_after_alloc", ("self", "request", "blocks", "num_external_tokens")
+    ),
     Function(_BASE, "KVConnectorBase_V1.build_connector_meta", ("self", "scheduler_output")),
     Function(_BASE, "KVConnectorBase_V1.update_connector_output", ("self", "connector_output")),
     Function(_BASE, "KVConnectorBase_V1.request_finished", ("self", "request", "block_ids")),
@@ -147,8 +162,18 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
         "v1/request.py",
         "Request",
         (
-            "request_id", "kv_transfer_params", "prompt_token_ids", "num_prompt_tokens", "cache_salt", "block_hashes",
-            "update_block_hashes", "lora_request", "mm_features", "prompt_embeds", "pooling_params", "resumable",
+            "request_id",
+            "kv_transfer_params",
+            "prompt_token_ids",
+            "num_prompt_tokens",
+            "cache_salt",
+            "block_hashes",
+            "update_block_hashes",
+            "lora_request",
+            "mm_features",
+            "prompt_embeds",
+            "pooling_params",
+            "resumable",
             "skip_reading_prefix_cache",
         ),
     ),
@@ -162,7 +187,7 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Attributes("v1/engine/core_client.py", "InprocClient", ("engine_core", "shutdown")),
     Attributes("v1/engine/core.py", "EngineCore", ("scheduler",)),
     Attributes(_SCHEDULER, "Scheduler", ("connector",)),
-)  # fmt: skip
+)
 
 
 def problems(source: Source) -> list[str]:

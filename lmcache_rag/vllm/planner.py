@@ -36,7 +36,9 @@ class Planner:
             report.reason = f"store: {error}"
             return None
 
-    def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
+    def _plan(  # noqa: C901  # the refusals in their order
+        self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport
+    ) -> BlendPlan | None:
         prompt = np.asarray(token_ids, dtype=np.int32)
         matches = self._matches(prompt, options)
         if not matches:
@@ -99,8 +101,8 @@ class Planner:
         """The prompt's tokens before its first chunk as a segment, and the preamble that its chunks' own variant was
         computed behind.
 
-        A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact at
-        position 0, also where only its beginning is in this prompt.
+        A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact
+        at position 0, also where only its beginning is in this prompt.
         """
         first = matches[0]
         if len(matches) > 1 and first.start == first.offset == 0:

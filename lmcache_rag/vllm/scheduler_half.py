@@ -129,14 +129,14 @@ class SchedulerHalf:
 
     def receive(self, step: StepReports) -> None:
         """Complete the reports of requests that the worker half blended, also of those that finished in this step."""
-        for request_id, report in step.reports.items():
+        for request_id, figures in step.reports.items():
             tracked = self._tracked.get(request_id) or self._finished.get(request_id)
             if tracked is None:
                 continue
             misses = dict(tracked.planned_misses)
-            for reason, tokens in report["misses"].items():
+            for reason, tokens in figures["misses"].items():
                 misses[reason] = misses.get(reason, 0) + tokens
-            report = {**report, "misses": misses, "missed_tokens": sum(misses.values())}
+            report = {**figures, "misses": misses, "missed_tokens": sum(misses.values())}
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)

@@ -24,7 +24,7 @@ class BlendWorker(Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if not unsupported_engine(self.vllm_config):
-            global _bound
+            global _bound  # noqa: PLW0603  # vLLM makes worker and connector, and gives neither the other
             _bound = BoundModel(self.get_model(), self.vllm_config)
 
     def determine_available_memory(self) -> int:

@@ -139,7 +139,7 @@ def test_chunks_are_found_without_being_marked(llama: LocalEngine) -> None:
     plan = random_plan(19)
     ingest(llama, plan)
     marked, by_mark = answer(llama, plan, REPAIR)
-    preamble, chunks, rest = parts(plan)
+    _, chunks, rest = parts(plan)
     done = llama.generate(plan.token_ids, Sampling(max_tokens=4, ignore_eos=True, logprobs=-1), REPAIR, cache_salt="x")
     found = torch.stack([torch.tensor([row[token] for token in sorted(row)]) for row in done.logprobs])
     assert done.reuse.reused_tokens == by_mark.reuse.reused_tokens
@@ -171,7 +171,7 @@ def test_blended_kv_never_reaches_exact_requests(llama: LocalEngine) -> None:
     exact, _ = answer(llama, plan, OFF)
     reused, _ = answer(llama, plan, REUSE, "salt")
     assert float((reused - exact).abs().max()) > 0.01, "the blend must differ for this test to mean anything"
-    found, done = answer(llama, plan, OFF, "salt")
+    found, _ = answer(llama, plan, OFF, "salt")
     torch.testing.assert_close(found, exact, atol=20 * noise(llama, plan), rtol=0)
     longer = PromptPlan.assemble(list(plan.token_ids), [[5] * 40], [6])
     expected, _ = answer(llama, longer, OFF)

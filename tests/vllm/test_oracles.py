@@ -1,4 +1,4 @@
-"""The invariants of blending, against plain vLLM and against Hugging Face's models, on tiny models of each architecture."""
+"""The invariants of blending, against plain vLLM and Hugging Face's models, on tiny models of each architecture."""
 
 from __future__ import annotations
 
