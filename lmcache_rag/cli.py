@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args
 
@@ -225,8 +224,6 @@ def describe(reuse: ReuseReport) -> str:
 def main() -> None:
     """Entry point: an error that the user can mend is one sentence and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(standalone_mode=True)
     except LmcacheRagError as error:

@@ -37,8 +37,10 @@ class SentenceEmbedder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
 
         if self._model is None:
+            transformers_logging.disable_progress_bar()
             try:
                 self._model = SentenceTransformer(_source(self.name), device="cpu")
             except (OSError, ValueError) as error:
@@ -46,6 +48,8 @@ class SentenceEmbedder:
                     f"The embedding model {self.name!r} could not be loaded: check its name and the network, "
                     "or name a local folder."
                 ) from error
+            finally:
+                transformers_logging.enable_progress_bar()
         assert isinstance(self._model, SentenceTransformer)
         vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)

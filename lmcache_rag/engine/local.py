@@ -6,10 +6,12 @@ import asyncio
 import functools
 import itertools
 import json
+import logging
 import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,8 +284,7 @@ class LocalEngine:
         self._restore()
 
     def _start(self) -> LLMEngine:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _quieten()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             import torch
@@ -477,6 +478,15 @@ def _compute_dtype(dtype: str, model_folder: Path, *, on_cpu: bool) -> str:
 def _stored_dtype(model_folder: Path) -> str:
     config = json.loads((model_folder / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "")
+
+
+def _quieten() -> None:
+    """Keep vLLM's start-up notes off the user's terminal; errors still show. `VLLM_LOGGING_LEVEL=INFO` shows all."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def _raise_failure(failure: BaseException | None) -> None:

@@ -258,35 +258,6 @@ def test_a_prompt_that_ends_in_a_chunk(llama: LocalEngine) -> None:
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
-def test_prompt_logprobs_pass_through_and_say_so(llama: LocalEngine) -> None:
-    """vLLM drops external tokens for such requests: comparing plain with plain must not look like a perfect blend."""
-    from vllm import SamplingParams
-
-    plan = random_plan(42)
-    ingest(llama, plan)
-    request_reasons: list[str] = []
-
-    def probe() -> None:
-        from types import SimpleNamespace
-
-        from lmcache_rag.vllm.scheduler_half import _unhandled
-
-        params = SamplingParams(prompt_logprobs=1)
-        request = SimpleNamespace(
-            lora_request=None,
-            mm_features=[],
-            prompt_embeds=None,
-            prompt_token_ids=[1],
-            pooling_params=None,
-            resumable=False,
-            skip_reading_prefix_cache=params.skip_reading_prefix_cache,
-        )
-        request_reasons.append(_unhandled(request))  # type: ignore[arg-type]
-
-    probe()
-    assert "prompt logprobs" in request_reasons[0]
-
-
 def test_segments_outside_the_prompt_pass_through_and_say_so(llama: LocalEngine) -> None:
     plan = random_plan(43)
     ingest(llama, plan)
