@@ -21,13 +21,13 @@ HERE = Path(__file__).parent
 INDEX = HERE / ".index"
 PASSAGES = 5
 PLAIN = BlendOptions(mode="off")
-BLENDED = BlendOptions(selector="query", ratio=0.15)
+BLENDED = BlendOptions(selector="query", ratio=0.1)
 
 
 def main() -> None:
     out = Console(highlight=False)
     questions = json.loads((HERE / "questions.json").read_text())
-    with updating(INDEX), open_corpus(INDEX, IndexSettings(chunk_tokens=400), create=True) as (engine, corpus):
+    with updating(INDEX), open_corpus(INDEX, IndexSettings(chunk_tokens=350), create=True) as (engine, corpus):
         plan = corpus.plan_update([HERE / "corpus"])
         out.print(f"{len(plan.pending)} documents to read, {plan.tokens} tokens, {plan.report.unchanged} unchanged")
         with Progress(console=out) as progress:
