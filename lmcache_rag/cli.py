@@ -32,7 +32,7 @@ ThreadsOption = Annotated[Optional[int], typer.Option(help="CPU threads; all cor
 ModelOption = Annotated[
     Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")
 ]
-DtypeOption = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
+DtypeOption = Annotated[Optional[str], typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
 SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]
 DEFAULT_INDEX = Path(".lmcache-rag")
 
@@ -55,11 +55,11 @@ def index(
     overlap_tokens: Annotated[Optional[int], typer.Option(help="Tokens shared by neighbouring passages; 0.")] = None,
     embedding_model: Annotated[Optional[str], typer.Option(help="For finding passages; all-MiniLM-L6-v2.")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Form of the prompt: completion (default) or chat.")] = None,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Index documents: find passages, compute the KV of each once, and store it. Run again, it does what changed."""
-    from lmcache_rag.corpus import IndexSettings, find_files, open_corpus, updating
+    from lmcache_rag.corpus import IndexSettings, Manifest, find_files, open_corpus, updating
 
     settings = IndexSettings.checked(
         model=model,
@@ -70,14 +70,15 @@ def index(
         embedding_model=embedding_model,
         prompt=prompt,
     )
-    files = find_files(paths)
-    err.print(f"{len(files)} files")
+    if Manifest.read(folder) is None:
+        find_files(paths)  # fails before anything is started or made
     try:
         with (
             updating(folder),
-            err.status("Starting vLLM"),
-            open_corpus(folder, settings, create=True, dtype=dtype, threads=threads) as (_, corpus),
+            err.status("Starting vLLM") as status,
+            open_corpus(folder, settings, create=True, **_given(dtype=dtype, threads=threads)) as (_, corpus),
         ):
+            status.stop()
             plan = corpus.plan_update(paths)
             free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
             err.print(
@@ -88,7 +89,7 @@ def index(
                 task = progress.add_task("tokens", total=plan.tokens)
                 report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))
     except KeyboardInterrupt:
-        err.print("Interrupted: the documents done so far are indexed. Run the command again to go on.")
+        err.print("Interrupted: what was done so far is kept. Run the command again to go on.")
         raise typer.Exit(130) from None
     rate = f", {report.tokens_computed / report.seconds:.0f} tokens/s" if report.tokens_computed else ""
     out.print(
@@ -114,7 +115,7 @@ def ask(
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
     off: Annotated[bool, typer.Option("--off", help="Answer with plain prefill only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Answer a question from the indexed documents, with their stored KV."""
@@ -126,7 +127,10 @@ def ask(
     options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, ratio=ratio)
     with (
         err.status("Starting vLLM") as status,
-        open_corpus(folder, IndexSettings.checked(model=model), dtype=dtype, threads=threads) as (engine, corpus),
+        open_corpus(folder, IndexSettings.checked(model=model), **_given(dtype=dtype, threads=threads)) as (
+            engine,
+            corpus,
+        ),
     ):
         hits = corpus.search(question, passages)
         plan = corpus.prompt(question, hits)
@@ -172,13 +176,12 @@ def bench_ttft_command(
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
     model: ModelOption = None,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """TTFT of full prefill, prefix cache, plain reuse and blending, and the cost of ingest."""
     from lmcache_rag.bench.ttft import bench_ttft
     from lmcache_rag.engine import EngineSettings, LocalEngine
-    from lmcache_rag.model import DEFAULT_MODEL
 
     tried = [
         BlendOptions.checked(selector=selector.strip(), ratio=ratio.strip())
@@ -186,7 +189,7 @@ def bench_ttft_command(
         for ratio in ratios.split(",")
     ]
     with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
-        settings = EngineSettings.checked(model=model or DEFAULT_MODEL, store=store, dtype=dtype, threads=threads)
+        settings = EngineSettings.checked(store=store, **_given(model=model, dtype=dtype, threads=threads))
         with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
             rows = bench_ttft(
                 engine,
@@ -229,6 +232,11 @@ def main() -> None:
     except LmcacheRagError as error:
         err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that were given; the environment and the defaults decide the others."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _progress() -> Progress:

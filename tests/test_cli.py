@@ -45,6 +45,20 @@ def error_of(result: Result) -> str:
     return str(result.exception)
 
 
+def test_settings_from_the_environment(
+    tmp_path: Path, model: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_MODEL", str(model))
+    monkeypatch.setenv("LMCACHE_RAG_DTYPE", "bfloat16")
+    monkeypatch.setenv("LMCACHE_RAG_MAX_MODEL_LEN", "256")
+    folder = tmp_path / "index"
+    assert run("index", documents, "--index", folder, "--chunk-tokens", 40).exit_code == 0
+    monkeypatch.delenv("LMCACHE_RAG_DTYPE")
+    question = " ".join(["w20"] * 250)
+    assert "the model takes 255 at most" in error_of(run("ask", question, "--index", folder))
+    assert run("ask", "w20", "--index", folder, "--max-tokens", 2).exit_code == 0  # the index knows its compute type
+
+
 def test_index_then_ask(tmp_path: Path, model: Path, documents: Path) -> None:
     folder = tmp_path / "index"
     options = ["--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]

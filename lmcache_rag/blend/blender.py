@@ -15,6 +15,7 @@ from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.store.chunks import ChunkStore, KVShape
 from lmcache_rag.vllm.request import ReuseReport
 
@@ -36,7 +37,7 @@ class Blender:
     def __init__(self, workspace: Workspace, run: PassRunner, shape: KVShape, max_pass_tokens: int) -> None:
         self.workspace = workspace
         self._run = run
-        self._shape = shape
+        self.shape = shape
         self._max_pass_tokens = max_pass_tokens
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
@@ -148,12 +149,15 @@ class _Blend:
     def _load(self, segment: PlannedSegment) -> str:
         """Put a stored object in its place; returns why it could not be, or nothing."""
         assert segment.name is not None
-        loaded = self._chunks.load(segment.name, self._blender._shape)
+        loaded = self._chunks.load(segment.name, self._blender.shape)
         if isinstance(loaded, str):
             return loaded
         if segment.offset + segment.length > loaded.tokens:
             return "shorter than planned"
-        self._blender.workspace.place(loaded, segment.start, segment.offset, segment.length)
+        try:
+            self._blender.workspace.place(loaded, segment.start, segment.offset, segment.length)
+        except CorruptObjectError:
+            return "corrupt"
         self._report.bytes_loaded += loaded.size_bytes
         self.required[segment.start : segment.end] = False
         return ""

@@ -15,7 +15,6 @@ nothing is unpickled.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +56,12 @@ class ObjectHeader(BaseModel):
     head_size: int = Field(ge=1, lt=1 << 12)
     dtype: str
     streams: tuple[_Stream, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Where the object belongs in a store."""
+        folder = f"{self.namespace}/{self.model}/{self.key[:2]}/{self.key}"
+        return f"{folder}/{self.variant}.{self.codec}.v{FORMAT_VERSION}"
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,8 @@ def _read_header(data: memoryview) -> tuple[ObjectHeader, int]:
     if len(text) != length or xxhash.xxh3_64_intdigest(text) != checksum:
         raise CorruptObjectError("its header is cut short or has a wrong checksum")
     try:
-        header = ObjectHeader.model_validate(json.loads(bytes(text)))
-    except (ValidationError, ValueError) as error:
+        header = ObjectHeader.model_validate_json(bytes(text))
+    except ValidationError as error:
         raise CorruptObjectError("its header cannot be read") from error
     if len(header.streams) != header.layers + 1 or header.streams[0].length != 4 * header.tokens:
         raise CorruptObjectError("its header contradicts itself")

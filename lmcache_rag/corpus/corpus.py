@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.corpus.database import Database, Passage
-from lmcache_rag.corpus.documents import Document, find_files, read_document
+from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.corpus.splitter import split
@@ -35,12 +36,18 @@ class Hit:
 
 @dataclass
 class UpdateReport:
-    """What an update did. `refused` names the files that could not be used, with the reason."""
+    """What an update did.
+
+    Attributes:
+        restored: unchanged documents of which the store had lost some KV; counted as changed too.
+        refused: the files that could not be used, with the reason.
+    """
 
     added: int = 0
     changed: int = 0
     unchanged: int = 0
     removed: int = 0
+    restored: int = 0
     refused: list[str] = field(default_factory=list)
     chunks_computed: int = 0
     chunks_present: int = 0
@@ -93,9 +100,9 @@ class Corpus:
             _check_chunk_length(manifest, engine, len(self._preamble))
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                manifest.write(folder)
         self._database = Database(folder / "index.sqlite")
         self._vectors: Any = None
+        self._vectors_of: object = None
 
     def close(self) -> None:
         self._database.close()
@@ -108,7 +115,7 @@ class Corpus:
         """
         known, report = self._database.documents(), UpdateReport()
         pending, seen = [], set()
-        for path in find_files(paths):
+        for path in find_files(paths, known):
             seen.add(str(path))
             try:
                 document = read_document(path)
@@ -116,10 +123,12 @@ class Corpus:
                 report.refused.append(str(error))
                 continue
             if known.get(document.path) == document.digest:
-                report.unchanged += 1
-                continue
+                if self._is_stored(document.path):
+                    report.unchanged += 1
+                    continue
+                report.restored += 1
             pending.append(self._split(document))
-        roots = [Path(path).expanduser().resolve() for path in paths]
+        roots = [absolute(path) for path in paths]
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
         tokens = sum(len(ids) for item in pending for ids in item.token_ids)
         stored = self._engine.chunk_store()
@@ -140,6 +149,8 @@ class Corpus:
             )
         report = plan.report
         known = self._database.documents()
+        with writing(self.folder):
+            self.manifest.write(self.folder)
         for item in plan.pending:
             done = self._engine.precompute(self._preamble, item.token_ids, progress)
             if done.errors:
@@ -164,7 +175,6 @@ class Corpus:
             self._database.remove(path)
             report.removed += 1
         self._delete_unused_kv()
-        self._vectors = None
         return report
 
     def search(self, question: str, count: int) -> list[Hit]:
@@ -175,23 +185,31 @@ class Corpus:
         """
         import faiss
 
-        if self._vectors is None:
+        version = self._database.version()
+        if self._vectors_of != version:
             ids, vectors = self._database.vectors()
             if not len(ids):
                 raise CorpusError(f"The index {self.folder} is empty: index some documents first.")
             self._vectors = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
             self._vectors.add_with_ids(np.ascontiguousarray(vectors), ids)
+            self._vectors_of = version
         scores, found = self._vectors.search(self._embedder.embed([question]), count)
         hits = []
         for score, passage_id in zip(scores[0].tolist(), found[0].tolist(), strict=True):
-            if passage_id >= 0:
-                path, text = self._database.passage(passage_id)
-                hits.append(Hit(path, text, score))
+            passage = self._database.passage(passage_id) if passage_id >= 0 else None
+            if passage is not None:
+                hits.append(Hit(*passage, score))
         return hits
 
     def prompt(self, question: str, hits: Sequence[Hit]) -> PromptPlan:
         """The prompt for a question over the passages found for it."""
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
+
+    def _is_stored(self, path: str) -> bool:
+        """Whether the store still holds the KV of all of a document's passages, behind this preamble."""
+        chunks, variant = self._engine.chunk_store(), variant_of(self._preamble)
+        names = [chunks.name_below(prefix, variant) for prefix in self._database.kv_prefixes(path)]
+        return all(map(self._engine.store.exists, names))
 
     def _split(self, document: Document) -> Pending:
         manifest, tokenizer = self.manifest, self._engine.tokenizer

@@ -80,19 +80,25 @@ class Database:
         vectors = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float32)
         return ids, vectors.reshape(len(rows), -1) if rows else vectors.reshape(0, 0)
 
-    def passage(self, passage_id: int) -> tuple[str, str]:
-        """Path of its document and text of a passage."""
+    def passage(self, passage_id: int) -> tuple[str, str] | None:
+        """Path of its document and text of a passage; None where it is gone."""
         with self._failing():
             row = self._connection.execute(
                 "SELECT path, text FROM passages JOIN documents ON documents.id = document WHERE passages.id = ?",
                 (passage_id,),
             ).fetchone()
-        return row[0], row[1]
+        return None if row is None else (row[0], row[1])
 
-    def texts(self) -> list[str]:
-        """All passages' texts."""
+    def kv_prefixes(self, path: str) -> list[str]:
+        """What the names of the stored KV of a document's passages start with."""
+        query = "SELECT kv_prefix FROM passages JOIN documents ON documents.id = document WHERE path = ?"
         with self._failing():
-            return [row[0] for row in self._connection.execute("SELECT text FROM passages ORDER BY id")]
+            return [row[0] for row in self._connection.execute(query, (path,))]
+
+    def version(self) -> tuple[int, int]:
+        """Changes whenever this or another process has changed the tables."""
+        with self._failing():
+            return self._connection.execute("PRAGMA data_version").fetchone()[0], self._connection.total_changes
 
     def unused_kv(self) -> list[str]:
         """KV prefixes that lost their last passage and are not yet forgotten."""

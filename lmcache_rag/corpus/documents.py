@@ -26,24 +26,28 @@ class Document:
         return self.path.lower().endswith((".md", ".markdown"))
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
+def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
     """The text and Markdown files in `paths` (files, or folders and all below them), hidden ones left out.
+
+    Args:
+        known: paths of documents indexed before; where one lies in a path, that path may be gone or empty by now.
 
     Raises:
         CorpusError: a path is not there or cannot be looked into, or none of them holds such a file.
     """
-    named = [Path(path).expanduser() for path in paths]
+    named = [absolute(path) for path in paths]
+    emptied = {path for path in named for document in known if Path(document).is_relative_to(path)}
     found: set[Path] = set()
     for path in named:
         if path.is_file():
             if path.suffix.lower() not in SUFFIXES:
                 raise CorpusError(f"{path} is no text or Markdown file ({', '.join(SUFFIXES)}): convert it first.")
-            found.add(path.resolve())
+            found.add(path)
         elif path.is_dir():
             found.update(_below(path))
-        else:
+        elif path not in emptied:
             raise CorpusError(f"{path} is not there: name a file or a folder.")
-    if not found:
+    if not found and not emptied:
         folders = ", ".join(map(str, named))
         raise CorpusError(
             f"No text or Markdown files ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some."
@@ -74,6 +78,11 @@ def read_document(path: Path) -> Document:
     return Document(str(path), text, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root, links left as they are."""
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  # resolve() would follow links
+
+
 def _below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise CorpusError(
@@ -83,9 +92,5 @@ def _below(folder: Path) -> list[Path]:
     files = []
     for name, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [folder_name for folder_name in folders if not folder_name.startswith(".")]
-        files += [
-            (Path(name) / file).resolve()
-            for file in names
-            if not file.startswith(".") and file.lower().endswith(SUFFIXES)
-        ]
+        files += [Path(name) / file for file in names if not file.startswith(".") and file.lower().endswith(SUFFIXES)]
     return files

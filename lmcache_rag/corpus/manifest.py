@@ -29,6 +29,7 @@ class Manifest(BaseModel):
     version: int = _VERSION
     model: str
     model_fingerprint: str
+    dtype: str
     tokenizer_fingerprint: str
     namespace: str
     store: Path
@@ -63,13 +64,17 @@ class Manifest(BaseModel):
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
         part = folder / f"{_FILE}.part"
-        part.write_text(self.model_dump_json(indent=2) + "\n")
+        with part.open("w") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, folder / _FILE)
 
     def check(self, folder: Path, wanted: Manifest) -> None:
         """Compare with what is wanted now; raises `CorpusError` that names the first difference."""
         names = {
             "model": "model",
+            "dtype": "compute type",
             "model_fingerprint": "weights of the model",
             "tokenizer_fingerprint": "tokenizer",
             "namespace": "namespace",

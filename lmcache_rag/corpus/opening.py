@@ -15,7 +15,6 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
@@ -55,7 +54,7 @@ def open_corpus(
 
     Args:
         create: make the index where there is none.
-        engine: further fields of `EngineSettings`.
+        engine: further fields of `EngineSettings`; the compute type is the index's own where it is not given.
 
     Raises:
         CorpusError: there is no index, or it was made with something else than `settings` ask for.
@@ -65,7 +64,7 @@ def open_corpus(
     known = Manifest.read(folder)
     if known is None and not create:
         raise CorpusError(f"There is no index in {folder}: run `lmcache-rag index PATH... --index {folder}` first.")
-    model = settings.model or (known.model if known else DEFAULT_MODEL)
+    model = _model(settings.model) if settings.model else (known.model if known else EngineSettings().model)
     if known is not None and model != known.model:
         raise CorpusError(
             f"The index {folder} was made with the model {known.model!r}: use that one, "
@@ -78,12 +77,15 @@ def open_corpus(
             "or index the documents into another folder."
         )
     namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
+    if known is not None:
+        engine.setdefault("dtype", known.dtype)
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
         manifest = Manifest(
             model=model,
             model_fingerprint=started.model_fingerprint,
+            dtype=started.dtype,
             tokenizer_fingerprint=started.tokenizer_fingerprint,
             namespace=namespace,
             store=store,
@@ -97,6 +99,12 @@ def open_corpus(
             yield started, corpus
         finally:
             corpus.close()
+
+
+def _model(model: str) -> str:
+    """A folder by its path from the root, so that the index can be used from anywhere; an id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine) -> PromptFormat:

@@ -7,6 +7,7 @@ when its result is there already, and results appear whole or not at all, so an 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -41,9 +42,12 @@ def prepare_default_model(cache: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        gguf = _gguf_file(cache / "downloads")
-        _say(f"Preparing {DEFAULT_MODEL} in {folder} (once, about 30 seconds)")
-        _write_folder(gguf, folder)
+        with (folder.parent / f"{DEFAULT_MODEL}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be preparing it
+            if not (folder / _DONE).is_file():
+                gguf = _gguf_file(cache / "downloads")
+                _say(f"Preparing {DEFAULT_MODEL} in {folder} (once, about 30 seconds)")
+                _write_folder(gguf, folder)
     except OSError as error:
         raise ModelError(
             f"The default model could not be prepared in {cache} ({error}): free some space there "
@@ -110,11 +114,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
         (part / _DONE).write_text(f"{_GGUF} {_GGUF_SHA256}\n")
         if folder.exists():
             shutil.rmtree(folder)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not (folder / _DONE).is_file():  # else another process was faster, with the same result
-                raise
+        part.rename(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcache-rag"
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, revision: str | None = None) -> Path:
     """The folder of `model`, downloaded or prepared if need be.
 
     Raises:
@@ -34,7 +34,9 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.gguf", "*.onnx", "*.pth", "original/*"]))
+        return Path(
+            snapshot_download(model, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "*.pth", "original/*"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"Model {model!r} is no folder here and could not be fetched from the Hugging Face hub "

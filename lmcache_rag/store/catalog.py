@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.codec import peek_tokens
-from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 
 GRAM = 16
@@ -122,16 +122,16 @@ class Catalog:
         return list(zip(chosen.tolist(), hashes[chosen].tolist(), strict=True))
 
     def _peek(self, name: str) -> np.ndarray | None:
-        """A stored chunk's token ids; None where the object is gone or corrupt (the blend would miss it anyway)."""
+        """A stored chunk's token ids; None where the object is gone or unusable (a blend would miss it anyway)."""
         limit = _PEEK_BYTES
         while True:
-            start = self._store.read(name, limit)
-            if start is None:
-                return None
             try:
+                start = self._store.read(name, limit)
+                if start is None:
+                    return None
                 token_ids = peek_tokens(start)
-            except CorruptObjectError as error:
-                _log.warning("stored object %s is corrupt (%s)", name, error)
+            except StoreError as error:
+                _log.warning("stored object %s cannot be used (%s)", name, error)
                 return None
             if isinstance(token_ids, np.ndarray):
                 return token_ids

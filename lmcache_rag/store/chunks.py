@@ -59,7 +59,11 @@ class ChunkStore:
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
-        return f"{self.scope.chunk_prefix(token_ids)}{variant}.{self.codec.name}.v{FORMAT_VERSION}"
+        return self.name_below(self.scope.chunk_prefix(token_ids), variant)
+
+    def name_below(self, prefix: str, variant: str) -> str:
+        """The same, from what the names of all variants of the chunk start with."""
+        return f"{prefix}{variant}.{self.codec.name}.v{FORMAT_VERSION}"
 
     def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
         """The readable variants of a chunk: variant -> object name."""
@@ -108,8 +112,8 @@ class ChunkStore:
         found = (header.layers, header.kv_heads, header.head_size, header.dtype)
         if found != (shape.layers, shape.kv_heads, shape.head_size, str(shape.dtype).removeprefix("torch.")):
             return "of another model"
-        if header.codec not in CODECS:
-            return "in an unknown codec"
+        if header.name != name:
+            return "of another chunk"
         return LoadedKV(stored, shape, len(data))
 
     def _discard(self, name: str) -> None:

@@ -52,7 +52,9 @@ class DiskStore:
                 os.fsync(file.fileno())
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, path)
-            _flush_folder(path.parent)
+            os.utime(path.parent.parent)  # a generation that was read before the rename is then out of date
+            for folder in (path.parent, path.parent.parent):
+                _flush_folder(folder)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise _failed(f"{name} could not be stored in {self.root}", error) from error
@@ -77,7 +79,10 @@ class DiskStore:
             raise _failed(f"{name} could not be read from {self.root}", error) from error
 
     def exists(self, name: str) -> bool:
-        return self._path(name).is_file()
+        try:
+            return self._path(name).is_file()
+        except OSError as error:
+            raise _failed(f"{name} could not be looked up in {self.root}", error) from error
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -90,7 +95,11 @@ class DiskStore:
                     raise _failed(f"{name} could not be deleted from {self.root}", error) from error
 
     def list(self, prefix: str) -> Iterator[str]:
-        for folder, _, files in os.walk(self._path(prefix)):
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise _failed(f"{prefix} could not be listed in {self.root}", error) from error
+
+        for folder, _, files in os.walk(self._path(prefix), onerror=refuse):
             relative = Path(folder).relative_to(self.root).as_posix()
             for file in sorted(files):
                 yield f"{relative}/{file}"
@@ -101,9 +110,14 @@ class DiskStore:
                 return tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries))
         except (FileNotFoundError, NotADirectoryError):
             return ()
+        except OSError as error:
+            raise _failed(f"{prefix} could not be listed in {self.root}", error) from error
 
     def free_bytes(self) -> int | None:
-        return shutil.disk_usage(self.root).free
+        try:
+            return shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise _failed(f"The free space of {self.root} could not be read", error) from error
 
     def _path(self, name: str) -> Path:
         return self.root.joinpath(*name.split("/"))

@@ -36,8 +36,10 @@ class Function:
         places = [found.index(name) if name in found else -1 for name in self.parameters]
         if -1 in places or places != sorted(places):
             return f"has parameters ({', '.join(found)}), expected ({', '.join(self.parameters)})"
-        required = len(node.args.args) - len(node.args.defaults)
-        new = [name for name in found[:required] if name not in (*self.parameters, "self", "cls")]
+        required = [argument.arg for argument in node.args.args[: len(node.args.args) - len(node.args.defaults)]]
+        keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        required += [argument.arg for argument, default in keywords if default is None]
+        new = [name for name in required if name not in (*self.parameters, "self", "cls")]
         return f"has new required parameters ({', '.join(new)})" if new else ""
 
 
@@ -85,6 +87,7 @@ class Text:
 _BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 _ATTENTION = "model_executor/layers/attention/attention.py"
 _SCHEDULER = "v1/core/sched/scheduler.py"
+_IMPL = ("alibi_slopes", "logits_soft_cap", "scale")
 _UPDATE = ("self", "layer", "key", "value", "kv_cache", "slot_mapping")
 
 INTERFACES: tuple[Function | Attributes | Text, ...] = (
@@ -119,11 +122,21 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Function("v1/attention/backends/flash_attn.py", "FlashAttentionImpl.do_kv_cache_update", _UPDATE),
     Function("v1/attention/backends/flashinfer.py", "FlashInferImpl.do_kv_cache_update", _UPDATE),
     Function("v1/attention/backends/triton_attn.py", "TritonAttentionImpl.do_kv_cache_update", _UPDATE),
+    Attributes("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl", _IMPL),
+    Attributes("v1/attention/backends/flash_attn.py", "FlashAttentionImpl", _IMPL),
+    Attributes("v1/attention/backends/flashinfer.py", "FlashInferImpl", _IMPL),
+    Attributes("v1/attention/backends/triton_attn.py", "TritonAttentionImpl", _IMPL),
+    Attributes("config/compilation.py", "CompilationConfig", ("static_forward_context",)),
     # The worker class
     Attributes("v1/worker/gpu_worker.py", "Worker", ("load_model", "get_model", "determine_available_memory")),
     Attributes("v1/worker/cpu_worker.py", "CPUWorker", ("determine_available_memory",)),
     # The connector
     Function(_BASE, "KVConnectorBase_V1.__init__", ("self", "vllm_config", "role", "kv_cache_config")),
+    Attributes(
+        _BASE,
+        "KVConnectorBase_V1",
+        ("_vllm_config", "_kv_cache_config", "_get_connector_metadata", "requires_kv_delivery"),
+    ),
     Function(_BASE, "KVConnectorBase_V1.register_kv_caches", ("self", "kv_caches")),
     Function(_BASE, "KVConnectorBase_V1.start_load_kv", ("self", "forward_context")),
     Function(_BASE, "KVConnectorBase_V1.wait_for_layer_load", ("self", "layer_name")),
@@ -151,6 +164,12 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
         "KVConnectorStats",
         ("data", "reset", "aggregate", "reduce", "is_empty"),
     ),
+    Attributes(
+        "distributed/kv_transfer/kv_connector/v1/metrics.py",
+        "KVConnectorPromMetrics",
+        ("_counter_cls", "per_engine_labelvalues", "observe"),
+    ),
+    Function("v1/core/kv_cache_manager.py", "KVCacheBlocks.get_block_ids", ("self",)),
     Attributes("v1/kv_cache_interface.py", "KVCacheConfig", ("kv_cache_groups", "hash_block_size")),
     Attributes("v1/outputs.py", "KVConnectorOutput", ("kv_connector_worker_meta",)),
     # What the scheduler does with the connector's answers
@@ -229,6 +248,10 @@ def wheel_source(wheel: Path) -> Source:
 
 def main(arguments: list[str]) -> int:
     """Check the installed vLLM, or the wheels named; the exit code."""
+    missing = [name for name in arguments if not Path(name).is_file()]
+    if missing:
+        print(f"{missing[0]} is not there: name downloaded vLLM wheels, or none for the installed vLLM")
+        return 2
     sources = {name: wheel_source(Path(name)) for name in arguments} or {"the installed vllm": installed_source()}
     failed = False
     for name, source in sources.items():

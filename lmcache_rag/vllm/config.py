@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.store.catalog import GRAM
+from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,6 +20,9 @@ class ConnectorConfig(BaseModel):
 
     Attributes:
         store: folder of the KV store.
+        namespace: of requests that name none.
+        clients_choose_namespace: whether requests may name another.
+        clients_precompute: whether requests may store KV.
         codec: how KV is written to the store.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
@@ -27,6 +32,9 @@ class ConnectorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: Path
+    namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
+    clients_choose_namespace: bool = True
+    clients_precompute: bool = True
     codec: str = "raw"
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
@@ -41,6 +49,17 @@ class ConnectorConfig(BaseModel):
     def workspace_tokens(self, max_model_len: int) -> int:
         """How many tokens a blend may span."""
         return min(self.max_blend_tokens, max_model_len)
+
+
+def fingerprint_of(vllm_config: VllmConfig) -> str:
+    """Identity of the KV that an engine computes: its model's files, compute type, and what changes either on the way.
+
+    Raises:
+        ModelError: the model's files cannot be found.
+    """
+    model = vllm_config.model_config
+    changes = f"{model.quantization or ''}{model.hf_overrides or ''}"
+    return model_fingerprint(resolve_model(str(model.model), model.revision), f"{model.dtype}{changes}", cache_folder())
 
 
 def unsupported_engine(vllm_config: VllmConfig) -> str:

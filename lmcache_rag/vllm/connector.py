@@ -12,9 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.store import DiskStore
-from lmcache_rag.vllm.config import ConnectorConfig, unsupported_engine
+from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
 from lmcache_rag.vllm.metadata import StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
 from lmcache_rag.vllm.planner import Planner
@@ -46,10 +45,8 @@ class BlendConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         self._store = DiskStore(self._config.store)
-        model_config = vllm_config.model_config
-        folder = resolve_model(str(model_config.model))
-        self._fingerprint = model_fingerprint(folder, str(model_config.dtype), cache_folder())
-        self._workspace_tokens = self._config.workspace_tokens(model_config.max_model_len)
+        self._fingerprint = fingerprint_of(vllm_config)
+        self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
                 Planner(self._store, self._fingerprint, self._config, self._workspace_tokens),
@@ -75,7 +72,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._store,
             self._fingerprint,
             self._config.codec,
-            workspace_tokens=min(self._workspace_tokens, model.max_tokens),
+            workspace_tokens=self._workspace_tokens,
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             block_tokens=self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         )

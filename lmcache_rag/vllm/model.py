@@ -51,7 +51,7 @@ class BoundModel:
             raise ModelError("This model's KV cannot be blended: its layers have KV of different shapes.")
         self.device = next(model.parameters()).device
         self.shape = KVShape(len(self._layers), first.num_kv_heads, first.head_size, vllm_config.model_config.dtype)
-        self.max_tokens: int = vllm_config.model_config.max_model_len
+        self._max_model_len: int = vllm_config.model_config.max_model_len
         self.specs = self._layer_specs()
 
     def workspace(self, max_tokens: int) -> Workspace:
@@ -105,7 +105,11 @@ class BoundModel:
             if rotary is not None and id(rotary) not in rotations:
                 cache = rotary.cos_sin_cache.to(self.device)
                 rotations[id(rotary)] = Rotation.from_cache(cache, interleaved=not rotary.is_neox_style)
-                self.max_tokens = min(self.max_tokens, cache.shape[0])
+                if cache.shape[0] < self._max_model_len:
+                    raise ModelError(
+                        f"The model's rotary embedding knows {cache.shape[0]} positions, fewer than its "
+                        f"{self._max_model_len}: set max_model_len to {cache.shape[0]}."
+                    )
             rotation = None if rotary is None else rotations[id(rotary)]
             specs.append(LayerSpec(scale=layer.impl.scale, window=layer.sliding_window, rotation=rotation))
         return self._checked(specs)
@@ -117,7 +121,7 @@ class BoundModel:
         position p must be K at position 0 rotated to p. A layer whose K does not depend on p has no RoPE.
         """
         origin = self._lone_keys(0)
-        positions = sorted({1, 7, self.max_tokens // 2, self.max_tokens - 1})
+        positions = sorted({1, 7, self._max_model_len // 2, self._max_model_len - 1})
         found = {position: self._lone_keys(position) for position in positions}
         checked = []
         for index, spec in enumerate(specs):
@@ -203,12 +207,14 @@ def _refusal(layer: Any) -> str:
         return "has K and V of different sizes"
     if layer.has_sink:
         return "has attention sinks"
-    if getattr(layer.impl, "alibi_slopes", None) is not None:
+    needed = ("alibi_slopes", "logits_soft_cap", "scale", "do_kv_cache_update")
+    missing = [name for name in needed if not hasattr(layer.impl, name)]
+    if missing:
+        return f"has an attention backend, {type(layer.impl).__name__}, without {', '.join(missing)}"
+    if layer.impl.alibi_slopes is not None:
         return "uses ALiBi"
-    if getattr(layer.impl, "logits_soft_cap", None):
+    if layer.impl.logits_soft_cap:
         return "caps its attention logits"
-    if not hasattr(layer.impl, "do_kv_cache_update"):
-        return "has an attention backend whose paged cache cannot be written"
     return ""
 
 

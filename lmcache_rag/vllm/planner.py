@@ -14,7 +14,9 @@ from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import Catalog, Match
 from lmcache_rag.store.chunks import ChunkStore
 from lmcache_rag.vllm.config import ConnectorConfig
-from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, BlendOptions, ReuseReport
+from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+
+_KEPT_CATALOGS = 16
 
 
 class Planner:
@@ -39,6 +41,12 @@ class Planner:
     def _plan(  # noqa: C901  # the refusals in their order
         self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport
     ) -> BlendPlan | None:
+        if options.namespace not in (None, self._config.namespace) and not self._config.clients_choose_namespace:
+            report.reason = "clients may not choose a namespace here"
+            return None
+        if options.mode == "precompute" and not self._config.clients_precompute:
+            report.reason = "clients may not store KV here"
+            return None
         prompt = np.asarray(token_ids, dtype=np.int32)
         matches = self._matches(prompt, options)
         if not matches:
@@ -51,7 +59,7 @@ class Planner:
         if options.mode == "precompute" and (len(matches) != 1 or end != len(prompt)):
             report.reason = "precompute takes one segment that ends the prompt"
             return None
-        namespace = options.namespace or DEFAULT_NAMESPACE
+        namespace = options.namespace or self._config.namespace
         chunks = ChunkStore(self._store, KVScope(namespace, self._model), self._config.codec)
         preamble, context = self._context(prompt, matches, chunks)
         segments = self._segments(prompt, matches, context, chunks, own_only=options.mode == "precompute")
@@ -88,11 +96,13 @@ class Planner:
     def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
         if options.segments is not None:
             return [Match(start, length, 0, prompt[start : start + length]) for start, length in options.segments]
-        namespace = options.namespace or DEFAULT_NAMESPACE
-        catalog = self._catalogs.get(namespace)
+        namespace = options.namespace or self._config.namespace
+        catalog = self._catalogs.pop(namespace, None)
         if catalog is None:
-            scope = KVScope(namespace, self._model)
-            catalog = self._catalogs[namespace] = Catalog(self._store, scope, self._config.min_match_tokens)
+            catalog = Catalog(self._store, KVScope(namespace, self._model), self._config.min_match_tokens)
+            while len(self._catalogs) >= _KEPT_CATALOGS:
+                del self._catalogs[next(iter(self._catalogs))]
+        self._catalogs[namespace] = catalog  # the last one is the one used last
         return catalog.find(prompt)
 
     def _context(

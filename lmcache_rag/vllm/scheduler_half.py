@@ -33,15 +33,17 @@ class _Tracked:
 
     Attributes:
         planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
-        blended: a blend was started, whose report counts.
         local_tokens: how many tokens the local prefix cache held when last asked, for the report.
+        placed: blocks were allocated, so the report says what becomes of the request; a preemption changes it no more.
+        blending: a blend is under way, whose figures have not arrived.
     """
 
     plan: BlendPlan | None
     report: dict[str, Any]
     planned_misses: dict[str, int]
-    blended: bool = False
     local_tokens: int = 0
+    placed: bool = False
+    blending: bool = False
 
 
 class SchedulerHalf:
@@ -98,9 +100,11 @@ class SchedulerHalf:
         """How many tokens behind the locally computed ones a blend provides; None puts the request off to a later
         step, since one blend a step is done. Asking changes nothing."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.plan is None:
+        if tracked is None:
             return 0
         tracked.local_tokens = computed_tokens
+        if tracked.plan is None:
+            return 0
         matched = max(0, _provided(tracked.plan) - computed_tokens)
         if computed_tokens and matched < _SMALL_REST:
             return 0
@@ -109,18 +113,21 @@ class SchedulerHalf:
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
         """vLLM has allocated blocks: the blend is done in this step."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.plan is None:
+        if tracked is None:
             return
-        provided = _provided(tracked.plan)
-        if external_tokens == 0:
-            local, prompt = tracked.local_tokens, len(tracked.plan.token_ids)
-            reason = "blended KV in the local prefix cache"
-            tracked.report.update(mode="blend", reason=reason, local_tokens=local, missed_tokens=0, misses={})
-            tracked.report["vllm_tokens"] = prompt - local
-            return
-        tracked.blended = True
-        plan = replace(tracked.plan, local_tokens=provided - external_tokens)
-        self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
+        if external_tokens and tracked.plan is not None:
+            tracked.blending = True
+            plan = replace(tracked.plan, local_tokens=_provided(tracked.plan) - external_tokens)
+            self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
+        elif not tracked.placed:
+            report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
+            report["local_tokens"] = local
+            report["vllm_tokens"] = request.num_prompt_tokens - local - report["missed_tokens"]
+            if tracked.plan is not None:
+                exact = local <= exact_span(tracked.plan)
+                report["mode"] = "plain" if exact else "blend"
+                report["reason"] = f"{'exact' if exact else 'blended'} KV in the local prefix cache"
+        tracked.placed = True
 
     def take_jobs(self) -> StepJobs:
         """This step's blends."""
@@ -140,7 +147,9 @@ class SchedulerHalf:
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)
-            self.stats.add(report)
+            if tracked.blending and request_id in self._finished:
+                self.stats.add(tracked.report)
+            tracked.blending = False
 
     def finish(self, request: Request) -> dict[str, Any]:
         """The report for the response. It is a live dict: where the request finishes in the step of its blend, the
@@ -149,7 +158,7 @@ class SchedulerHalf:
         if tracked is None:
             return {}
         self._jobs = [job for job in self._jobs if job.request_id != request.request_id]
-        if not tracked.blended:
+        if not tracked.blending:
             self.stats.add(tracked.report)
         self._finished[request.request_id] = tracked
         while len(self._finished) > _KEPT_REPORTS:
@@ -165,13 +174,16 @@ class SchedulerHalf:
 def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
     """Give a blended request's blocks hashes of their own, so that no exact request ever hits them.
 
-    Blocks that lie within the preamble hold exact KV and keep their hashes, under which they may be shared. The block
-    hashes chain, so it is enough to mix the digest into what the first of the other blocks is chained to. A precompute
-    request is to find nothing, so that its whole KV is captured.
+    Blocks that hold exact KV only keep their hashes, under which they may be shared. The block hashes chain, so it is
+    enough to mix the digest into what the first of the other blocks is chained to; the prompt's last full block is
+    always one of those, since blocks that fill up later are chained to it. A precompute request is to find nothing, so
+    that its whole KV is captured.
     """
+    exact_tokens = exact_span(plan) if plan.mode == "blend" else 0
+    if exact_tokens == plan.end:
+        return
     digest = uuid.uuid4().hex if plan.mode == "precompute" else plan_digest(plan, request.cache_salt)
-    exact_tokens = plan.preamble.length if plan.mode == "blend" else 0
-    kept = min(exact_tokens // hash_block_tokens, len(request.block_hashes))
+    kept = max(0, min(exact_tokens // hash_block_tokens, len(request.block_hashes) - 1))
     del request.block_hashes[kept:]
     if not kept:
         request.cache_salt = digest
@@ -181,6 +193,17 @@ def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
     request.block_hashes[-1] = type(parent)(parent + bytes.fromhex(digest))
     request.update_block_hashes()
     request.block_hashes[kept - 1] = parent
+
+
+def exact_span(plan: BlendPlan) -> int:
+    """How many of the prompt's first tokens get KV that equals full prefill's: the preamble, and an exact chunk that
+    follows it."""
+    end = plan.preamble.length
+    for segment in plan.segments:
+        if not segment.exact or segment.start != end:
+            break
+        end = segment.end
+    return end
 
 
 def _provided(plan: BlendPlan) -> int:

@@ -32,7 +32,7 @@ class BlendWorker(Worker):
         available = super().determine_available_memory()
         if _bound is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        tokens = ConnectorConfig.of(self.vllm_config).workspace_tokens(_bound.max_tokens)
+        tokens = ConnectorConfig.of(self.vllm_config).workspace_tokens(self.model_config.max_model_len)
         return available - tokens * _bound.shape.bytes_per_token
 
 

@@ -98,6 +98,17 @@ def test_hostile_bytes_are_corrupt(junk: bytes) -> None:
             unpack(memoryview(data))
 
 
+def test_a_header_of_deeply_nested_json_is_corrupt() -> None:
+    import struct
+
+    import xxhash
+
+    text = b"[" * 100_000
+    prefix = struct.pack("<8sIIQ", b"LMCRAGKV", 1, len(text), xxhash.xxh3_64_intdigest(text))
+    with pytest.raises(CorruptObjectError, match="header cannot be read"):
+        unpack(memoryview(prefix + text))
+
+
 def test_another_version_says_so() -> None:
     data = bytearray(packed()[0])
     data[8] = 9

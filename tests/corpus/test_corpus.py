@@ -26,6 +26,7 @@ def manifest(engine: LocalEngine, **changes: object) -> Manifest:
     values = {
         "model": "tiny",
         "model_fingerprint": engine.model_fingerprint,
+        "dtype": engine.dtype,
         "tokenizer_fingerprint": engine.tokenizer_fingerprint,
         "namespace": "default",
         "store": OWN_STORE,
@@ -130,6 +131,7 @@ def test_an_interruption_keeps_the_documents_done(corpus: Corpus, documents: Pat
     [
         ({"model": "other"}, "another model"),
         ({"model_fingerprint": "0" * 32}, "weights of the model"),
+        ({"dtype": "bfloat16"}, "compute type"),
         ({"tokenizer_fingerprint": "0" * 32}, "tokenizer"),
         ({"prompt": completion_format()}, "preamble"),
         ({"chunk_tokens": 41}, "chunk length"),
@@ -139,8 +141,9 @@ def test_an_interruption_keeps_the_documents_done(corpus: Corpus, documents: Pat
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_an_index_made_with_something_else(
-    corpus: Corpus, llama: LocalEngine, changes: dict[str, object], problem: str
+    corpus: Corpus, documents: Path, llama: LocalEngine, changes: dict[str, object], problem: str
 ) -> None:
+    update(corpus, documents)
     with pytest.raises(CorpusError, match=problem):
         Corpus(corpus.folder, llama, EMBEDDER, manifest(llama, **changes))
 
@@ -176,6 +179,60 @@ def test_too_little_space_is_said_before_anything_is_computed(
     with pytest.raises(CorpusError, match="free some space"):
         corpus.update(plan)
     assert stored(llama) == 0
+
+
+def test_lost_and_corrupt_kv_is_computed_again(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    update(corpus, documents)
+    names = sorted(llama.store.list(llama.chunk_store().scope.prefix))
+    llama.store.delete(names[:1])
+    damaged = llama.store.root.joinpath(*names[-1].split("/"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for seed in range(3):  # whoever asks finds the damage
+        llama.generate(corpus.prompt("w20", corpus.search(text(seed), 6)), cache_salt=str(seed))
+    assert not damaged.exists()
+    report = update(corpus, documents)
+    assert report.restored >= 1 and report.added == 0
+    assert stored(llama) == len(names)
+    assert update(corpus, documents).unchanged == 3
+
+
+def test_a_folder_that_was_emptied_empties_the_index(corpus: Corpus, documents: Path) -> None:
+    update(corpus, documents)
+    for path in documents.iterdir():
+        path.unlink()
+    assert update(corpus, documents).removed == 3
+    with pytest.raises(CorpusError, match="is empty"):
+        corpus.search("anything", 1)
+
+
+def test_links_are_documents_where_they_are(corpus: Corpus, documents: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text(text(30))
+    (documents / "link.txt").symlink_to(elsewhere)
+    assert update(corpus, documents).added == 4
+    (documents / "link.txt").unlink()
+    assert update(corpus, documents).removed == 1
+
+
+def test_another_process_changes_are_seen(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    update(corpus, documents)
+    assert len(corpus.search("anything", 100)) == 6
+    other = Corpus(corpus.folder, llama, EMBEDDER, corpus.manifest)
+    (documents / "0.txt").unlink()
+    update(other, documents)
+    other.close()
+    assert len(corpus.search("anything", 100)) == 4
+
+
+def test_an_index_without_documents_may_be_made_anew(corpus: Corpus, llama: LocalEngine, documents: Path) -> None:
+    again = Corpus(corpus.folder, llama, EMBEDDER, manifest(llama, chunk_tokens=30))
+    assert update(again, documents).added == 3
+
+
+def test_long_passages_are_embedded_to_their_end() -> None:
+    filler = "The quarterly report lists figures of no interest to anybody. " * 60
+    vectors = EMBEDDER.embed([filler, filler + "The rain gauge has a funnel of brass.", "rain gauge funnel of brass"])
+    assert vectors[1] @ vectors[2] > vectors[0] @ vectors[2] + 0.02
 
 
 def test_a_damaged_manifest_or_index_says_what_to_do(corpus: Corpus, llama: LocalEngine) -> None:

@@ -72,6 +72,15 @@ def test_of_another_shape(chunks: ChunkStore, shape: KVShape) -> None:
     assert chunks.load(chunks.name(TOKENS, OWN), shape) == "of another model"
 
 
+def test_an_object_put_under_another_chunks_or_variants_name(chunks: ChunkStore) -> None:
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    data = chunks.store.read(chunks.name(TOKENS, OWN))
+    assert data is not None
+    for name in (chunks.name(TOKENS, OTHER), chunks.name(TOKENS[::-1], OWN)):
+        chunks.store.write(name, [data])
+        assert chunks.load(name, SHAPE) == "of another chunk"
+
+
 @pytest.mark.parametrize(
     "scope", [KVScope("other", "f" * 32), KVScope("default", "e" * 32)], ids=["namespace", "model"]
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
+from lmcache_rag.codec import pack, unpack
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import PromptPlan
@@ -281,9 +281,53 @@ def test_leaving_a_stream_aborts_the_request(llama: LocalEngine) -> None:
     stream = llama.stream(plan, Sampling(max_tokens=500, ignore_eos=True), REPAIR, cache_salt="one")
     next(stream)
     stream.close()
+    llama.generate([5, 6, 7], Sampling(max_tokens=2), OFF)
+    assert llama._loop.engine.get_num_unfinished_requests() == 0
     done = llama.generate(plan, Sampling(max_tokens=2), REPAIR, cache_salt="another")  # the engine goes on
     assert done.reuse.mode == "blend"
-    assert threading.active_count() < 50
+
+
+def test_an_event_loop_that_is_gone_does_not_stop_the_engine(llama: LocalEngine) -> None:
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(llama.agenerate([5] * 50, Sampling(max_tokens=900, ignore_eos=True), OFF), 0.05))
+    done = llama.generate([5, 6, 7], Sampling(max_tokens=3, ignore_eos=True), OFF)
+    assert len(done.token_ids) == 3
+
+
+def test_a_layer_that_does_not_fit_is_a_miss(llama: LocalEngine) -> None:
+    """Right checksums, wrong contents: half of each layer is missing."""
+    plan = random_plan(47)
+    ingest(llama, plan)
+    preamble, chunks, _ = parts(plan)
+    path = path_of(llama, chunks[1], variant_of(preamble))
+    stored = unpack(memoryview(bytearray(path.read_bytes())))
+    halves = [layer[: len(layer) // 2] for layer in stored.layers]
+    path.write_bytes(b"".join(bytes(part) for part in pack(stored.header, stored.token_ids, halves)))
+    _, done = answer(llama, plan, REPAIR)
+    assert done.reuse.misses == {"corrupt": len(chunks[1])}
+
+
+def test_a_stored_preamble_alone_is_exact_and_shared(llama: LocalEngine) -> None:
+    plan = random_plan(48, preamble=100)
+    ingest(llama, plan)
+    prompt = [*plan.token_ids[:100], 7, 8, 9]
+    first = llama.generate(prompt, Sampling(max_tokens=2), cache_salt="shared preamble")
+    assert first.reuse.exact_tokens == first.reuse.reused_tokens == 100
+    second = llama.generate([*prompt[:100], 11, 12], Sampling(max_tokens=2), OFF, cache_salt="shared preamble")
+    assert second.reuse.local_tokens == 96
+    assert second.reuse.vllm_tokens == 6
+
+
+def test_blocks_that_fill_up_while_generating_are_salted_too(llama: LocalEngine) -> None:
+    """A prompt with no full block behind its preamble's: the next block is filled by what is generated."""
+    plan = random_plan(49, preamble=64, chunks=(6, 6), rest=12)
+    ingest(llama, plan)
+    sampling = Sampling(max_tokens=30, ignore_eos=True)
+    blended = llama.generate(plan, sampling, REUSE, cache_salt="salt")
+    assert blended.reuse.mode == "blend"
+    longer = [*plan.token_ids, *blended.token_ids, 5, 6]
+    done = llama.generate(longer, Sampling(max_tokens=1), OFF, cache_salt="salt")
+    assert done.reuse.local_tokens <= 64
 
 
 def test_precompute_stores_preamble_and_chunk_once(llama: LocalEngine) -> None:

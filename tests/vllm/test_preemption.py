@@ -15,7 +15,8 @@ from tests.models import make_tiny
 
 
 @pytest.mark.usefixtures("no_engine")
-def test_preempted_requests_are_blended_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preempted_requests_are_blended_again(tmp_path: Path, *, prefix_caching: bool) -> None:
     settings = EngineSettings(
         model=str(make_tiny("llama", tmp_path / "model")),
         store=tmp_path / "kv",
@@ -23,7 +24,7 @@ def test_preempted_requests_are_blended_again(tmp_path: Path) -> None:
         max_model_len=512,
         kv_cache_bytes=2 << 20,
         max_num_batched_tokens=256,
-        prefix_caching=False,
+        prefix_caching=prefix_caching,
     )
     options = BlendOptions(selector="query", ratio=0.3)
     sampling = Sampling(max_tokens=200, ignore_eos=True)
@@ -34,14 +35,20 @@ def test_preempted_requests_are_blended_again(tmp_path: Path) -> None:
         alone = [engine.generate(plan, sampling, options) for plan in plans]
 
         async def together() -> list[Completion]:
-            return await asyncio.gather(*(engine.agenerate(plan, sampling, options) for plan in plans))
+            requests = (engine.agenerate(plan, sampling, options, cache_salt="crowded") for plan in plans)
+            return await asyncio.gather(*requests)
 
         blends: list[str] = []
         _count_blends(blends)
         crowded = asyncio.run(together())
-        assert len(blends) > len(plans), "nothing was preempted, so this test shows nothing"
+        if not prefix_caching:
+            assert len(blends) > len(plans), "nothing was preempted, so this test shows nothing"
         for one, other in zip(alone, crowded, strict=True):
             assert other.reuse.mode == "blend"
+            reuse = other.reuse
+            counted = reuse.local_tokens + reuse.reused_tokens + reuse.recomputed_tokens + reuse.missed_tokens
+            assert counted + reuse.unknown_tokens + reuse.vllm_tokens == reuse.prompt_tokens
+            assert reuse.vllm_tokens >= 0
             same = sum(a == b for a, b in zip(one.token_ids[:50], other.token_ids[:50], strict=True))
             assert same >= 45, "greedy answers may part only where two tokens are nearly as likely"
 

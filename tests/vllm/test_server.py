@@ -37,9 +37,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32",
-        "--kv-cache-memory-bytes", str(64 << 20), "--worker-cls", "lmcache_rag.vllm.worker.BlendWorker",
-        "--kv-transfer-config", json.dumps(transfer), "--max-logprobs", "10",
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10",
+        "--worker-cls", "lmcache_rag.vllm.worker.BlendWorker", "--kv-transfer-config", json.dumps(transfer),
     ]  # fmt: skip
     log = folder / "log"
     with log.open("w") as output:

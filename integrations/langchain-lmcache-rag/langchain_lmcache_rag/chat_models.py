@@ -70,8 +70,13 @@ class ChatLmcacheRag(BaseChatModel):
     def __init__(
         self, *, engine: LocalEngine | None = None, settings: EngineSettings | None = None, **values: Any
     ) -> None:
-        values["engine"] = engine_of(engine, settings)
-        super().__init__(**values)
+        running = engine_of(engine, settings)
+        try:
+            super().__init__(**{"engine": running, **values})
+        except BaseException:
+            if engine is None:
+                running.close()
+            raise
 
     @property
     def model_name(self) -> str:

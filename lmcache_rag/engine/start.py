@@ -1,0 +1,110 @@
+"""Starting vLLM in this process, with our worker class and connector."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.engine.settings import EngineSettings
+from lmcache_rag.errors import EngineError, LmcacheRagError
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+_CPU_KV_CACHE_BYTES = 2 << 30
+_CPU_BLOCK_TOKENS = 32
+
+
+def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LLMEngine:
+    """An engine that the calling thread owns, and computes with `threads` CPU threads.
+
+    Raises:
+        EngineError: vLLM is missing or does not start.
+        LmcacheRagError: one of our own parts refuses: the model cannot be blended, the store cannot be written to.
+    """
+    _quieten()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        import torch
+        from vllm import EngineArgs, LLMEngine
+        from vllm.config import KVTransferConfig
+        from vllm.platforms import current_platform
+    except (ImportError, RuntimeError, OSError) as error:
+        raise EngineError(
+            f"vLLM cannot be imported ({error}): install the extra `cpu` or `cuda`; where torchvision or torchaudio is "
+            "named, uninstall it (text models do not need it)."
+        ) from error
+    on_cpu = current_platform.is_cpu()
+    set_num_threads = torch.set_num_threads
+    if on_cpu:
+        set_num_threads(threads)
+    arguments: dict[str, Any] = {
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+        "block_size": settings.block_tokens or (_CPU_BLOCK_TOKENS if on_cpu else None),
+    }
+    try:
+        return LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(model_folder),
+                dtype=_compute_dtype(settings.dtype, model_folder, on_cpu=on_cpu),
+                enforce_eager=on_cpu,
+                enable_prefix_caching=settings.prefix_caching,
+                max_num_seqs=settings.max_num_seqs,
+                max_logprobs=-1,
+                use_tqdm_on_load=False,
+                seed=settings.seed,
+                worker_cls="lmcache_rag.vllm.worker.BlendWorker",
+                kv_transfer_config=KVTransferConfig(
+                    kv_connector="BlendConnector",
+                    kv_connector_module_path="lmcache_rag.vllm.connector",
+                    kv_role="kv_both",
+                    kv_load_failure_policy="recompute",
+                    kv_connector_extra_config={"store": str(settings.store), "namespace": settings.namespace},
+                ),
+                **{name: value for name, value in arguments.items() if value is not None},
+            )
+        )
+    except Exception as error:
+        raise _failure(error) from error
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM disables it on CPUs, for the whole process
+
+
+def _quieten() -> None:
+    """Keep vLLM's start-up notes off the user's terminal; errors still show. `VLLM_LOGGING_LEVEL=INFO` shows all."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _compute_dtype(dtype: str, model_folder: Path, *, on_cpu: bool) -> str:
+    """vLLM's name of the compute type: the model's own, also where that is float32, which vLLM would cut short; and
+    float32 on a CPU without native bfloat16, where it is several times faster."""
+    if dtype != "auto" or not on_cpu:
+        return dtype
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        flags = ""
+    native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    config = json.loads((model_folder / "config.json").read_text())
+    stored = str(config.get("dtype") or config.get("torch_dtype"))
+    return "float32" if not native or stored == "float32" else dtype
+
+
+def _failure(error: BaseException) -> LmcacheRagError:
+    """Our own errors as they are, also where vLLM wraps them; else one that says that vLLM did not start."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LmcacheRagError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return EngineError(f"vLLM did not start: {error}")
