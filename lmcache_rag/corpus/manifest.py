@@ -44,7 +44,7 @@ class Manifest(BaseModel):
         path = folder / _FILE
         try:
             text = path.read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise CorpusError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
