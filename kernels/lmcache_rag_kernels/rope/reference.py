@@ -67,8 +67,8 @@ def rotate(
         cos, sin = cos.double(), sin.double()
     else:
         first, second = first.float(), second.float()
-    new_first = first * cos - second * sin
-    new_second = second * cos + first * sin
+    new_first = (first * cos).addcmul_(second, sin, value=-1.0)
+    new_second = (second * cos).addcmul_(first, sin)
     if out is None:
         out = torch.empty_like(x)
     if rotation.interleaved:
