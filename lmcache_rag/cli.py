@@ -91,6 +91,8 @@ def index(
     except KeyboardInterrupt:
         err.print("Interrupted: what was done so far is kept. Run the command again to go on.")
         raise typer.Exit(130) from None
+    if report.restored:
+        err.print(f"{report.restored} of the changed ones had lost KV in the store, which was computed again")
     rate = f", {report.tokens_computed / report.seconds:.0f} tokens/s" if report.tokens_computed else ""
     out.print(
         f"{report.added} added, {report.changed} changed, {report.removed} removed, {report.unchanged} unchanged; "

@@ -89,7 +89,7 @@ class _Blend:
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
         if plan.preamble.name is not None:
-            self._load(plan.preamble)
+            self._load_or_miss(plan.preamble)
         self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
         self.candidates = ~self.required
         for segment in (plan.preamble, *self.segments):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcache_rag.chunk_kv import variant_of
+from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
@@ -206,9 +206,11 @@ class Corpus:
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
 
     def _is_stored(self, path: str) -> bool:
-        """Whether the store still holds the KV of all of a document's passages, behind this preamble."""
+        """Whether the store still holds the KV of a document's passages behind this preamble, and the preamble's."""
         chunks, variant = self._engine.chunk_store(), variant_of(self._preamble)
         names = [chunks.name_below(prefix, variant) for prefix in self._database.kv_prefixes(path)]
+        if self._preamble:
+            names.append(chunks.name(self._preamble, NO_CONTEXT))
         return all(map(self._engine.store.exists, names))
 
     def _split(self, document: Document) -> Pending:

@@ -54,15 +54,11 @@ class LocalEngine:
         except BaseException:
             LocalEngine._running = None
             raise
-        from lmcache_rag.vllm.config import fingerprint_of
-        from lmcache_rag.vllm.worker import bound_model
-
-        vllm_config = self._loop.engine.vllm_config
-        self._tokenizer = self._loop.engine.get_tokenizer()
-        self._max_model_len = int(vllm_config.model_config.max_model_len)
-        self._dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self._fingerprint = fingerprint_of(vllm_config)
-        self._kv_bytes_per_token = bound_model().shape.bytes_per_token
+        try:
+            self._read_properties()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -216,6 +212,17 @@ class LocalEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read_properties(self) -> None:
+        from lmcache_rag.vllm.config import fingerprint_of
+        from lmcache_rag.vllm.worker import bound_model
+
+        engine = self._loop.engine
+        self._tokenizer = engine.get_tokenizer()
+        self._max_model_len = int(engine.model_config.max_model_len)
+        self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
+        self._fingerprint = fingerprint_of(engine.vllm_config)
+        self._kv_bytes_per_token = bound_model().shape.bytes_per_token
 
     def _submit(
         self,

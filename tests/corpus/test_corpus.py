@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.chunk_kv import NO_CONTEXT
 from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine
@@ -194,6 +195,15 @@ def test_lost_and_corrupt_kv_is_computed_again(corpus: Corpus, documents: Path, 
     assert report.restored >= 1 and report.added == 0
     assert stored(llama) == len(names)
     assert update(corpus, documents).unchanged == 3
+
+
+def test_a_lost_preamble_is_computed_again(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    update(corpus, documents)
+    preamble = FORM.preamble_ids(llama.tokenizer)
+    name = llama.chunk_store().name(preamble, NO_CONTEXT)
+    llama.store.delete([name])
+    assert update(corpus, documents).restored == 3
+    assert llama.store.exists(name)
 
 
 def test_a_folder_that_was_emptied_empties_the_index(corpus: Corpus, documents: Path) -> None:

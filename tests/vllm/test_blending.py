@@ -58,6 +58,16 @@ def test_a_miss_is_computed_in_full_and_reported(llama: LocalEngine, damage: str
     assert done.reuse.mode == "blend" and done.reuse.missed_tokens == len(chunks[which])
 
 
+def test_a_corrupt_preamble_is_a_miss_too(llama: LocalEngine) -> None:
+    plan = random_plan(10)
+    ingest(llama, plan)
+    preamble, _, _ = parts(plan)
+    flip_last_byte(path_of(llama, preamble, NO_CONTEXT))
+    _, done = answer(llama, plan, REUSE)
+    assert done.reuse.misses == {"corrupt": len(preamble)}
+    assert done.reuse.unknown_tokens == 0
+
+
 def test_a_corrupt_object_is_computed_again_at_the_next_ingest(llama: LocalEngine) -> None:
     plan = random_plan(12)
     ingest(llama, plan)
