@@ -53,7 +53,7 @@ class Blender:
             recomputed = torch.zeros_like(state.required)
             if selected is not None:
                 recomputed[selected] = True
-            self.run(plan, (state.required | recomputed).nonzero().flatten())
+            self.run(plan, (state.required | recomputed).nonzero().flatten(), stop_after=state.last_layer(recomputed))
         state.count(recomputed)
         return report
 
@@ -100,6 +100,13 @@ class _Blend:
             for segment in self.segments
         )
         self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
+
+    def last_layer(self, recomputed: Tensor) -> int | None:
+        """The last layer in which KV is recomputed. None, all of them, where tokens lack their KV, and where every
+        candidate is recomputed, so that the result is full prefill's."""
+        if bool(self.required.any()) or bool(torch.equal(recomputed, self.candidates)):
+            return None
+        return math.ceil(self.layers * SELECTORS[self._plan.selector].depth) - 1
 
     def question_attention(self, first_layer: int) -> Tensor:
         workspace, end = self._blender.workspace, self._plan.end

@@ -41,9 +41,14 @@ class Selection(Protocol):
 
 
 class Selector(Protocol):
-    """Chooses the tokens to recompute."""
+    """Chooses the tokens to recompute.
+
+    Attributes:
+        depth: the share of the layers, from the first one, in which the chosen tokens are recomputed.
+    """
 
     name: ClassVar[str]
+    depth: ClassVar[float]
 
     def select(self, selection: Selection) -> Tensor:
         """Positions to recompute, int64, candidates only, `selection.budget` at most, in any order."""
@@ -54,6 +59,7 @@ class NoneSelector:
     """Nothing is recomputed: plain reuse, as in Prompt Cache (Gim et al. 2024, https://arxiv.org/abs/2311.04934)."""
 
     name: ClassVar[str] = "none"
+    depth: ClassVar[float] = 1.0
 
     def select(self, selection: Selection) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=selection.candidates.device)
@@ -63,6 +69,7 @@ class AllSelector:
     """Every candidate, whatever the budget: full prefill by our own passes."""
 
     name: ClassVar[str] = "all"
+    depth: ClassVar[float] = 1.0
 
     def select(self, selection: Selection) -> Tensor:
         return selection.candidates.nonzero().flatten()
@@ -72,6 +79,7 @@ class HeadSelector:
     """The first tokens of each chunk, in equal shares, as in EPIC (Hu et al. 2024, https://arxiv.org/abs/2410.15332)."""
 
     name: ClassVar[str] = "head"
+    depth: ClassVar[float] = 1.0
 
     def select(self, selection: Selection) -> Tensor:
         depth = torch.full(selection.candidates.shape, torch.inf, device=selection.candidates.device)
@@ -85,6 +93,7 @@ class CacheBlendSelector:
     https://arxiv.org/abs/2405.16444): all tokens are recomputed up to layer 1, then only the chosen ones."""
 
     name: ClassVar[str] = "cacheblend"
+    depth: ClassVar[float] = 1.0
     check_layer: ClassVar[int] = 1
 
     def select(self, selection: Selection) -> Tensor:
@@ -93,9 +102,11 @@ class CacheBlendSelector:
 
 class QuerySelector:
     """The tokens that the question attends to most in the upper two thirds of the layers, read off the reused KV; the
-    signal of ProphetKV and InfoFlow KV (2026)."""
+    signal of ProphetKV and InfoFlow KV (2026). In the last layers it hardly matters where their KV comes from, so they
+    are recomputed in the layers below only; see docs/blending.md."""
 
     name: ClassVar[str] = "query"
+    depth: ClassVar[float] = 5 / 6
 
     def select(self, selection: Selection) -> Tensor:
         return _top(selection.question_attention(selection.layers // 3), selection)
