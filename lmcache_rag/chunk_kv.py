@@ -1,14 +1,14 @@
 """One chunk's position-free K and V, and how it is named in a store.
 
 A chunk's identity is (namespace, model fingerprint, chunk tokens). A stored object is one *variant* of it: the KV
-computed behind one particular context (the preamble), in one codec and format version. Names are content addresses, so
-the same text in two documents is stored once and a rewritten chunk can never be mistaken for the old one.
+computed behind one particular context (preamble and primer), in one codec and format version. Names are content
+addresses, so the same text in two documents is stored once and a rewritten chunk can never be mistaken for the old one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,10 @@ class ChunkKV:
     def tokens(self) -> int:
         return int(self.kv.shape[2])
 
+    def layer(self, index: int) -> Tensor:
+        """`[2, tokens, kv_heads, head_size]`: one layer's K and V."""
+        return self.kv[index]
+
 
 @dataclass(frozen=True)
 class KVScope:
@@ -61,9 +65,21 @@ def chunk_key(token_ids: Sequence[int] | np.ndarray) -> str:
     return _digest(token_ids, 16)
 
 
-def variant_of(context_ids: Sequence[int] | np.ndarray) -> str:
-    """Name of the variant computed behind the tokens `context_ids`: 16 hex digits."""
-    return _digest(context_ids, 8) if len(context_ids) else NO_CONTEXT
+def variant_of(preamble: Sequence[int] | np.ndarray, primer: Sequence[int] | np.ndarray = ()) -> str:
+    """Name of the variant computed behind the tokens of `preamble`, and of `primer` between it and the chunk.
+
+    16 hex digits of the preamble's digest; where there is a primer, `-` and 16 of its own.
+    """
+    behind = _digest(preamble, 8) if len(preamble) else NO_CONTEXT
+    return f"{behind}-{_digest(primer, 8)}" if len(primer) else behind
+
+
+def best_variant(variants: Collection[str], preamble: Sequence[int] | np.ndarray) -> str | None:
+    """Of a chunk's variants the one to reuse behind `preamble` where it is not exact: a primed one, which needs less
+    repair, before one computed behind the preamble alone; None where there is neither."""
+    own = variant_of(preamble)
+    primed = [variant for variant in variants if variant.startswith(f"{own}-")]
+    return min(primed, default=own if own in variants else None)
 
 
 def _digest(token_ids: Sequence[int] | np.ndarray, size: int) -> str:

@@ -55,6 +55,10 @@ def index(
     overlap_tokens: Annotated[Optional[int], typer.Option(help="Tokens shared by neighbouring passages; 0.")] = None,
     embedding_model: Annotated[Optional[str], typer.Option(help="For finding passages; all-MiniLM-L6-v2.")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Form of the prompt: completion (default) or chat.")] = None,
+    primer: Annotated[
+        Optional[Path],
+        typer.Option(help="File of passages to compute chunks behind as well, in place of the default; or /dev/null."),
+    ] = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -69,6 +73,7 @@ def index(
         overlap_tokens=overlap_tokens,
         embedding_model=embedding_model,
         prompt=prompt,
+        primer=None if primer is None else _text_of(primer),
     )
     if Manifest.read(folder) is None:
         find_files(paths)  # fails before anything is started or made
@@ -234,6 +239,13 @@ def main() -> None:
     except LmcacheRagError as error:
         err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read as text ({error}): name a UTF-8 file.") from error
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Engines:
         self._engine: LocalEngine | None = None
 
     def get(self, name: str) -> LocalEngine:
-        """The engine of the model `name`, with an empty store."""
+        """The engine of the model `name`, with an empty store; it uses a primer where it is given one."""
         if self._name != name:
             self.close()
             self._engine = LocalEngine(self._settings(name))
@@ -42,14 +42,21 @@ class Engines:
     def _settings(self, name: str) -> EngineSettings:
         store = self._folder / "stores" / name
         if name == "smollm":
-            return EngineSettings(store=store, dtype="float32", max_model_len=4096, kv_cache_bytes=1 << 30)
+            return EngineSettings(
+                store=store, dtype="float32", max_model_len=4096, kv_cache_bytes=1 << 30, primed=False
+            )
         from tests.models import make_tiny
 
         folder = self._folder / "models" / name
         if not folder.exists():
             make_tiny(name, folder)
         return EngineSettings(
-            model=str(folder), store=store, dtype="float32", kv_cache_bytes=64 << 20, max_num_batched_tokens=256
+            model=str(folder),
+            store=store,
+            dtype="float32",
+            kv_cache_bytes=64 << 20,
+            max_num_batched_tokens=256,
+            primed=False,
         )
 
 

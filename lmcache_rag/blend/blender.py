@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from lmcache_rag_kernels import attention_mass
 from torch import Tensor
@@ -15,6 +16,7 @@ from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.chunk_kv import ChunkKV
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.store.chunks import ChunkStore, KVShape
 from lmcache_rag.vllm.request import ReuseReport
@@ -39,6 +41,7 @@ class Blender:
         self._run = run
         self.shape = shape
         self._max_pass_tokens = max_pass_tokens
+        self._context: ChunkKV | None = None
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
@@ -55,7 +58,21 @@ class Blender:
                 recomputed[selected] = True
             self.run(plan, (state.required | recomputed).nonzero().flatten(), stop_after=state.last_layer(recomputed))
         state.count(recomputed)
+        if plan.mode == "precompute" and plan.preamble.name is None:
+            self._keep_context(plan.token_ids[: plan.preamble.length])
         return report
+
+    def place_context(self, plan: BlendPlan) -> bool:
+        """Put what was computed before the last precomputed chunk in its place, where it is the same for this one."""
+        token_ids = plan.token_ids[: plan.preamble.length]
+        if self._context is None or tuple(self._context.token_ids.tolist()) != token_ids:
+            return False
+        self.workspace.place(self._context, 0, 0, len(token_ids))
+        return True
+
+    def _keep_context(self, token_ids: tuple[int, ...]) -> None:
+        if self._context is None or tuple(self._context.token_ids.tolist()) != token_ids:
+            self._context = ChunkKV(np.array(token_ids, dtype=np.int32), self.workspace.take(0, len(token_ids)))
 
     def run(
         self, plan: BlendPlan, positions: Tensor, observe: Observer | None = None, stop_after: int | None = None
@@ -90,6 +107,8 @@ class _Blend:
         self._missed = torch.zeros_like(self.required)
         if plan.preamble.name is not None:
             self._load_or_miss(plan.preamble)
+        elif plan.mode == "precompute" and blender.place_context(plan):
+            self.required[: plan.preamble.length] = False
         self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
         self.candidates = ~self.required
         for segment in (plan.preamble, *self.segments):

@@ -34,7 +34,8 @@ class BlendPlan:
 
     Attributes:
         token_ids: the whole prompt, the part behind `end` included.
-        preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty.
+        preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
+            plan its last `primer_tokens` are the primer.
         segments: ascending, not overlapping, none behind `end`.
         local_tokens: that many first tokens are in the paged cache already and are not written.
     """
@@ -48,3 +49,4 @@ class BlendPlan:
     selector: str
     ratio: float
     local_tokens: int = 0
+    primer_tokens: int = 0

@@ -19,6 +19,7 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.primer import primer_ids
 from lmcache_rag.prompt import PromptPlan
 
 OWN_STORE = Path("kv")
@@ -93,6 +94,7 @@ class Corpus:
         self._engine = engine
         self._embedder = embedder
         self._preamble = manifest.prompt.preamble_ids(engine.tokenizer)
+        self._primer = primer_ids(engine.tokenizer, manifest.primer_tokens, manifest.primer)
         known = Manifest.read(folder)
         if known is not None:
             known.check(folder, manifest)
@@ -132,9 +134,8 @@ class Corpus:
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
         tokens = sum(len(ids) for item in pending for ids in item.token_ids)
         stored = self._engine.chunk_store()
-        return UpdatePlan(
-            pending, gone, report, tokens, tokens * self._engine.kv_bytes_per_token, stored.store.free_bytes()
-        )
+        needed = tokens * self._engine.kv_bytes_per_token * (2 if self._primer else 1)
+        return UpdatePlan(pending, gone, report, tokens, needed, stored.store.free_bytes())
 
     def update(self, plan: UpdatePlan, progress: Callable[[int], Any] | None = None) -> UpdateReport:
         """Carry a plan out, document by document, so that an interruption loses at most the one under way.
@@ -152,7 +153,7 @@ class Corpus:
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
-            done = self._engine.precompute(self._preamble, item.token_ids, progress)
+            done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self._primer)
             if done.errors:
                 raise CorpusError(done.errors[0])
             vectors = self._embedder.embed(item.texts)
@@ -206,9 +207,11 @@ class Corpus:
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
 
     def _is_stored(self, path: str) -> bool:
-        """Whether the store still holds the KV of a document's passages behind this preamble, and the preamble's."""
-        chunks, variant = self._engine.chunk_store(), variant_of(self._preamble)
-        names = [chunks.name_below(prefix, variant) for prefix in self._database.kv_prefixes(path)]
+        """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
+        chunks = self._engine.chunk_store()
+        variants = {variant_of(self._preamble), variant_of(self._preamble, self._primer)}
+        prefixes = self._database.kv_prefixes(path)
+        names = [chunks.name_below(prefix, variant) for prefix in prefixes for variant in variants]
         if self._preamble:
             names.append(chunks.name(self._preamble, NO_CONTEXT))
         return all(map(self._engine.store.exists, names))

@@ -12,7 +12,7 @@ from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.vllm.request import first_problem
 
 _FILE = "manifest.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class Manifest(BaseModel):
@@ -21,7 +21,9 @@ class Manifest(BaseModel):
     Attributes:
         model: as the user named it.
         store: folder of the KV store, relative to the index where it lies in it.
-        prompt: the prompt's form; its preamble is what chunk KV was computed behind.
+        prompt: the prompt's form; chunk KV was computed behind its preamble.
+        primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; may be
+            empty.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,8 @@ class Manifest(BaseModel):
     namespace: str
     store: Path
     prompt: PromptFormat
+    primer: str
+    primer_tokens: int
     chunk_tokens: int
     overlap_tokens: int
     embedding_model: str
@@ -79,6 +83,8 @@ class Manifest(BaseModel):
             "tokenizer_fingerprint": "tokenizer",
             "namespace": "namespace",
             "prompt": "preamble or prompt form",
+            "primer": "primer",
+            "primer_tokens": "length of the primer",
             "chunk_tokens": "chunk length",
             "overlap_tokens": "overlap of chunks",
             "embedding_model": "embedding model",
@@ -86,7 +92,7 @@ class Manifest(BaseModel):
         for field, name in names.items():
             was, now = getattr(self, field), getattr(wanted, field)
             if was != now:
-                shown = "" if field == "prompt" else f" ({was!r}, now {now!r})"
+                shown = "" if field in ("prompt", "primer") else f" ({was!r}, now {now!r})"
                 raise CorpusError(
                     f"The index {folder} was made with another {name}{shown}: use that one, "
                     "or index the documents into another folder."

@@ -48,8 +48,9 @@ class PrecomputeReport:
     """What became of the chunks given to `precompute`.
 
     Attributes:
-        computed: chunks computed and stored now.
+        computed: chunks computed and stored now, at least one variant of each.
         present: chunks that were stored already.
+        tokens, bytes_stored: of all variants stored now.
     """
 
     computed: int = 0
@@ -74,8 +75,15 @@ class Engine(Protocol):
         preamble: Sequence[int],
         chunks: Sequence[Sequence[int]],
         progress: Callable[[int], Any] | None = None,
+        *,
+        primer: Sequence[int] | None = None,
     ) -> PrecomputeReport:
-        """Compute and store the KV of each chunk (token ids) behind `preamble`; `progress` gets each one's tokens."""
+        """Compute and store the KV of each chunk (token ids); `progress` gets each one's tokens.
+
+        A chunk is computed behind `preamble`, which is exact where it is a prompt's first chunk, and once more behind
+        `preamble` and `primer`, which needs less repair anywhere else. None stands for the engine's own primer, and
+        an empty one leaves the second out.
+        """
         ...
 
     def generate(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Completion: ...

@@ -19,6 +19,7 @@ from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.engine.start import start_vllm
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
+from lmcache_rag.primer import primer_ids
 from lmcache_rag.prompt import PromptPlan, Tokenizer
 from lmcache_rag.store import ChunkStore, DiskStore
 from lmcache_rag.vllm.request import BlendOptions
@@ -96,12 +97,17 @@ class LocalEngine:
         preamble: Sequence[int],
         chunks: Sequence[Sequence[int]],
         progress: Callable[[int], Any] | None = None,
+        *,
+        primer: Sequence[int] | None = None,
     ) -> PrecomputeReport:
-        """See `Engine.precompute`. Raises `PromptError` for a chunk that does not fit behind the preamble."""
+        """See `Engine.precompute`. Where a chunk does not fit behind the primer too, its primed variant is left out.
+
+        Raises:
+            PromptError: a chunk does not fit behind the preamble.
+        """
         report = PrecomputeReport()
         start = time.perf_counter()
-        stored = self.chunk_store()
-        variant = variant_of(preamble)
+        primer = self.primer if primer is None else primer
         for number, chunk in enumerate(chunks):
             if not len(chunk):
                 raise PromptError(f"Chunk {number} is empty: leave it out.")
@@ -110,24 +116,41 @@ class LocalEngine:
                     f"Chunk {number} has {len(chunk)} tokens, and with the preamble's {len(preamble)} it does not fit "
                     f"the model's {self.max_model_len}: split the documents into smaller chunks."
                 )
-            known = self.store.exists(stored.name(chunk, variant))
-            if known and (not preamble or self.store.exists(stored.name(preamble, NO_CONTEXT))):
-                report.present += 1
-            else:
-                plan = PromptPlan.assemble(preamble, [chunk], [])
-                segments = tuple((segment.start, segment.length) for segment in plan.segments)
-                options = BlendOptions(mode="precompute", segments=segments)
-                reuse = self.generate(plan.token_ids, Sampling(max_tokens=1), options).reuse
-                report.tokens += reuse.stored_tokens
-                report.bytes_stored += reuse.bytes_stored
-                if reuse.reason:
-                    report.errors.append(reuse.reason)
-                else:
-                    report.computed += 1
+            missing = self.missing_variants(preamble, chunk, primer)
+            reasons = [self._precompute(preamble, behind, chunk, report) for behind in missing]
+            failed = [reason for reason in reasons if reason]
+            report.errors.extend(failed[:1])
+            report.present += not missing
+            report.computed += bool(missing) and not failed
             if progress is not None:
                 progress(len(chunk))
         report.seconds = time.perf_counter() - start
         return report
+
+    def missing_variants(
+        self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int]
+    ) -> list[Sequence[int]]:
+        """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's."""
+        stored, exists = self.chunk_store(), self.store.exists
+        missing: list[Sequence[int]] = []
+        names = [stored.name(chunk, variant_of(preamble)), *([stored.name(preamble, NO_CONTEXT)] if preamble else [])]
+        if not all(map(exists, names)):
+            missing.append(())
+        fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
+        if len(primer) and fits and not exists(stored.name(chunk, variant_of(preamble, primer))):
+            missing.append(primer)
+        return missing
+
+    def _precompute(
+        self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], report: PrecomputeReport
+    ) -> str:
+        """Compute and store one variant; returns why it failed, or nothing."""
+        context = [*preamble, *primer]
+        options = BlendOptions(mode="precompute", segments=((len(context), len(chunk)),), primer_tokens=len(primer))
+        reuse = self.generate([*context, *chunk], Sampling(max_tokens=1), options).reuse
+        report.tokens += reuse.stored_tokens
+        report.bytes_stored += reuse.bytes_stored
+        return reuse.reason
 
     def generate(
         self,
@@ -222,6 +245,7 @@ class LocalEngine:
         self._max_model_len = int(engine.model_config.max_model_len)
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self._fingerprint = fingerprint_of(engine.vllm_config)
+        self.primer = primer_ids(self._tokenizer, self._max_model_len // 4) if self.settings.primed else []
         self._kv_bytes_per_token = bound_model().shape.bytes_per_token
 
     def _submit(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
-from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, variant_of
+from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import Catalog, Match
@@ -38,9 +38,7 @@ class Planner:
             report.reason = f"store: {error}"
             return None
 
-    def _plan(  # noqa: C901  # the refusals in their order
-        self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport
-    ) -> BlendPlan | None:
+    def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
         if options.namespace not in (None, self._config.namespace) and not self._config.clients_choose_namespace:
             report.reason = "clients may not choose a namespace here"
             return None
@@ -56,41 +54,70 @@ class Planner:
         if end > len(prompt) or matches[0].start < 0:
             report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
             return None
-        if options.mode == "precompute" and (len(matches) != 1 or end != len(prompt)):
-            report.reason = "precompute takes one segment that ends the prompt"
-            return None
         namespace = options.namespace or self._config.namespace
         chunks = ChunkStore(self._store, KVScope(namespace, self._model), self._config.codec)
-        preamble, context = self._context(prompt, matches, chunks)
-        segments = self._segments(prompt, matches, context, chunks, own_only=options.mode == "precompute")
-        if options.mode == "blend":
-            while segments and segments[-1].name is None:
-                report.miss("absent", segments.pop().length)
-            if not segments:
-                report.reason = "no chunk of the prompt is stored"
-                return None
-            end = min(segments[-1].end, len(prompt) - 1)
-            reused = sum(segment.length for segment in segments if segment.name is not None)
-            known = reused + (preamble.length if preamble.name is not None else 0)
-            if end - known > reused:
-                report.reason = "most of the prompt before the last stored chunk is not stored"
-                for segment in segments:
-                    if segment.name is None:
-                        report.miss("absent", segment.length)
-                return None
-            segments[-1] = _cut(segments[-1], end)
-        if end > self._max_tokens:
-            report.reason = f"the reused part ends at {end}, behind max_blend_tokens ({self._max_tokens})"
+        if options.mode == "precompute":
+            plan = self._precompute(prompt, matches, chunks, options, report)
+        else:
+            plan = self._blend(prompt, matches, chunks, options, report)
+        if plan is not None and plan.end > self._max_tokens:
+            report.reason = f"the reused part ends at {plan.end}, behind max_blend_tokens ({self._max_tokens})"
             return None
+        return plan
+
+    def _precompute(
+        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
+    ) -> BlendPlan | None:
+        start, length = matches[0].start, matches[0].length
+        if len(matches) != 1 or start + length != len(prompt):
+            report.reason = "precompute takes one segment that ends the prompt"
+            return None
+        if options.primer_tokens > start:
+            report.reason = f"the primer's {options.primer_tokens} tokens do not fit before the segment"
+            return None
+        context, primer = prompt[:start], start - options.primer_tokens
+        name = chunks.variants(prompt[start:]).get(variant_of(context[:primer], context[primer:]))
         return BlendPlan(
-            mode="precompute" if options.mode == "precompute" else "blend",
-            namespace=namespace,
+            mode="precompute",
+            namespace=chunks.scope.namespace,
+            token_ids=tuple(prompt.tolist()),
+            preamble=PlannedSegment(0, start, name=chunks.variants(context).get(NO_CONTEXT), exact=True),
+            segments=(PlannedSegment(start, length, name=name),),
+            end=len(prompt),
+            selector="none",
+            ratio=0.0,
+            primer_tokens=options.primer_tokens,
+        )
+
+    def _blend(
+        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
+    ) -> BlendPlan | None:
+        preamble, context = self._context(prompt, matches, chunks)
+        segments = self._segments(prompt, matches, context, chunks)
+        while segments and segments[-1].name is None:
+            report.miss("absent", segments.pop().length)
+        if not segments:
+            report.reason = "no chunk of the prompt is stored"
+            return None
+        end = min(segments[-1].end, len(prompt) - 1)
+        reused = sum(segment.length for segment in segments if segment.name is not None)
+        known = reused + (preamble.length if preamble.name is not None else 0)
+        if end - known > reused:
+            report.reason = "most of the prompt before the last stored chunk is not stored"
+            for segment in segments:
+                if segment.name is None:
+                    report.miss("absent", segment.length)
+            return None
+        segments[-1] = _cut(segments[-1], end)
+        return BlendPlan(
+            mode="blend",
+            namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
             preamble=preamble,
             segments=tuple(segment for segment in segments if segment.length),
             end=end,
-            selector="none" if options.mode == "precompute" else options.selector,
-            ratio=0.0 if options.mode == "precompute" else options.ratio,
+            selector=options.selector,
+            ratio=options.ratio,
         )
 
     def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
@@ -125,19 +152,21 @@ class Planner:
         return PlannedSegment(0, len(preamble), name=name, exact=True), preamble
 
     def _segments(
-        self, prompt: np.ndarray, matches: list[Match], context: np.ndarray, chunks: ChunkStore, *, own_only: bool
+        self, prompt: np.ndarray, matches: list[Match], context: np.ndarray, chunks: ChunkStore
     ) -> list[PlannedSegment]:
-        """The matches as segments, each with the variant computed behind `context` where there is one, else another."""
-        own = variant_of(context)
+        """The matches as segments, each with the best variant of its chunk: the one that is exact in this place, else
+        one computed behind the prompt's preamble, else another."""
+        behind_preamble = variant_of(context)
         segments = []
         for match in matches:
             variants = chunks.variants(match.chunk)
-            name = variants.get(own)
-            foreign = name is None and bool(variants) and not own_only
-            if foreign:
-                name = variants[min(variants)]
             in_place = match.offset == 0 and np.array_equal(prompt[: match.start], context)
-            exact = in_place and name is not None and not foreign
+            exact = in_place and behind_preamble in variants
+            variant = behind_preamble if exact else best_variant(variants, context)
+            foreign = variant is None and bool(variants)
+            if foreign:
+                variant = min(variants, key=lambda name: ("-" not in name, name))  # primed ones first
+            name = variants[variant] if variant is not None else None
             segments.append(PlannedSegment(match.start, match.length, match.offset, name, exact, foreign))
         return segments
 

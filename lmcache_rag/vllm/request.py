@@ -26,11 +26,13 @@ class BlendOptions(BaseModel):
 
     Attributes:
         mode: `blend` puts stored chunk KV together and repairs it; `off` is untouched vLLM; `precompute` computes the
-            KV of the prompt's one segment behind its preamble and stores it.
+            KV of the prompt's one segment behind what comes before it and stores it.
         selector: which tokens are recomputed; see `lmcache_rag.blend.selectors`.
         ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1.
         segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
             prompt by their tokens.
+        primer_tokens: of a precompute request: how many tokens right before the segment are its primer; the tokens
+            before those are the preamble.
         namespace: KV of one namespace is never used for another; None stands for the engine's own.
     """
 
@@ -40,6 +42,7 @@ class BlendOptions(BaseModel):
     selector: SelectorName = DEFAULT_SELECTOR
     ratio: float = Field(default=DEFAULT_RATIO, ge=0.0, le=1.0)
     segments: tuple[tuple[int, int], ...] | None = None
+    primer_tokens: int = Field(default=0, ge=0)
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
 
     @field_validator("segments")

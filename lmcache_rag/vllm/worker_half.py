@@ -78,10 +78,11 @@ class WorkerHalf:
     def _keep(self, job: BlendJob, chunks: ChunkStore, report: ReuseReport) -> None:
         """Store the preamble and the chunk of a precompute request, where they were not loaded from the store."""
         plan = job.plan
-        preamble_length = plan.preamble.length
-        parts = [(plan.segments[0].start, plan.segments[0].length, variant_of(plan.token_ids[:preamble_length]))]
-        if preamble_length:
-            parts.insert(0, (0, preamble_length, NO_CONTEXT))
+        start, length = plan.segments[0].start, plan.segments[0].length
+        preamble = start - plan.primer_tokens
+        parts = [(start, length, variant_of(plan.token_ids[:preamble], plan.token_ids[preamble:start]))]
+        if preamble:
+            parts.insert(0, (0, preamble, NO_CONTEXT))
         for start, length, variant in parts:
             token_ids = torch.tensor(plan.token_ids[start : start + length], dtype=torch.int32).numpy()
             if variant in chunks.variants(token_ids):

@@ -32,6 +32,8 @@ def manifest(engine: LocalEngine, **changes: object) -> Manifest:
         "namespace": "default",
         "store": OWN_STORE,
         "prompt": FORM,
+        "primer": "",
+        "primer_tokens": 0,
         "chunk_tokens": 40,
         "overlap_tokens": 0,
         "embedding_model": EMBEDDER.name,
@@ -204,6 +206,25 @@ def test_a_lost_preamble_is_computed_again(corpus: Corpus, documents: Path, llam
     llama.store.delete([name])
     assert update(corpus, documents).restored == 3
     assert llama.store.exists(name)
+
+
+def test_primed_variants_are_stored_restored_and_removed(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
+    primed = manifest(llama, primer=text(40), primer_tokens=20)
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, primed)
+    assert update(corpus, documents).chunks_computed == 6
+    assert stored(llama) == 2 * 6 + 1
+    done = llama.generate(corpus.prompt("w20", corpus.search(text(0), 3)))
+    assert done.reuse.mode == "blend" and done.reuse.foreign_tokens == done.reuse.missed_tokens == 0
+    name = next(name for name in llama.store.list(llama.chunk_store().scope.prefix) if "-" in name.rpartition("/")[2])
+    llama.store.delete([name])
+    assert update(corpus, documents).restored == 1
+    assert llama.store.exists(name)
+    with pytest.raises(CorpusError, match="another primer"):
+        Corpus(corpus.folder, llama, EMBEDDER, manifest(llama))
+    for path in documents.iterdir():
+        path.unlink()
+    update(corpus, documents)
+    assert stored(llama) == 1
 
 
 def test_a_folder_that_was_emptied_empties_the_index(corpus: Corpus, documents: Path) -> None:

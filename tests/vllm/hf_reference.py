@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 
 class HFReference:
-    """Next-token distributions of a model whose chunks were each computed behind the preamble."""
+    """Next-token distributions of a model whose chunks were each computed behind the preamble, or behind preamble and
+    primer but for the first."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -19,12 +21,15 @@ class HFReference:
         self.is_gemma = self.model.config.model_type.startswith("gemma3")
 
     @torch.no_grad()
-    def reuse(self, preamble: list[int], chunks: list[list[int]], rest: list[int]) -> torch.Tensor:
+    def reuse(
+        self, preamble: list[int], chunks: list[list[int]], rest: list[int], primer: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Log-probabilities `[vocabulary]` behind the prompt, whose chunks' KV is moved to its place unrepaired."""
         pieces = [self._unrotated(preamble)]
-        for chunk in chunks:
-            whole = self._unrotated([*preamble, *chunk])
-            pieces.append([(key[:, len(preamble) :], value[:, len(preamble) :]) for key, value in whole])
+        for number, chunk in enumerate(chunks):
+            context = [*preamble, *(primer if number else ())]
+            whole = self._unrotated([*context, *chunk])
+            pieces.append([(key[:, len(context) :], value[:, len(context) :]) for key, value in whole])
         end = len(preamble) + sum(map(len, chunks))
         cache = DynamicCache()
         for index in range(len(self.layers)):
