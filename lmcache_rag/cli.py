@@ -34,6 +34,7 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[Optional[str], typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
 SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]
+SelectorsOption = Annotated[str, typer.Option(help="Selectors, separated by commas; `default` is one.")]
 DEFAULT_INDEX = Path(".lmcache-rag")
 
 
@@ -179,7 +180,7 @@ def bench_ttft_command(
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in the prompt.")] = 5,
     chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens per chunk.")] = 580,
     ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15",
-    selectors: Annotated[str, typer.Option(help="Selectors, separated by commas.")] = DEFAULT_SELECTOR,
+    selectors: SelectorsOption = "default",
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
     model: ModelOption = None,
@@ -190,11 +191,6 @@ def bench_ttft_command(
     from lmcache_rag.bench.ttft import bench_ttft
     from lmcache_rag.engine import EngineSettings, LocalEngine
 
-    tried = [
-        BlendOptions.checked(selector=selector.strip(), ratio=ratio.strip())
-        for selector in selectors.split(",")
-        for ratio in ratios.split(",")
-    ]
     with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
         settings = EngineSettings.checked(store=store, **_given(model=model, dtype=dtype, threads=threads))
         with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
@@ -202,13 +198,46 @@ def bench_ttft_command(
                 engine,
                 chunks=chunks,
                 chunk_tokens=chunk_tokens,
-                ratios=sorted({options.ratio for options in tried}),
-                selectors=list(dict.fromkeys(options.selector for options in tried)),
+                ratios=_ratios(ratios),
+                selectors=_selectors(selectors),
                 repeat=repeat,
                 progress=status.update,
             )
             out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
     _print_rows(rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+@bench_app.command("fidelity")
+def bench_fidelity_command(
+    data: Annotated[Path, typer.Option(help="JSON list of objects with `question`, `answers` and `ctxs`.")],
+    passages: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 4,
+    words: Annotated[int, typer.Option(min=8, help="Words per passage.")] = 150,
+    limit: Annotated[int, typer.Option(min=1, help="Ask the first so many questions.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the order of ingest.")] = 0,
+    selectors: SelectorsOption = "default",
+    ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.1,0.15",
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """How near blending comes to full prefill on real questions: KL divergence, agreement, and answers."""
+    from lmcache_rag.bench.fidelity import bench_fidelity, ways
+    from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.engine import EngineSettings, LocalEngine
+    from lmcache_rag.prompt import chat_format
+
+    questions = read_questions(data, passages=passages, words=words, limit=limit)
+    tried = ways(_selectors(selectors), _ratios(ratios))
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
+        settings = EngineSettings.checked(store=store, **_given(model=model, dtype=dtype, threads=threads))
+        with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
+            prompt = chat_format(engine.tokenizer)
+            rows = bench_fidelity(engine, prompt, questions, tried, seed=seed, progress=status.update)
+            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+    _print_table(rows)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -241,6 +270,17 @@ def main() -> None:
         sys.exit(1)
 
 
+def _selectors(names: str) -> list[SelectorName]:
+    """Selectors named in an option, each once."""
+    named = [DEFAULT_SELECTOR if name.strip() == "default" else name.strip() for name in names.split(",")]
+    return list(dict.fromkeys(BlendOptions.checked(selector=name).selector for name in named))
+
+
+def _ratios(values: str) -> list[float]:
+    """Recompute ratios named in an option, ascending."""
+    return sorted({BlendOptions.checked(ratio=value.strip()).ratio for value in values.split(",")})
+
+
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -260,8 +300,12 @@ def _progress() -> Progress:
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    for group in (rows[:-1], rows[-1:]):
-        table = Table(*group[0])
-        for row in group:
-            table.add_row(*map(str, row.values()))
-        out.print(table)
+    _print_table(rows[:-1])
+    _print_table(rows[-1:])
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    out.print(table)

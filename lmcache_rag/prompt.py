@@ -136,13 +136,11 @@ def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
 
 
 def chat_format(tokenizer: Any) -> PromptFormat:
-    """One user message in the model's own chat template, cut around the passages. Raises `PromptError`."""
+    """The model's own chat template, cut around the passages. Raises `PromptError`."""
     marks = {"passages": "\x02passages\x02", "question": "\x02question\x02"}
-    content = (
-        "Answer the question with the facts in the passages, in a few words.\n\nPassages:\n"
-        f"{marks['passages']}\nQuestion: {marks['question']}"
-    )
-    text = chat_text(tokenizer, [{"role": "user", "content": content}])
+    system = "You answer questions using the given passages. Answer with a few words."
+    content = f"Passages:\n{marks['passages']}\nQuestion: {marks['question']}"
+    text = chat_text(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": content}])
     preamble, rest = text.split(marks["passages"])
     return PromptFormat(
         preamble=preamble, question=rest.replace(marks["question"], "{question}"), add_special_tokens=False

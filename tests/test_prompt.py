@@ -43,10 +43,11 @@ def test_chat_template_is_cut_around_the_passages() -> None:
             self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
         ) -> str:
             assert not tokenize and add_generation_prompt
-            return f"<s><user>{messages[0]['content']}</user><assistant>"
+            system, user = (message["content"] for message in messages)
+            return f"<s><system>{system}</system><user>{user}</user><assistant>"
 
     form = chat_format(WithTemplate())
-    assert form.preamble.startswith("<s><user>Answer") and form.preamble.endswith("Passages:\n")
+    assert form.preamble.startswith("<s><system>You") and form.preamble.endswith("<user>Passages:\n")
     assert form.question.replace("{question}", "why?") == "\nQuestion: why?</user><assistant>"
     assert form.plan(Letters(), ["alpha"], "why?").token_ids.count(1) == 0
 

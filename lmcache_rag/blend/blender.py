@@ -34,6 +34,9 @@ class Blender:
     Args:
         run: runs the model over the workspace.
         max_pass_tokens: longer passes are cut into several, which is exact since attention is causal.
+
+    Attributes:
+        token_layers: of the blend under way: layers run, summed over the tokens run.
     """
 
     def __init__(self, workspace: Workspace, run: PassRunner, shape: KVShape, max_pass_tokens: int) -> None:
@@ -42,12 +45,14 @@ class Blender:
         self.shape = shape
         self._max_pass_tokens = max_pass_tokens
         self._context: ChunkKV | None = None
+        self.token_layers = 0
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
         report = ReuseReport(
             mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
         )
+        self.token_layers = 0
         with _timed(report, "load"):
             state = _Blend(self, plan, chunks, report)
         with _timed(report, "select"):
@@ -80,6 +85,7 @@ class Blender:
         """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question."""
         if not len(positions):
             return
+        self.token_layers += len(positions) * (len(self.workspace.layers) if stop_after is None else stop_after + 1)
         prompt = torch.tensor(plan.token_ids, dtype=torch.int64, device=self.workspace.device)
         probe = positions >= plan.end
         token_ids = torch.cat([prompt[positions[~probe]], prompt[len(prompt) - int(probe.sum()) :]])
@@ -155,6 +161,7 @@ class _Blend:
         """Fill the report's token counts; tokens in the local prefix cache count as local only."""
         local, report = self._plan.local_tokens, self._report
         report.local_tokens = local
+        report.token_layers = self._blender.token_layers
         report.recomputed_tokens = int(recomputed[local:].sum())
         report.reused_tokens = int((~self.required & ~recomputed)[local:].sum())
         report.unknown_tokens = int((self.required & ~self._missed)[local:].sum())

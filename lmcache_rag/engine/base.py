@@ -77,12 +77,13 @@ class Engine(Protocol):
         progress: Callable[[int], Any] | None = None,
         *,
         primer: Sequence[int] | None = None,
+        namespace: str | None = None,
     ) -> PrecomputeReport:
         """Compute and store the KV of each chunk (token ids); `progress` gets each one's tokens.
 
         A chunk is computed behind `preamble`, which is exact where it is a prompt's first chunk, and once more behind
         `preamble` and `primer`, which needs less repair anywhere else. None stands for the engine's own primer, and
-        an empty one leaves the second out.
+        an empty one leaves the second out. A namespace of None is the engine's own too.
         """
         ...
 

@@ -88,9 +88,14 @@ class LocalEngine:
         """Size of one token's uncoded KV in the store."""
         return self._kv_bytes_per_token
 
-    def chunk_store(self) -> ChunkStore:
-        """The stored chunks that this engine uses and makes."""
-        return ChunkStore(self.store, KVScope(self.settings.namespace, self._fingerprint))
+    @property
+    def layers(self) -> int:
+        """How many attention layers the model has."""
+        return self._layers
+
+    def chunk_store(self, namespace: str | None = None) -> ChunkStore:
+        """The stored chunks that this engine uses and makes, by default in its own namespace."""
+        return ChunkStore(self.store, KVScope(namespace or self.settings.namespace, self._fingerprint))
 
     def precompute(
         self,
@@ -99,6 +104,7 @@ class LocalEngine:
         progress: Callable[[int], Any] | None = None,
         *,
         primer: Sequence[int] | None = None,
+        namespace: str | None = None,
     ) -> PrecomputeReport:
         """See `Engine.precompute`. Where a chunk does not fit behind the primer too, its primed variant is left out.
 
@@ -116,8 +122,8 @@ class LocalEngine:
                     f"Chunk {number} has {len(chunk)} tokens, and with the preamble's {len(preamble)} it does not fit "
                     f"the model's {self.max_model_len}: split the documents into smaller chunks."
                 )
-            missing = self.missing_variants(preamble, chunk, primer)
-            reasons = [self._precompute(preamble, behind, chunk, report) for behind in missing]
+            missing = self._missing_variants(preamble, chunk, primer, self.chunk_store(namespace))
+            reasons = [self._precompute(preamble, behind, chunk, namespace, report) for behind in missing]
             failed = [reason for reason in reasons if reason]
             report.errors.extend(failed[:1])
             report.present += not missing
@@ -127,11 +133,11 @@ class LocalEngine:
         report.seconds = time.perf_counter() - start
         return report
 
-    def missing_variants(
-        self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int]
+    def _missing_variants(
+        self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int], stored: ChunkStore
     ) -> list[Sequence[int]]:
         """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's."""
-        stored, exists = self.chunk_store(), self.store.exists
+        exists = self.store.exists
         missing: list[Sequence[int]] = []
         names = [stored.name(chunk, variant_of(preamble)), *([stored.name(preamble, NO_CONTEXT)] if preamble else [])]
         if not all(map(exists, names)):
@@ -142,11 +148,21 @@ class LocalEngine:
         return missing
 
     def _precompute(
-        self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], report: PrecomputeReport
+        self,
+        preamble: Sequence[int],
+        primer: Sequence[int],
+        chunk: Sequence[int],
+        namespace: str | None,
+        report: PrecomputeReport,
     ) -> str:
         """Compute and store one variant; returns why it failed, or nothing."""
         context = [*preamble, *primer]
-        options = BlendOptions(mode="precompute", segments=((len(context), len(chunk)),), primer_tokens=len(primer))
+        options = BlendOptions(
+            mode="precompute",
+            segments=((len(context), len(chunk)),),
+            primer_tokens=len(primer),
+            namespace=namespace,
+        )
         reuse = self.generate([*context, *chunk], Sampling(max_tokens=1), options).reuse
         report.tokens += reuse.stored_tokens
         report.bytes_stored += reuse.bytes_stored
@@ -246,7 +262,8 @@ class LocalEngine:
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self._fingerprint = fingerprint_of(engine.vllm_config)
         self.primer = primer_ids(self._tokenizer, self._max_model_len // 4) if self.settings.primed else []
-        self._kv_bytes_per_token = bound_model().shape.bytes_per_token
+        shape = bound_model().shape
+        self._layers, self._kv_bytes_per_token = shape.layers, shape.bytes_per_token
 
     def _submit(
         self,

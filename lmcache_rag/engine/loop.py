@@ -178,6 +178,8 @@ class EngineLoop:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
+        from lmcache_rag.vllm.forced import FORCED_KEY
+
         self._requests[request.request_id] = request
         sampling = request.sampling
         prompt = TokensPrompt(prompt_token_ids=request.token_ids)
@@ -193,7 +195,10 @@ class EngineLoop:
                 ignore_eos=sampling.ignore_eos,
                 logprobs=sampling.logprobs,
                 output_kind=RequestOutputKind.DELTA,
-                extra_args={"kv_transfer_params": request.options.to_params()},
+                extra_args={
+                    "kv_transfer_params": request.options.to_params(),
+                    FORCED_KEY: list(sampling.forced_token_ids),
+                },
             )
             request.core_id = engine.add_request(request.request_id, prompt, params)
         except ValueError as error:

@@ -65,6 +65,7 @@ class Sampling(BaseModel):
         max_tokens: longest answer.
         temperature: 0 is greedy.
         stop: generation ends before any of these strings.
+        forced_token_ids: what the answer's first tokens are, whatever the model would say, for teacher forcing.
         logprobs: how many log-probabilities per generated token are returned; -1 for the whole vocabulary.
     """
 
@@ -76,6 +77,7 @@ class Sampling(BaseModel):
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    forced_token_ids: tuple[int, ...] = ()
     logprobs: int | None = Field(default=None, ge=-1)
 
     @classmethod

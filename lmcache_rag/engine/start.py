@@ -57,6 +57,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                 enable_prefix_caching=settings.prefix_caching,
                 max_num_seqs=settings.max_num_seqs,
                 max_logprobs=-1,
+                logits_processors=["lmcache_rag.vllm.forced:ForcedTokens"],
                 use_tqdm_on_load=False,
                 seed=settings.seed,
                 worker_cls="lmcache_rag.vllm.worker.BlendWorker",

@@ -85,6 +85,8 @@ class ReuseReport(BaseModel):
         vllm_tokens: left to vLLM's own prefill (the question, and what follows the last reusable chunk).
         exact_tokens: of the reused, those whose KV equals full prefill (the preamble, the first chunk behind it).
         foreign_tokens: of the reused and recomputed, those computed behind another preamble than the prompt's.
+        token_layers: what selecting and recomputing cost: layers run, summed over the tokens run; full prefill is all
+            layers times `prompt_tokens`.
         stored_tokens: written to the store by this request.
         bytes_loaded: bytes read from the store.
         bytes_stored: bytes written to the store.
@@ -107,6 +109,7 @@ class ReuseReport(BaseModel):
     vllm_tokens: int = 0
     exact_tokens: int = 0
     foreign_tokens: int = 0
+    token_layers: int = 0
     stored_tokens: int = 0
     bytes_loaded: int = 0
     bytes_stored: int = 0
