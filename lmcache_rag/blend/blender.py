@@ -12,6 +12,7 @@ import torch
 from lmcache_rag_kernels import attention_mass
 from torch import Tensor
 
+from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
@@ -61,7 +62,7 @@ class Blender:
             recomputed = torch.zeros_like(state.required)
             if selected is not None:
                 recomputed[selected] = True
-            self.run(plan, (state.required | recomputed).nonzero().flatten(), stop_after=state.last_layer(recomputed))
+            state.recompute(recomputed)
         state.count(recomputed)
         if plan.mode == "precompute" and plan.preamble.name is None:
             self._keep_context(plan.token_ids[: plan.preamble.length])
@@ -126,7 +127,16 @@ class _Blend:
         )
         self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
 
-    def last_layer(self, recomputed: Tensor) -> int | None:
+    def recompute(self, recomputed: Tensor) -> None:
+        """Run what has no KV and what was selected (bool `[end]`)."""
+        last_layer = self._last_layer(recomputed)
+        observe = None
+        if SELECTORS[self._plan.selector].extrapolates and bool(recomputed.any()):
+            layers = self.layers if last_layer is None else last_layer + 1
+            observe = Extrapolation(self._blender.workspace, recomputed, self.segments, layers)
+        self._blender.run(self._plan, (self.required | recomputed).nonzero().flatten(), observe, last_layer)
+
+    def _last_layer(self, recomputed: Tensor) -> int | None:
         """The last layer in which KV is recomputed. None, all of them, where tokens lack their KV, and where every
         candidate is recomputed, so that the result is full prefill's."""
         if bool(self.required.any()) or bool(torch.equal(recomputed, self.candidates)):

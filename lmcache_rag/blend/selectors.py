@@ -45,10 +45,12 @@ class Selector(Protocol):
 
     Attributes:
         depth: the share of the layers, from the first one, in which the chosen tokens are recomputed.
+        extrapolates: whether the other tokens take over their change; see `extrapolation.Extrapolation`.
     """
 
     name: ClassVar[str]
     depth: ClassVar[float]
+    extrapolates: ClassVar[bool]
 
     def select(self, selection: Selection) -> Tensor:
         """Positions to recompute, int64, candidates only, `selection.budget` at most, in any order."""
@@ -60,6 +62,7 @@ class NoneSelector:
 
     name: ClassVar[str] = "none"
     depth: ClassVar[float] = 1.0
+    extrapolates: ClassVar[bool] = False
 
     def select(self, selection: Selection) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=selection.candidates.device)
@@ -70,6 +73,7 @@ class AllSelector:
 
     name: ClassVar[str] = "all"
     depth: ClassVar[float] = 1.0
+    extrapolates: ClassVar[bool] = False
 
     def select(self, selection: Selection) -> Tensor:
         return selection.candidates.nonzero().flatten()
@@ -80,6 +84,7 @@ class HeadSelector:
 
     name: ClassVar[str] = "head"
     depth: ClassVar[float] = 1.0
+    extrapolates: ClassVar[bool] = False
 
     def select(self, selection: Selection) -> Tensor:
         depth = torch.full(selection.candidates.shape, torch.inf, device=selection.candidates.device)
@@ -94,6 +99,7 @@ class CacheBlendSelector:
 
     name: ClassVar[str] = "cacheblend"
     depth: ClassVar[float] = 1.0
+    extrapolates: ClassVar[bool] = False
     check_layer: ClassVar[int] = 1
 
     def select(self, selection: Selection) -> Tensor:
@@ -101,15 +107,19 @@ class CacheBlendSelector:
 
 
 class QuerySelector:
-    """The tokens that the question attends to most in the upper two thirds of the layers, read off the reused KV; the
-    signal of ProphetKV and InfoFlow KV (2026). In the last layers it hardly matters where their KV comes from, so they
-    are recomputed in the layers below only; see docs/blending.md."""
+    """The tokens that the question attends to most in the upper two thirds of the layers, read off the reused KV (the
+    signal of ProphetKV and InfoFlow KV, 2026), where half of what a token's neighbours get counts too. In the last
+    layers it hardly matters where their KV comes from, so they are recomputed in the layers below only. What that
+    changes in them is carried over to the other tokens. See docs/blending.md."""
 
     name: ClassVar[str] = "query"
     depth: ClassVar[float] = 5 / 6
+    extrapolates: ClassVar[bool] = True
 
     def select(self, selection: Selection) -> Tensor:
-        return _top(selection.question_attention(selection.layers // 3), selection)
+        attention = selection.question_attention(selection.layers // 3) * selection.candidates
+        beside = torch.nn.functional.pad(attention, (1, 1))
+        return _top(attention + (beside[:-2] + beside[2:]) / 2, selection)
 
 
 def _top(score: Tensor, selection: Selection) -> Tensor:
