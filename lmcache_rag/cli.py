@@ -58,7 +58,7 @@ def index(
     prompt: Annotated[Optional[str], typer.Option(help="Form of the prompt: completion (default) or chat.")] = None,
     primer: Annotated[
         Optional[Path],
-        typer.Option(help="File of passages to compute chunks behind as well, in place of the default; or /dev/null."),
+        typer.Option(help="File of passages to use as primer, in place of some of the documents; /dev/null for none."),
     ] = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,

@@ -23,6 +23,7 @@ from lmcache_rag.blend.blender import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
+from lmcache_rag.primer import choose_primer, primer_ids
 from lmcache_rag.prompt import PromptFormat, PromptPlan
 from lmcache_rag.vllm.request import BlendOptions
 
@@ -86,7 +87,9 @@ def bench_fidelity(
         EngineError: nothing was reused for some question, so that there is nothing to measure.
     """
     plans = [prompt.plan(engine.tokenizer, question.passages, question.text) for question in questions]
-    _ingest(engine, plans, seed=seed, alone=any(way.alone for way in tried), progress=progress)
+    primer = choose_primer([text for question in questions for text in question.passages], prompt)
+    primer_tokens = primer_ids(engine.tokenizer, primer, engine.max_model_len // 2)
+    _ingest(engine, plans, primer_tokens, seed=seed, alone=any(way.alone for way in tried), progress=progress)
     salts = (f"fidelity-{number}" for number in itertools.count())
     full, scores = _Scores(), [_Scores() for _ in tried]
     for number, (question, plan) in enumerate(zip(questions, plans, strict=True), start=1):
@@ -118,7 +121,13 @@ def bench_fidelity(
 
 
 def _ingest(
-    engine: LocalEngine, plans: Sequence[PromptPlan], *, seed: int, alone: bool, progress: Callable[[str], Any]
+    engine: LocalEngine,
+    plans: Sequence[PromptPlan],
+    primer: Sequence[int],
+    *,
+    seed: int,
+    alone: bool,
+    progress: Callable[[str], Any],
 ) -> None:
     """Store the KV of all chunks of all questions, in a shuffled order, before any question is asked."""
     preamble = plans[0].token_ids[: plans[0].preamble_length]
@@ -126,7 +135,7 @@ def _ingest(
     random.Random(seed).shuffle(chunks)  # noqa: S311
     for number, chunk in enumerate(chunks, start=1):
         progress(f"ingest: chunk {number} of {len(chunks)}")
-        errors = engine.precompute(preamble, [chunk]).errors
+        errors = engine.precompute(preamble, [chunk], primer=primer).errors
         if alone:
             errors += engine.precompute([], [chunk], primer=(), namespace=_ALONE).errors
         if errors:

@@ -19,7 +19,7 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.primer import primer_ids
+from lmcache_rag.primer import choose_primer, primer_ids
 from lmcache_rag.prompt import PromptPlan
 
 OWN_STORE = Path("kv")
@@ -94,7 +94,6 @@ class Corpus:
         self._engine = engine
         self._embedder = embedder
         self._preamble = manifest.prompt.preamble_ids(engine.tokenizer)
-        self._primer = primer_ids(engine.tokenizer, manifest.primer_tokens, manifest.primer)
         known = Manifest.read(folder)
         if known is not None:
             known.check(folder, manifest)
@@ -130,11 +129,13 @@ class Corpus:
                     continue
                 report.restored += 1
             pending.append(self._split(document))
+        if self.manifest.primer_tokens is None:
+            self._choose_primer([text for item in pending for text in item.texts])
         roots = [absolute(path) for path in paths]
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
         tokens = sum(len(ids) for item in pending for ids in item.token_ids)
         stored = self._engine.chunk_store()
-        needed = tokens * self._engine.kv_bytes_per_token * (2 if self._primer else 1)
+        needed = tokens * self._engine.kv_bytes_per_token * (2 if self.primer else 1)
         return UpdatePlan(pending, gone, report, tokens, needed, stored.store.free_bytes())
 
     def update(self, plan: UpdatePlan, progress: Callable[[int], Any] | None = None) -> UpdateReport:
@@ -153,7 +154,7 @@ class Corpus:
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
-            done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self._primer)
+            done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
             if done.errors:
                 raise CorpusError(done.errors[0])
             vectors = self._embedder.embed(item.texts)
@@ -206,10 +207,25 @@ class Corpus:
         """The prompt for a question over the passages found for it."""
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
 
+    @property
+    def primer(self) -> list[int]:
+        """Token ids of the primer; none before the first update is planned."""
+        return primer_ids(self._engine.tokenizer, self.manifest.primer or "", self.manifest.primer_tokens or 0)
+
+    def _choose_primer(self, texts: Sequence[str]) -> None:
+        """Settle the primer of a new index: what the manifest names, else passages of its own; cut to what fits
+        between the preamble and the longest chunk."""
+        manifest, tokenizer = self.manifest, self._engine.tokenizer
+        primer = manifest.primer if manifest.primer is not None else choose_primer(texts, manifest.prompt)
+        frame = len(self._preamble) + len(manifest.prompt.chunk_ids(tokenizer, ""))
+        room = self._engine.max_model_len - frame - manifest.chunk_tokens - 1
+        tokens = len(primer_ids(tokenizer, primer, room))
+        self.manifest = manifest.model_copy(update={"primer": primer, "primer_tokens": tokens})
+
     def _is_stored(self, path: str) -> bool:
         """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
         chunks = self._engine.chunk_store()
-        variants = {variant_of(self._preamble), variant_of(self._preamble, self._primer)}
+        variants = {variant_of(self._preamble), variant_of(self._preamble, self.primer)}
         prefixes = self._database.kv_prefixes(path)
         names = [chunks.name_below(prefix, variant) for prefix in prefixes for variant in variants]
         if self._preamble:

@@ -22,8 +22,8 @@ class Manifest(BaseModel):
         model: as the user named it.
         store: folder of the KV store, relative to the index where it lies in it.
         prompt: the prompt's form; chunk KV was computed behind its preamble.
-        primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; may be
-            empty.
+        primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
+            none. None, only before the first update, is for that to choose.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,8 +36,8 @@ class Manifest(BaseModel):
     namespace: str
     store: Path
     prompt: PromptFormat
-    primer: str
-    primer_tokens: int
+    primer: str | None = None
+    primer_tokens: int | None = None
     chunk_tokens: int
     overlap_tokens: int
     embedding_model: str

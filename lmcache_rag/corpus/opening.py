@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +15,6 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.primer import default_primer, primer_ids
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
@@ -26,7 +25,8 @@ class IndexSettings(BaseModel):
     Attributes:
         store: folder of the KV store; by default within the index. Name one to share it with other indexes.
         prompt: `completion` is plain text, `chat` the model's own chat template; or a form of your own.
-        primer: text to compute chunks behind as well, in place of the default; an empty one leaves that out.
+        primer: text to compute chunks behind as well, in place of passages of the documents' own; an empty one leaves
+            that out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,9 +47,6 @@ class IndexSettings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise CorpusError(first_problem(error)) from None
-
-
-Value = TypeVar("Value")
 
 
 @contextmanager
@@ -88,10 +85,6 @@ def open_corpus(
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
-        prompt = _prompt(settings, known, started)
-        chunk_tokens = settings.chunk_tokens or (known.chunk_tokens if known else 512)
-        primer = _first(settings.primer, known.primer if known else None, default_primer())
-        room = known.primer_tokens if known else _primer_room(started, prompt, chunk_tokens)
         manifest = Manifest(
             model=model,
             model_fingerprint=started.model_fingerprint,
@@ -99,10 +92,10 @@ def open_corpus(
             tokenizer_fingerprint=started.tokenizer_fingerprint,
             namespace=namespace,
             store=store,
-            prompt=prompt,
-            primer=primer,
-            primer_tokens=len(primer_ids(started.tokenizer, room, primer)),
-            chunk_tokens=chunk_tokens,
+            prompt=_prompt(settings, known, started),
+            primer=settings.primer if settings.primer is not None else (known.primer if known else None),
+            primer_tokens=known.primer_tokens if known else None,
+            chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
             overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
             embedding_model=embedding_model,
         )
@@ -129,11 +122,5 @@ def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine
     return completion_format()
 
 
-def _primer_room(engine: LocalEngine, prompt: PromptFormat, chunk_tokens: int) -> int:
-    """How many tokens fit between the preamble and the longest chunk."""
-    frame = len(prompt.preamble_ids(engine.tokenizer)) + len(prompt.chunk_ids(engine.tokenizer, ""))
-    return engine.max_model_len - frame - chunk_tokens - 1
-
-
-def _first(*values: Value | None) -> Value:
+def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)

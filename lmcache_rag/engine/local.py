@@ -19,7 +19,7 @@ from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.engine.start import start_vllm
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
-from lmcache_rag.primer import primer_ids
+from lmcache_rag.primer import default_primer, primer_ids
 from lmcache_rag.prompt import PromptPlan, Tokenizer
 from lmcache_rag.store import ChunkStore, DiskStore
 from lmcache_rag.vllm.request import BlendOptions
@@ -261,7 +261,8 @@ class LocalEngine:
         self._max_model_len = int(engine.model_config.max_model_len)
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self._fingerprint = fingerprint_of(engine.vllm_config)
-        self.primer = primer_ids(self._tokenizer, self._max_model_len // 4) if self.settings.primed else []
+        primer = default_primer() if self.settings.primed else ""
+        self.primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
         shape = bound_model().shape
         self._layers, self._kv_bytes_per_token = shape.layers, shape.bytes_per_token
 

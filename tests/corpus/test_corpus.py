@@ -12,6 +12,7 @@ from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport,
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.primer import default_primer
 from lmcache_rag.prompt import PromptFormat, completion_format
 
 FORM = PromptFormat(preamble="w4 w5 w6 w7 ", chunk=" {text} ", question=" w8 {question} w9")
@@ -225,6 +226,35 @@ def test_primed_variants_are_stored_restored_and_removed(tmp_path: Path, documen
         path.unlink()
     update(corpus, documents)
     assert stored(llama) == 1
+
+
+def test_a_new_index_chooses_its_primer_once(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
+    """Out of its own passages where there are enough of them; later documents do not change it."""
+    small = Corpus(tmp_path / "small", llama, EMBEDDER, manifest(llama, primer=None, primer_tokens=None))
+    update(small, documents)
+    assert small.manifest.primer == default_primer()
+    for number in range(50, 70):
+        (documents / f"{number}.txt").write_text(text(number))
+    large = Corpus(tmp_path / "large", llama, EMBEDDER, manifest(llama, primer=None, primer_tokens=None))
+    update(large, documents)
+    chosen = large.manifest
+    assert (
+        chosen.primer is not None and chosen.primer.split()[0] in text(50).split() + text(51).split() + text(52).split()
+    )
+    assert chosen.primer_tokens == len(large.primer) == len(chosen.primer.split()) > 60
+    assert Manifest.read(large.folder) == chosen
+    (documents / "late.txt").write_text(text(90))
+    again = Corpus(tmp_path / "large", llama, EMBEDDER, chosen)
+    update(again, documents)
+    assert again.manifest == chosen
+
+
+def test_a_primer_is_cut_to_what_fits_the_model(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
+    long = manifest(llama, primer=text(40, 2000), primer_tokens=None, chunk_tokens=300)
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, long)
+    update(corpus, documents)
+    assert 600 < len(corpus.primer) < llama.max_model_len - 300
+    assert stored(llama) == 2 * 3 + 1
 
 
 def test_a_folder_that_was_emptied_empties_the_index(corpus: Corpus, documents: Path) -> None:
