@@ -1,4 +1,4 @@
-"""The command line: `lmcache-rag index`, `ask` and `bench`."""
+"""The command line: `lmcache-rag index`, `ask`, `calibrate` and `bench`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 import typer
 from rich.console import Console
@@ -16,7 +18,11 @@ from rich.table import Table
 
 from lmcache_rag import __version__
 from lmcache_rag.errors import LmcacheRagError, PromptError
-from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, ReuseReport, SelectorName
+from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
+
+if TYPE_CHECKING:
+    from lmcache_rag.engine import LocalEngine
+    from lmcache_rag.prompt import PromptFormat
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
@@ -118,7 +124,12 @@ def ask(
     model: ModelOption = None,
     passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")] = 5,
     selector: SelectorOption = DEFAULT_SELECTOR,
-    ratio: Annotated[float, typer.Option(help="Share of the passages' tokens to recompute, 0 to 1.")] = DEFAULT_RATIO,
+    target_kl: Annotated[
+        float, typer.Option(help="How far from full prefill answers may be: mean KL divergence, as calibrated.")
+    ] = DEFAULT_TARGET_KL,
+    ratio: Annotated[
+        Optional[float], typer.Option(help="Share of the passages' tokens to recompute, 0 to 1, instead of a target.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
     off: Annotated[bool, typer.Option("--off", help="Answer with plain prefill only.")] = False,
@@ -132,7 +143,7 @@ def ask(
 
     if not question.strip():
         raise PromptError("The question is empty.")
-    options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, ratio=ratio)
+    options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, target_kl=target_kl, ratio=ratio)
     with (
         err.status("Starting vLLM") as status,
         open_corpus(folder, IndexSettings.checked(model=model), **_given(dtype=dtype, threads=threads)) as (
@@ -175,6 +186,33 @@ def ask(
         )
 
 
+@app.command()
+def calibrate(
+    data: Annotated[
+        Optional[Path], typer.Option(help="Questions like yours, in the form of `bench fidelity`; built-in ones else.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=4, help="How many are asked.")] = 16,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure which recompute ratio a model needs for which fidelity. Takes minutes, once per model."""
+    from lmcache_rag.bench.calibrate import calibrate as measure
+    from lmcache_rag.bench.calibrate import default_questions
+    from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.model import cache_folder
+
+    asked = (
+        default_questions(questions) if data is None else read_questions(data, passages=4, words=150, limit=questions)
+    )
+    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
+        calibration = measure(engine, _prompt_form(engine), asked, progress)
+        path = calibration.write(cache_folder(), engine.model_fingerprint)
+    _print_table([{"ratio": ratio, "kl_mean": kl} for ratio, kl in calibration.points])
+    ratio = calibration.ratio_for(DEFAULT_TARGET_KL)
+    out.print(f"The default target, {DEFAULT_TARGET_KL}, takes r={ratio:g}. Kept in {path}", highlight=False)
+
+
 @bench_app.command("ttft")
 def bench_ttft_command(
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in the prompt.")] = 5,
@@ -189,21 +227,17 @@ def bench_ttft_command(
 ) -> None:
     """TTFT of full prefill, prefix cache, plain reuse and blending, and the cost of ingest."""
     from lmcache_rag.bench.ttft import bench_ttft
-    from lmcache_rag.engine import EngineSettings, LocalEngine
 
-    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
-        settings = EngineSettings.checked(store=store, **_given(model=model, dtype=dtype, threads=threads))
-        with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
-            rows = bench_ttft(
-                engine,
-                chunks=chunks,
-                chunk_tokens=chunk_tokens,
-                ratios=_ratios(ratios),
-                selectors=_selectors(selectors),
-                repeat=repeat,
-                progress=status.update,
-            )
-            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
+        rows = bench_ttft(
+            engine,
+            chunks=chunks,
+            chunk_tokens=chunk_tokens,
+            ratios=_ratios(ratios),
+            selectors=_selectors(selectors),
+            repeat=repeat,
+            progress=progress,
+        )
     _print_rows(rows)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
@@ -226,17 +260,11 @@ def bench_fidelity_command(
     """How near blending comes to full prefill on real questions: KL divergence, agreement, and answers."""
     from lmcache_rag.bench.fidelity import bench_fidelity, ways
     from lmcache_rag.bench.questions import read_questions
-    from lmcache_rag.engine import EngineSettings, LocalEngine
-    from lmcache_rag.prompt import chat_format
 
     questions = read_questions(data, passages=passages, words=words, limit=limit)
     tried = ways(_selectors(selectors), _ratios(ratios))
-    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
-        settings = EngineSettings.checked(store=store, **_given(model=model, dtype=dtype, threads=threads))
-        with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
-            prompt = chat_format(engine.tokenizer)
-            rows = bench_fidelity(engine, prompt, questions, tried, seed=seed, progress=status.update)
-            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
+        rows = bench_fidelity(engine, _prompt_form(engine), questions, tried, seed=seed, progress=progress)
     _print_table(rows)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
@@ -270,6 +298,28 @@ def main() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def _bench_engine(**given: Any) -> Iterator[tuple[LocalEngine, Callable[[str], Any]]]:
+    """An engine with a store of its own, deleted at the end, and what shows how far a measurement is."""
+    from lmcache_rag.engine import EngineSettings, LocalEngine
+
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
+        settings = EngineSettings.checked(store=store, **_given(**given))
+        with err.status("Starting vLLM") as status, LocalEngine(settings) as engine:
+            yield engine, status.update
+            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+
+
+def _prompt_form(engine: LocalEngine) -> PromptFormat:
+    """The model's own chat template; plain completion where it has none."""
+    from lmcache_rag.prompt import chat_format, completion_format
+
+    try:
+        return chat_format(engine.tokenizer)
+    except PromptError:
+        return completion_format()
+
+
 def _selectors(names: str) -> list[SelectorName]:
     """Selectors named in an option, each once."""
     named = [DEFAULT_SELECTOR if name.strip() == "default" else name.strip() for name in names.split(",")]
@@ -278,7 +328,7 @@ def _selectors(names: str) -> list[SelectorName]:
 
 def _ratios(values: str) -> list[float]:
     """Recompute ratios named in an option, ascending."""
-    return sorted({BlendOptions.checked(ratio=value.strip()).ratio for value in values.split(",")})
+    return sorted({BlendOptions.checked(ratio=value.strip()).ratio or 0.0 for value in values.split(",")})
 
 
 def _text_of(path: Path) -> str:

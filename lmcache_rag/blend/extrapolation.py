@@ -18,6 +18,9 @@ from torch import Tensor
 from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.workspace import Workspace
 
+_FIRST_LAYER = 4 / 15
+"""Share of the depth in which nothing is carried over: what reused KV lacks there hardly matters."""
+
 _FEATURE_LAYERS = (4 / 15, 2 / 5, 8 / 15, 2 / 3)
 """Whose V tokens are compared by, as shares of the depth."""
 
@@ -46,6 +49,7 @@ class Extrapolation:
         self._workspace = workspace
         self._chunks: list[_Chunk] = []
         self._active: list[_Chunk] = []
+        self._first_layer = int(_FIRST_LAYER * len(workspace.layers))
         for segment in segments:
             span = torch.arange(min(segment.start + _HEAD, segment.end), segment.end, device=recomputed.device)
             taught, rest = span[recomputed[span]], span[~recomputed[span]]
@@ -57,8 +61,9 @@ class Extrapolation:
         if layer == 0:  # a long pass comes in parts: a chunk's turn is the part in which all that teaches it is known
             first, last = int(positions[0]), int(positions[-1])
             self._active = [chunk for chunk in self._chunks if first <= chunk.last <= last]
-        for chunk in self._active:
-            self._carry_over(chunk, layer)
+        if layer >= self._first_layer:
+            for chunk in self._active:
+                self._carry_over(chunk, layer)
 
     def _carry_over(self, chunk: _Chunk, layer: int) -> None:
         workspace, rotation = self._workspace, self._workspace.layers[layer].rotation

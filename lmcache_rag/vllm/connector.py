@@ -12,6 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_rag.blend.budget import Calibration
+from lmcache_rag.model import cache_folder
 from lmcache_rag.store import DiskStore
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
 from lmcache_rag.vllm.metadata import StepJobs, StepReports
@@ -49,7 +51,13 @@ class BlendConnector(KVConnectorBase_V1):
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
-                Planner(self._store, self._fingerprint, self._config, self._workspace_tokens),
+                Planner(
+                    self._store,
+                    self._fingerprint,
+                    self._config,
+                    self._workspace_tokens,
+                    Calibration.read(cache_folder(), self._fingerprint),
+                ),
                 automatic=self._config.automatic,
                 unsupported=self._unsupported,
                 hash_block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lmcache_rag.blend.budget import Calibration
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
 from lmcache_rag.errors import StoreError
@@ -22,11 +23,14 @@ _KEPT_CATALOGS = 16
 class Planner:
     """Plans blends for one model over one store."""
 
-    def __init__(self, store: Store, model: str, config: ConnectorConfig, max_tokens: int) -> None:
+    def __init__(
+        self, store: Store, model: str, config: ConnectorConfig, max_tokens: int, calibration: Calibration
+    ) -> None:
         self._store = store
         self._model = model
         self._config = config
         self._max_tokens = max_tokens
+        self._calibration = calibration
         self._catalogs: dict[str, Catalog] = {}
 
     def plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
@@ -117,7 +121,7 @@ class Planner:
             segments=tuple(segment for segment in segments if segment.length),
             end=end,
             selector=options.selector,
-            ratio=options.ratio,
+            ratio=self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio,
         )
 
     def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:

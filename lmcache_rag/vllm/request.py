@@ -16,7 +16,7 @@ PARAMS_KEY = "lmcache_rag"
 
 SelectorName = Literal["none", "all", "head", "cacheblend", "query"]
 DEFAULT_SELECTOR: SelectorName = "query"
-DEFAULT_RATIO = 0.15
+DEFAULT_TARGET_KL = 0.05
 DEFAULT_NAMESPACE = "default"
 NAMESPACE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
@@ -28,7 +28,9 @@ class BlendOptions(BaseModel):
         mode: `blend` puts stored chunk KV together and repairs it; `off` is untouched vLLM; `precompute` computes the
             KV of the prompt's one segment behind what comes before it and stores it.
         selector: which tokens are recomputed; see `lmcache_rag.blend.selectors`.
-        ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1.
+        target_kl: how far from full prefill the next-token distributions may be: mean KL divergence in nats. The
+            model's calibration says which recompute ratio that takes.
+        ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1, instead of a target.
         segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
             prompt by their tokens.
         primer_tokens: of a precompute request: how many tokens right before the segment are its primer; the tokens
@@ -40,7 +42,8 @@ class BlendOptions(BaseModel):
 
     mode: Literal["blend", "off", "precompute"] = "blend"
     selector: SelectorName = DEFAULT_SELECTOR
-    ratio: float = Field(default=DEFAULT_RATIO, ge=0.0, le=1.0)
+    target_kl: float = Field(default=DEFAULT_TARGET_KL, gt=0.0)
+    ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     segments: tuple[tuple[int, int], ...] | None = None
     primer_tokens: int = Field(default=0, ge=0)
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)

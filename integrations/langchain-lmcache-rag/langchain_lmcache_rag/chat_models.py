@@ -16,12 +16,12 @@ from pydantic import ConfigDict, Field, SkipValidation
 from langchain_lmcache_rag.prompts import plain_text, turns_of
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
 from lmcache_rag.prompt import chat_text
-from lmcache_rag.vllm.request import DEFAULT_RATIO, DEFAULT_SELECTOR, BlendOptions, SelectorName
+from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
 
-_BLEND_FIELDS = ("mode", "selector", "ratio")
+_BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "stop")
 
 
@@ -44,7 +44,8 @@ class ChatLmcacheRag(BaseChatModel):
         stop: generation ends before any of these strings.
         mode: `off` is vLLM without any reuse.
         selector: which tokens of stored chunks are repaired.
-        ratio: the share of stored chunks' tokens that is repaired, 0 to 1.
+        target_kl: how far from full prefill answers may be; see `BlendOptions`.
+        ratio: the share of stored chunks' tokens that is repaired, 0 to 1, instead of a target.
         chat_template: whether prompts are written in the model's own chat template, or as plain text.
         streaming: whether `invoke` streams too, for callbacks that want each token.
 
@@ -63,7 +64,8 @@ class ChatLmcacheRag(BaseChatModel):
     stop: tuple[str, ...] = ()
     mode: Literal["blend", "off"] = "blend"
     selector: SelectorName = DEFAULT_SELECTOR
-    ratio: float = Field(default=DEFAULT_RATIO, ge=0.0, le=1.0)
+    target_kl: float = Field(default=DEFAULT_TARGET_KL, gt=0.0)
+    ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     chat_template: bool = False
     streaming: bool = False
 

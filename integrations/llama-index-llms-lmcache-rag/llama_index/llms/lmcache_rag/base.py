@@ -28,8 +28,8 @@ from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble
 
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
 from lmcache_rag.vllm.request import (
-    DEFAULT_RATIO,
     DEFAULT_SELECTOR,
+    DEFAULT_TARGET_KL,
     BlendOptions,
     ReuseReport,
     SelectorName,
@@ -38,7 +38,7 @@ from lmcache_rag.vllm.request import (
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
 
-_BLEND_FIELDS = ("mode", "selector", "ratio")
+_BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "stop")
 
 
@@ -65,8 +65,11 @@ class LmcacheRag(CustomLLM):
     stop: tuple[str, ...] = Field(default=(), description="Generation ends before any of these strings.")
     mode: Literal["blend", "off"] = Field(default="blend", description="`off` is vLLM without any reuse.")
     selector: SelectorName = Field(default=DEFAULT_SELECTOR, description="Which tokens of stored chunks are repaired.")
-    ratio: float = Field(
-        default=DEFAULT_RATIO, ge=0.0, le=1.0, description="The share of stored chunks' tokens that is repaired."
+    target_kl: float = Field(
+        default=DEFAULT_TARGET_KL, gt=0.0, description="How far from full prefill answers may be; see BlendOptions."
+    )
+    ratio: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="The share of stored chunks' tokens that is repaired, not a target."
     )
     chat_template: bool = Field(
         default=False, description="Whether prompts are written in the model's own chat template, or as plain text."
@@ -113,7 +116,7 @@ class LmcacheRag(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and `mode`, `selector` and `ratio`."""
+        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and of `BlendOptions` but `segments`."""
         sampling, options = self._request(kwargs)
         return self._finished(self._engine.generate(self._prompt_ids(prompt, formatted), sampling, options))
 

@@ -1,0 +1,85 @@
+"""From a wanted fidelity to a recompute ratio, by a curve that was measured on the model (`lmcache-rag calibrate`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+_FOLDER = "calibrations"
+
+_log = logging.getLogger(__name__)
+
+
+class Calibration(BaseModel):
+    """How far a model's blends are from full prefill.
+
+    Attributes:
+        points: recompute ratio, and mean KL divergence (nats) of next-token distributions from full prefill's there;
+            ascending ratios from 0 on. At ratio 1 it is 0.
+        questions: how many it was measured on; 0 where it is an assumption.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: tuple[tuple[float, float], ...] = Field(min_length=1)
+    questions: int = Field(ge=0)
+
+    @field_validator("points")
+    @classmethod
+    def _ascending(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        ratios = [ratio for ratio, _ in points]
+        if ratios[0] != 0 or any(not a < b < 1 for a, b in pairwise(ratios)) or any(kl < 0 for _, kl in points):
+            raise ValueError("ratios must ascend from 0 to below 1, and divergences be 0 at least")
+        return points
+
+    def ratio_for(self, target_kl: float) -> float:
+        """The smallest recompute ratio at which the mean divergence is `target_kl` at most, rounded up to 0.001."""
+        ratio, kl = self.points[0]
+        if kl <= target_kl:
+            return 0.0
+        for next_ratio, next_kl in (*self.points[1:], (1.0, 0.0)):
+            if next_kl <= target_kl:
+                ratio += (next_ratio - ratio) * (kl - target_kl) / (kl - next_kl)
+                return min(1.0, -(-ratio * 1000 // 1) / 1000)
+            if next_kl < kl:  # noise may make the curve rise: then it is as flat as the last good point
+                ratio, kl = next_ratio, next_kl
+        return 1.0
+
+    @classmethod
+    def read(cls, cache: Path, fingerprint: str) -> Calibration:
+        """The model's own, else what holds for the default model."""
+        path = _path(cache, fingerprint)
+        try:
+            return cls.model_validate_json(path.read_text())
+        except FileNotFoundError:
+            return ASSUMED
+        except (OSError, ValidationError) as error:
+            _log.warning("%s cannot be used (%s): run `lmcache-rag calibrate` again.", path, error)
+            return ASSUMED
+
+    def write(self, cache: Path, fingerprint: str) -> Path:
+        """Keep it for the model; returns the file."""
+        path = _path(cache, fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(self.model_dump_json(indent=2) + "\n")
+        part.replace(path)
+        return path
+
+
+ASSUMED = Calibration(points=((0.0, 0.115), (0.05, 0.068), (0.1, 0.056), (0.15, 0.038), (0.3, 0.02)), questions=0)
+"""Of SmolLM2-135M-Instruct, whose blends are further from full prefill than a larger model's."""
+
+
+def calibration_of(rows: Iterable[tuple[float, float]], questions: int) -> Calibration:
+    """From measured (ratio, mean KL divergence)."""
+    return Calibration(points=tuple(sorted((ratio, max(0.0, kl)) for ratio, kl in rows)), questions=questions)
+
+
+def _path(cache: Path, fingerprint: str) -> Path:
+    return cache / _FOLDER / f"{fingerprint}.json"
