@@ -202,9 +202,10 @@ def calibrate(
     from lmcache_rag.bench.questions import read_questions
     from lmcache_rag.model import cache_folder
 
-    asked = (
-        default_questions(questions) if data is None else read_questions(data, passages=4, words=150, limit=questions)
-    )
+    if data is None:
+        asked = default_questions(questions)
+    else:
+        asked = read_questions(data, passages=4, words=150, limit=questions)
     with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
         calibration = measure(engine, _prompt_form(engine), asked, progress)
         path = calibration.write(cache_folder(), engine.model_fingerprint)

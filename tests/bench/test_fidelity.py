@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lmcache_rag.bench.calibrate import calibrate, default_questions
 from lmcache_rag.bench.fidelity import Tried, bench_fidelity, ways
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.engine import LocalEngine, Sampling
@@ -64,3 +65,16 @@ def test_a_forced_answer_is_followed_and_does_not_change_the_distributions(llama
     torch.testing.assert_close(first, free[0], atol=1e-5, rtol=0)
     longer = llama.generate([*plan.token_ids, *forced], Sampling(max_tokens=1), OFF, cache_salt="longer")
     assert followed.token_ids[2] == longer.token_ids[0]
+
+
+def test_calibration_measures_a_curve_down_to_full_prefill(llama: LocalEngine) -> None:
+    calibration = calibrate(llama, FORM, QUESTIONS, lambda _: None)
+    assert calibration.questions == 3 and [ratio for ratio, _ in calibration.points][:2] == [0.0, 0.05]
+    assert calibration.points[0][1] > calibration.points[-1][1]
+    assert 0.0 < calibration.ratio_for(calibration.points[0][1] / 3) < 1.0
+
+
+def test_built_in_questions_have_passages_of_their_own() -> None:
+    questions = default_questions(12)
+    assert len({passage for question in questions for passage in question.passages}) > 30
+    assert all(len(set(question.passages)) == 4 for question in questions)
