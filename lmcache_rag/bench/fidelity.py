@@ -7,9 +7,9 @@ answers greedily, and the answers are compared with full prefill's (ROUGE-L) and
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,19 +90,18 @@ def bench_fidelity(
     primer = choose_primer([text for question in questions for text in question.passages], prompt)
     primer_tokens = primer_ids(engine.tokenizer, primer, engine.max_model_len // 2)
     _ingest(engine, plans, primer_tokens, seed=seed, alone=any(way.alone for way in tried), progress=progress)
-    salts = (f"fidelity-{number}" for number in itertools.count())
     full, scores = _Scores(), [_Scores() for _ in tried]
     for number, (question, plan) in enumerate(zip(questions, plans, strict=True), start=1):
         progress(f"question {number} of {len(questions)}")
         gold = engine.tokenizer.encode(question.answer, add_special_tokens=False)
         forced = Sampling(max_tokens=len(gold), ignore_eos=True, logprobs=-1, forced_token_ids=tuple(gold))
         greedy = Sampling(max_tokens=_ANSWER_TOKENS, stop=prompt.stop)
-        salt = next(salts)
+        salt = uuid.uuid4().hex
         expected = _log_probs(engine.generate(plan, forced, _OFF, cache_salt=salt).logprobs)
         reference = engine.generate(plan, greedy, _OFF, cache_salt=salt).text
         _score(full, expected, expected, gold, reference, reference, question.answer)
         for way, own in zip(tried, scores, strict=True):
-            salt = next(salts)
+            salt = uuid.uuid4().hex
             done = engine.generate(plan, forced, way.options, cache_salt=salt)
             if not done.reuse.bytes_loaded:
                 raise EngineError(
