@@ -13,17 +13,20 @@ from lmcache_rag_kernels import attention_mass
 from torch import Tensor
 
 from lmcache_rag.blend.extrapolation import Extrapolation
+from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Observer, Pass, PassRunner
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import ChunkKV
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.store.chunks import ChunkStore, KVShape
+from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
 from lmcache_rag.vllm.request import ReuseReport
 
 FOREIGN_BUDGET_FACTOR = 2.0
 """KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
+
+_MEASURED_TOKENS = 128
 
 PROBE_TOKENS = 64
 """The question is probed with its last tokens only, this many at most."""
@@ -38,6 +41,7 @@ class Blender:
 
     Attributes:
         token_layers: of the blend under way: layers run, summed over the tokens run.
+        prefill_tokens_per_s: how fast this machine computes, measured here.
     """
 
     def __init__(self, workspace: Workspace, run: PassRunner, shape: KVShape, max_pass_tokens: int) -> None:
@@ -47,6 +51,8 @@ class Blender:
         self._max_pass_tokens = max_pass_tokens
         self._context: ChunkKV | None = None
         self.token_layers = 0
+        self.prefill_tokens_per_s = self._measure_prefill()
+        self.loader = Loader(shape, self.prefill_tokens_per_s)
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
@@ -67,6 +73,15 @@ class Blender:
         if plan.mode == "precompute" and plan.preamble.name is None:
             self._keep_context(plan.token_ids[: plan.preamble.length])
         return report
+
+    def _measure_prefill(self) -> float:
+        tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
+        positions = torch.arange(tokens, device=self.workspace.device)
+        for _ in range(2):  # the first one pays for what is only done once
+            start = time.perf_counter()
+            self._run(torch.ones_like(positions), Pass(self.workspace, positions))
+            float(self.workspace.value[-1, 0, 0, 0])  # waits for a device that runs behind
+        return tokens / (time.perf_counter() - start)
 
     def place_context(self, plan: BlendPlan) -> bool:
         """Put what was computed before the last precomputed chunk in its place, where it is the same for this one."""
@@ -108,15 +123,20 @@ class _Blend:
         self.layers = len(blender.workspace.layers)
         self._blender = blender
         self._plan = plan
-        self._chunks = chunks
         self._report = report
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
-        if plan.preamble.name is not None:
-            self._load_or_miss(plan.preamble)
-        elif plan.mode == "precompute" and blender.place_context(plan):
+        if plan.mode == "precompute" and plan.preamble.name is None and blender.place_context(plan):
             self.required[: plan.preamble.length] = False
-        self.segments = tuple(segment for segment in plan.segments if self._load_or_miss(segment))
+        loaded = {
+            segment
+            for segment, kv in blender.loader.load(chunks, (plan.preamble, *plan.segments), plan.end)
+            if self._placed(segment, kv)
+        }
+        self.segments = tuple(segment for segment in plan.segments if segment in loaded)
+        for segment in plan.segments:
+            if segment.name is None:
+                self._miss(segment, segment.reason)
         self.candidates = ~self.required
         for segment in (plan.preamble, *self.segments):
             if segment.exact:
@@ -181,29 +201,26 @@ class _Blend:
                 report.exact_tokens += tokens if segment.exact else 0
                 report.foreign_tokens += tokens if segment.foreign else 0
 
-    def _load_or_miss(self, segment: PlannedSegment) -> bool:
-        reason = "absent" if segment.name is None else self._load(segment)
+    def _placed(self, segment: PlannedSegment, kv: LoadedKV | str) -> bool:
+        """Put what was loaded in its place; False, and a miss, where that cannot be."""
+        reason = kv if isinstance(kv, str) else ""
+        if isinstance(kv, LoadedKV):
+            if segment.offset + segment.length > kv.tokens:
+                reason = "shorter than planned"
+            else:
+                try:
+                    self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
+                    self._report.bytes_loaded += kv.size_bytes
+                    self.required[segment.start : segment.end] = False
+                except CorruptObjectError:
+                    reason = "corrupt"
         if reason:
-            self._missed[segment.start : segment.end] = True
-            missed = max(0, segment.end - max(segment.start, self._plan.local_tokens))
-            self._report.miss(reason, missed)
+            self._miss(segment, reason)
         return not reason
 
-    def _load(self, segment: PlannedSegment) -> str:
-        """Put a stored object in its place; returns why it could not be, or nothing."""
-        assert segment.name is not None
-        loaded = self._chunks.load(segment.name, self._blender.shape)
-        if isinstance(loaded, str):
-            return loaded
-        if segment.offset + segment.length > loaded.tokens:
-            return "shorter than planned"
-        try:
-            self._blender.workspace.place(loaded, segment.start, segment.offset, segment.length)
-        except CorruptObjectError:
-            return "corrupt"
-        self._report.bytes_loaded += loaded.size_bytes
-        self.required[segment.start : segment.end] = False
-        return ""
+    def _miss(self, segment: PlannedSegment, reason: str) -> None:
+        self._missed[segment.start : segment.end] = True
+        self._report.miss(reason, max(0, segment.end - max(segment.start, self._plan.local_tokens)))
 
 
 @contextmanager

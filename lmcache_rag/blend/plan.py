@@ -11,7 +11,7 @@ class PlannedSegment:
     """Tokens `start` to `start + length` of the prompt, which are tokens `offset` on of the stored object `name`.
 
     Attributes:
-        name: None where the store holds no variant of the chunk.
+        name: None where the chunk is to be computed, for `reason`.
         exact: the stored KV equals what full prefill would compute here.
         foreign: it was computed behind another preamble than the prompt's.
     """
@@ -22,6 +22,7 @@ class PlannedSegment:
     name: str | None = None
     exact: bool = False
     foreign: bool = False
+    reason: str = "absent"
 
     @property
     def end(self) -> int:

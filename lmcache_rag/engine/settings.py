@@ -26,6 +26,7 @@ class EngineSettings(BaseSettings):
         kv_cache_bytes: size of vLLM's paged KV cache; None lets vLLM decide (on CPUs: 2 GiB).
         block_tokens: tokens per block of the paged KV cache; None lets vLLM decide (on CPUs: 32).
         threads: CPU threads; None takes all cores that this process may use.
+        read_bytes_per_s: slows reading from the store down, to see what a slow one does.
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and space, and reuse loses more.
         prefix_caching: vLLM's own exact prefix cache.
@@ -44,6 +45,7 @@ class EngineSettings(BaseSettings):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     block_tokens: int | None = Field(default=None, ge=8)
     threads: int | None = Field(default=None, ge=1)
+    read_bytes_per_s: float | None = Field(default=None, gt=0.0)
     primed: bool = True
     prefix_caching: bool = True
     max_num_seqs: int = Field(default=16, ge=1)

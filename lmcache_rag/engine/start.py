@@ -66,7 +66,11 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                     kv_connector_module_path="lmcache_rag.vllm.connector",
                     kv_role="kv_both",
                     kv_load_failure_policy="recompute",
-                    kv_connector_extra_config={"store": str(settings.store), "namespace": settings.namespace},
+                    kv_connector_extra_config={
+                        "store": str(settings.store),
+                        "namespace": settings.namespace,
+                        "read_bytes_per_s": settings.read_bytes_per_s,
+                    },
                 ),
                 **{name: value for name, value in arguments.items() if value is not None},
             )

@@ -22,6 +22,10 @@ class Store(Protocol):
 
     def exists(self, name: str) -> bool: ...
 
+    def size(self, name: str) -> int | None:
+        """The object's length in bytes, or None where there is none."""
+        ...
+
     def delete(self, names: Iterable[str]) -> None:
         """Delete; a name that is not there is no error."""
         ...

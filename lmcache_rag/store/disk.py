@@ -78,6 +78,12 @@ class DiskStore:
         except OSError as error:
             raise _failed(f"{name} could not be read from {self.root}", error) from error
 
+    def size(self, name: str) -> int | None:
+        try:
+            return self._path(name).stat().st_size
+        except OSError:
+            return None
+
     def exists(self, name: str) -> bool:
         try:
             return self._path(name).is_file()

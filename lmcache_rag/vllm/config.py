@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
+from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import GRAM
+from lmcache_rag.store.disk import DiskStore
+from lmcache_rag.store.throttled import ThrottledStore
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ class ConnectorConfig(BaseModel):
         codec: how KV is written to the store.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
+        read_bytes_per_s: slows reading from the store down, to see what a slow one does.
         max_blend_tokens: prompts whose reused part ends later are left to plain prefill; bounds the memory reserved.
     """
 
@@ -38,6 +42,7 @@ class ConnectorConfig(BaseModel):
     codec: str = "raw"
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
+    read_bytes_per_s: float | None = Field(default=None, gt=0.0)
     max_blend_tokens: int = Field(default=32768, ge=1)
 
     @classmethod
@@ -45,6 +50,11 @@ class ConnectorConfig(BaseModel):
         """The connector's settings in a vLLM configuration."""
         transfer = vllm_config.kv_transfer_config
         return cls(**(transfer.kv_connector_extra_config if transfer is not None else {}))
+
+    def open_store(self) -> Store:
+        """The store that these settings name."""
+        store = DiskStore(self.store)
+        return store if self.read_bytes_per_s is None else ThrottledStore(store, self.read_bytes_per_s)
 
     def workspace_tokens(self, max_model_len: int) -> int:
         """How many tokens a blend may span."""

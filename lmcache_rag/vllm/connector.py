@@ -14,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from lmcache_rag.blend.budget import Calibration
 from lmcache_rag.model import cache_folder
-from lmcache_rag.store import DiskStore
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
 from lmcache_rag.vllm.metadata import StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
@@ -46,7 +45,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._unsupported = "several KV cache groups"
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
-        self._store = DiskStore(self._config.store)
+        self._store = self._config.open_store()
         self._fingerprint = fingerprint_of(vllm_config)
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from lmcache_rag.blend.cost import Rates
 from lmcache_rag.blend.plan import BlendPlan
 
 
@@ -28,10 +29,11 @@ class StepJobs(KVConnectorMetadata):
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
-    """From the worker half back: request id -> `ReuseReport` as a dict."""
+    """From the worker half back: request id -> `ReuseReport` as a dict, and how fast it computes and loads."""
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rates: Rates | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         assert isinstance(other, StepReports)
-        return StepReports({**self.reports, **other.reports})
+        return StepReports({**self.reports, **other.reports}, other.rates or self.rates)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lmcache_rag.blend.budget import Calibration
+from lmcache_rag.blend.cost import CostModel
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
 from lmcache_rag.errors import StoreError
@@ -18,6 +20,7 @@ from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.request import BlendOptions, ReuseReport
 
 _KEPT_CATALOGS = 16
+_CHEAPER = "cheaper to compute"
 
 
 class Planner:
@@ -31,6 +34,7 @@ class Planner:
         self._config = config
         self._max_tokens = max_tokens
         self._calibration = calibration
+        self.cost = CostModel()
         self._catalogs: dict[str, Catalog] = {}
 
     def plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
@@ -97,11 +101,15 @@ class Planner:
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
     ) -> BlendPlan | None:
         preamble, context = self._context(prompt, matches, chunks)
-        segments = self._segments(prompt, matches, context, chunks)
+        ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
+        segments = [
+            self._if_worth_loading(segment, ratio) for segment in self._segments(prompt, matches, context, chunks)
+        ]
         while segments and segments[-1].name is None:
-            report.miss("absent", segments.pop().length)
+            report.miss(segments[-1].reason, segments.pop().length)
         if not segments:
-            report.reason = "no chunk of the prompt is stored"
+            faster = _CHEAPER in report.misses
+            report.reason = "plain prefill is faster" if faster else "no chunk of the prompt is stored"
             return None
         end = min(segments[-1].end, len(prompt) - 1)
         reused = sum(segment.length for segment in segments if segment.name is not None)
@@ -110,7 +118,7 @@ class Planner:
             report.reason = "most of the prompt before the last stored chunk is not stored"
             for segment in segments:
                 if segment.name is None:
-                    report.miss("absent", segment.length)
+                    report.miss(segment.reason, segment.length)
             return None
         segments[-1] = _cut(segments[-1], end)
         return BlendPlan(
@@ -121,8 +129,15 @@ class Planner:
             segments=tuple(segment for segment in segments if segment.length),
             end=end,
             selector=options.selector,
-            ratio=self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio,
+            ratio=ratio,
         )
+
+    def _if_worth_loading(self, segment: PlannedSegment, ratio: float) -> PlannedSegment:
+        """The segment, without its object where computing it is faster."""
+        size = self._store.size(segment.name) if segment.name is not None else None
+        if size is None or self.cost.worth_loading(size, segment.length, 0.0 if segment.exact else ratio):
+            return segment
+        return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 
     def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
         if options.segments is not None:
@@ -182,5 +197,4 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
 
 
 def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:
-    length = max(0, min(segment.length, end - segment.start))
-    return PlannedSegment(segment.start, length, segment.offset, segment.name, segment.exact, segment.foreign)
+    return replace(segment, length=max(0, min(segment.length, end - segment.start)))

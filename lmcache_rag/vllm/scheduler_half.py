@@ -136,6 +136,8 @@ class SchedulerHalf:
 
     def receive(self, step: StepReports) -> None:
         """Complete the reports of requests that the worker half blended, also of those that finished in this step."""
+        if step.rates is not None:
+            self._planner.cost.learn(step.rates)
         for request_id, figures in step.reports.items():
             tracked = self._tracked.get(request_id) or self._finished.get(request_id)
             if tracked is None:

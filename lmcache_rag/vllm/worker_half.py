@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lmcache_rag.blend.blender import Blender
+from lmcache_rag.blend.cost import Rates
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
@@ -43,6 +45,7 @@ class WorkerHalf:
         self._codec = codec
         self._block_tokens = block_tokens
         self._blender = Blender(model.workspace(workspace_tokens), model, model.shape, max_pass_tokens)
+        self._rates = Rates(self._blender.prefill_tokens_per_s)
         self._reports: dict[str, dict[str, Any]] = {}
 
     @torch.inference_mode()
@@ -62,11 +65,12 @@ class WorkerHalf:
             self._keep(job, chunks, report)
             report.phases_s["store"] = time.perf_counter() - start
         self._reports[job.request_id] = report.model_dump()
+        self._rates = replace(self._rates, load_bytes_per_s=self._blender.loader.bytes_per_s)
 
     def take_reports(self) -> StepReports | None:
         """What was done since the last call."""
         reports, self._reports = self._reports, {}
-        return StepReports(reports) if reports else None
+        return StepReports(reports, self._rates) if reports else None
 
     def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """Slot of each position in the paged cache: block id times block size plus offset."""

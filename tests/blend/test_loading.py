@@ -1,0 +1,60 @@
+"""Reading a plan's objects, from a fast store and from a slow one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lmcache_rag.blend import PlannedSegment
+from lmcache_rag.blend.loading import Loader
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
+from lmcache_rag.store import ChunkStore, DiskStore
+from lmcache_rag.store.chunks import KVShape, LoadedKV
+from lmcache_rag.store.throttled import ThrottledStore
+
+SHAPE = KVShape(2, 1, 8, torch.float32)
+TOKENS = 100
+
+
+def stored(folder: Path, count: int) -> tuple[ChunkStore, list[PlannedSegment]]:
+    chunks = ChunkStore(DiskStore(folder), KVScope("default", "model"))
+    segments = []
+    for number in range(count):
+        token_ids = np.arange(TOKENS, dtype=np.int32) + number
+        chunks.save(ChunkKV(token_ids, torch.full((2, 2, TOKENS, 1, 8), float(number))), NO_CONTEXT)
+        segments.append(PlannedSegment(number * TOKENS, TOKENS, name=chunks.name(token_ids, NO_CONTEXT)))
+    return chunks, segments
+
+
+def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 6)
+    chunks.store.delete([segments[3].name or ""])
+    unplanned = PlannedSegment(600, TOKENS)
+    loader = Loader(SHAPE, prefill_tokens_per_s=1.0)
+    assert loader.bytes_per_s is None
+    found = list(loader.load(chunks, [*segments, unplanned], 700))
+    assert [segment for segment, _ in found] == segments
+    for number, (_, kv) in enumerate(found):
+        if number == 3:
+            assert kv == "absent"
+        else:
+            assert isinstance(kv, LoadedKV) and float(kv.layer(1)[0, 5, 0, 0]) == number
+    assert loader.bytes_per_s is not None and loader.bytes_per_s > 0
+    list(loader.load(chunks, [unplanned], 100))
+    assert loader.bytes_per_s is None
+
+
+def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 3)
+    size = chunks.store.size(segments[0].name or "")
+    assert size is not None
+    slow = ChunkStore(ThrottledStore(chunks.store, size / 0.2), chunks.scope)  # 0.2 s an object
+    loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
+    found = [kv for _, kv in loader.load(slow, segments, 3 * TOKENS)]
+    assert isinstance(found[0], LoadedKV)
+    assert found[1:] == ["too slow", "too slow"]
+    assert loader.bytes_per_s is not None and loader.bytes_per_s < 8 * size
+    patient = Loader(SHAPE, prefill_tokens_per_s=3 * TOKENS / 100)  # computing would take 100 s
+    assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments, 3 * TOKENS))

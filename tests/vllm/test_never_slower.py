@@ -1,0 +1,37 @@
+"""A store from which reading takes longer than computing: the answer is right, and it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.vllm.request import BlendOptions
+from tests.helpers import OFF, answer, ingest, noise, random_plan
+from tests.models import make_tiny
+
+REPAIR = BlendOptions(ratio=0.2)
+
+
+def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(80, chunks=(200, 200, 200))
+    settings = EngineSettings(
+        model=str(make_tiny("llama", tmp_path / "tiny")),
+        store=tmp_path / "kv",
+        dtype="float32",
+        kv_cache_bytes=64 << 20,
+        primed=False,
+    )
+    with LocalEngine(settings) as engine:
+        ingest(engine, plan)
+    with LocalEngine(settings.model_copy(update={"read_bytes_per_s": 200_000})) as engine:
+        expected, _ = answer(engine, plan, OFF)
+        given_up, first = answer(engine, plan, REPAIR)
+        assert first.reuse.misses["too slow"] >= 400
+        assert first.reuse.phases_s["load"] < 3.0  # a chunk of 300 kB takes 1.5 s
+        refused, second = answer(engine, plan, REPAIR)
+        assert (second.reuse.mode, second.reuse.reason) == ("plain", "plain prefill is faster")
+        assert second.reuse.misses == {"cheaper to compute": 600} and second.reuse.bytes_loaded == 0
+        torch.testing.assert_close(given_up, expected, atol=20 * noise(engine, plan), rtol=0)
+        assert torch.equal(refused, expected)
