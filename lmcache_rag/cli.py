@@ -221,6 +221,9 @@ def bench_ttft_command(
     ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15",
     selectors: SelectorsOption = "default",
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
+    store_mb_s: Annotated[
+        Optional[float], typer.Option(help="Slow the store down to so many MB/s, to see what a slow one does.")
+    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
     model: ModelOption = None,
     dtype: DtypeOption = None,
@@ -229,7 +232,8 @@ def bench_ttft_command(
     """TTFT of full prefill, prefix cache, plain reuse and blending, and the cost of ingest."""
     from lmcache_rag.bench.ttft import bench_ttft
 
-    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
+    bytes_per_s = None if store_mb_s is None else 1e6 * store_mb_s
+    with _bench_engine(model=model, dtype=dtype, threads=threads, read_bytes_per_s=bytes_per_s) as (engine, progress):
         rows = bench_ttft(
             engine,
             chunks=chunks,
@@ -237,9 +241,52 @@ def bench_ttft_command(
             ratios=_ratios(ratios),
             selectors=_selectors(selectors),
             repeat=repeat,
+            must_reuse=store_mb_s is None,
             progress=progress,
         )
     _print_rows(rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+@bench_app.command("throughput")
+def bench_throughput_command(
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, separated by commas.")] = "1,4,8",
+    requests: Annotated[int, typer.Option(min=1, help="Requests per row.")] = 24,
+    pool: Annotated[int, typer.Option(min=1, help="Passages that questions are asked over.")] = 24,
+    passages: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 5,
+    passage_tokens: Annotated[int, typer.Option(min=32, help="Tokens per passage.")] = 300,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Requests per second and latency of full prefill, prefix cache and blending, several requests at a time."""
+    from lmcache_rag.bench.throughput import bench_throughput
+
+    if passages > pool:
+        raise PromptError(f"A question over {passages} passages needs a pool of as many, not {pool}.")
+    try:
+        levels = [int(level) for level in concurrency.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or min(levels) < 1:
+        raise PromptError(f"concurrency: give numbers from 1 on, separated by commas (got {concurrency!r})")
+    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
+        rows = bench_throughput(
+            engine,
+            concurrency=levels,
+            requests=requests,
+            pool=pool,
+            passages=passages,
+            passage_tokens=passage_tokens,
+            answer_tokens=answer_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    _print_table(rows)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -34,9 +34,14 @@ def bench_ttft(
     ratios: Sequence[float],
     selectors: Sequence[SelectorName],
     repeat: int,
+    must_reuse: bool,
     progress: Callable[[str], Any],
 ) -> list[Row]:
-    """The rows that `lmcache-rag bench ttft` writes."""
+    """The rows that `lmcache-rag bench ttft` writes.
+
+    Raises:
+        EngineError: `must_reuse`, and a blended request reused nothing, so that there is nothing to measure.
+    """
     prompt_format = completion_format()
     preamble = prompt_format.preamble_ids(engine.tokenizer)
     runs = token_runs(engine.tokenizer, chunks, chunk_tokens)
@@ -53,6 +58,7 @@ def bench_ttft(
         ),
     ]
     times: dict[int, list[float]] = {number: [] for number in range(len(modes))}
+    done_as: dict[int, str] = {}
     salts = (f"bench-{number}" for number in itertools.count())
     for turn in range(repeat + 1):  # the first turn warms up and is not counted
         for number, (mode, selector, ratio, options) in enumerate(modes):
@@ -61,10 +67,11 @@ def bench_ttft(
             if mode == "prefix_cache":
                 engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
             done = engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
-            if mode in ("reuse", "blend") and not done.reuse.reused_tokens:
+            if must_reuse and mode in ("reuse", "blend") and not done.reuse.reused_tokens:
                 raise EngineError(
                     f"Nothing was reused in mode {mode} ({done.reuse.reason}), so there is nothing to measure."
                 )
+            done_as[number] = done.reuse.mode
             if turn:
                 times[number].append(done.ttft_s)
     full = statistics.median(times[0])
@@ -76,6 +83,7 @@ def bench_ttft(
             "prompt_tokens": len(plan.token_ids),
             "ttft_median_s": round(statistics.median(times[number]), 4),
             "speedup_vs_full": round(full / statistics.median(times[number]), 2),
+            "done_as": done_as[number],
             "threads": engine.threads,
         }
         for number, (mode, selector, ratio, _) in enumerate(modes)

@@ -1,0 +1,123 @@
+"""Throughput and latency under load: many questions over a shared pool of passages, a fixed number at a time.
+
+A closed loop: each of `concurrency` callers asks its next question when its last one is answered. Three modes over the
+same questions: full prefill (nothing is shared), vLLM's prefix cache (shared as far as prompts begin alike), and
+blending (beside the prefix cache, as users run it).
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmcache_rag.bench.text import token_runs
+from lmcache_rag.engine.base import Completion
+from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.engine.settings import Sampling
+from lmcache_rag.errors import EngineError
+from lmcache_rag.prompt import PromptPlan, completion_format
+from lmcache_rag.vllm.request import BlendOptions
+
+Row = dict[str, Any]
+
+_OFF = BlendOptions(mode="off")
+
+
+def bench_throughput(
+    engine: LocalEngine,
+    *,
+    concurrency: Sequence[int],
+    requests: int,
+    pool: int,
+    passages: int,
+    passage_tokens: int,
+    answer_tokens: int,
+    seed: int,
+    progress: Callable[[str], Any],
+) -> list[Row]:
+    """The rows that `lmcache-rag bench throughput` writes.
+
+    Raises:
+        EngineError: no blended request reused anything, so that there is nothing to measure.
+    """
+    prompt_format = completion_format()
+    preamble = prompt_format.preamble_ids(engine.tokenizer)
+    runs = token_runs(engine.tokenizer, pool, passage_tokens)
+    progress("ingest")
+    errors = engine.precompute(preamble, runs).errors
+    if errors:
+        raise EngineError(errors[0])
+    draw = random.Random(seed)  # noqa: S311
+    plans = [
+        PromptPlan.assemble(
+            preamble,
+            draw.sample(runs, passages),
+            prompt_format.question_ids(engine.tokenizer, f"What is said about topic {number}?"),
+        )
+        for number in range(requests)
+    ]
+    sampling = Sampling(max_tokens=answer_tokens, ignore_eos=True)
+    engine.generate(plans[0], sampling, _OFF, cache_salt=uuid.uuid4().hex)  # first-time costs
+    rows = []
+    for callers in concurrency:
+        for mode in ("full", "prefix_cache", "blend"):
+            progress(f"{mode}, {callers} at a time")
+            shared = uuid.uuid4().hex
+
+            def ask(plan: PromptPlan, mode: str = mode, shared: str = shared) -> Completion:
+                salt = uuid.uuid4().hex if mode == "full" else shared
+                return engine.generate(plan, sampling, BlendOptions() if mode == "blend" else _OFF, cache_salt=salt)
+
+            start = time.perf_counter()
+            done = _closed_loop(plans, callers, ask)
+            rows.append(_row(mode, callers, done, time.perf_counter() - start))
+            if mode == "blend" and not any(one.reuse.bytes_loaded for one in done):
+                raise EngineError(f"Nothing was reused ({done[0].reuse.reason}), so there is nothing to measure.")
+    return rows
+
+
+def _closed_loop(
+    plans: Sequence[PromptPlan], callers: int, ask: Callable[[PromptPlan], Completion]
+) -> list[Completion]:
+    waiting: queue.SimpleQueue[PromptPlan] = queue.SimpleQueue()
+    for plan in plans:
+        waiting.put(plan)
+    done: list[Completion] = []
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        while not failures:
+            try:
+                done.append(ask(waiting.get_nowait()))
+            except queue.Empty:
+                return
+            except Exception as error:  # noqa: BLE001  # raised again by the caller
+                failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return done
+
+
+def _row(mode: str, concurrency: int, done: Sequence[Completion], seconds: float) -> Row:
+    ttft = sorted(one.ttft_s for one in done)
+    tpot = [(one.total_s - one.ttft_s) / max(1, len(one.token_ids) - 1) for one in done]
+    return {
+        "mode": mode,
+        "concurrency": concurrency,
+        "requests_per_s": round(len(done) / seconds, 3),
+        "ttft_p50_s": round(statistics.median(ttft), 3),
+        "ttft_p95_s": round(ttft[min(len(ttft) - 1, int(0.95 * len(ttft)))], 3),
+        "tpot_p50_s": round(statistics.median(tpot), 4),
+    }
