@@ -194,6 +194,7 @@ class EngineLoop:
                 seed=sampling.seed,
                 ignore_eos=sampling.ignore_eos,
                 logprobs=sampling.logprobs,
+                detokenize=not sampling.forced_token_ids,
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={
                     "kv_transfer_params": request.options.to_params(),

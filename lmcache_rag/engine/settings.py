@@ -67,7 +67,8 @@ class Sampling(BaseModel):
         max_tokens: longest answer.
         temperature: 0 is greedy.
         stop: generation ends before any of these strings.
-        forced_token_ids: what the answer's first tokens are, whatever the model would say, for teacher forcing.
+        forced_token_ids: what the answer's first tokens are, whatever the model would say, for teacher forcing. No text
+            is made of such an answer.
         logprobs: how many log-probabilities per generated token are returned; -1 for the whole vocabulary.
     """
 
