@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from lmcache_rag_kernels import attention_mass
 from torch import Tensor
 
 from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.loading import Loader
-from lmcache_rag.blend.passes import Observer, Pass, PassRunner
+from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
@@ -95,20 +94,23 @@ class Blender:
         if self._context is None or tuple(self._context.token_ids.tolist()) != token_ids:
             self._context = ChunkKV(np.array(token_ids, dtype=np.int32), self.workspace.take(0, len(token_ids)))
 
-    def run(
-        self, plan: BlendPlan, positions: Tensor, observe: Observer | None = None, stop_after: int | None = None
-    ) -> None:
-        """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question."""
+    def run(self, plan: BlendPlan, positions: Tensor, make: Callable[[Tensor], Pass]) -> None:
+        """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question.
+
+        Args:
+            make: makes the pass of some of the positions.
+        """
         if not len(positions):
             return
-        self.token_layers += len(positions) * (len(self.workspace.layers) if stop_after is None else stop_after + 1)
         prompt = torch.tensor(plan.token_ids, dtype=torch.int64, device=self.workspace.device)
         probe = positions >= plan.end
         token_ids = torch.cat([prompt[positions[~probe]], prompt[len(prompt) - int(probe.sum()) :]])
         for ids, part in zip(
             token_ids.split(self._max_pass_tokens), positions.split(self._max_pass_tokens), strict=True
         ):
-            self._run(ids, Pass(self.workspace, part, observe, stop_after))
+            nested = make(part)
+            self.token_layers += nested.token_layers
+            self._run(ids, nested)
 
 
 class _Blend:
@@ -150,11 +152,16 @@ class _Blend:
     def recompute(self, recomputed: Tensor) -> None:
         """Run what has no KV and what was selected (bool `[end]`)."""
         last_layer = self._last_layer(recomputed)
-        observe = None
+        workspace, extrapolation = self._blender.workspace, None
         if SELECTORS[self._plan.selector].extrapolates and bool(recomputed.any()):
             layers = self.layers if last_layer is None else last_layer + 1
-            observe = Extrapolation(self._blender.workspace, recomputed, self.segments, layers)
-        self._blender.run(self._plan, (self.required | recomputed).nonzero().flatten(), observe, last_layer)
+            extrapolation = Extrapolation(workspace, recomputed, self.segments, layers)
+
+        def make(positions: Tensor) -> Pass:
+            observe = None if extrapolation is None else extrapolation.after(positions)
+            return Pass(workspace, positions, observe, last_layer)
+
+        self._blender.run(self._plan, (self.required | recomputed).nonzero().flatten(), make)
 
     def _last_layer(self, recomputed: Tensor) -> int | None:
         """The last layer in which KV is recomputed. None, all of them, where tokens lack their KV, and where every
@@ -167,24 +174,17 @@ class _Blend:
         workspace, end = self._blender.workspace, self._plan.end
         question = min(PROBE_TOKENS, len(self._plan.token_ids) - end, workspace.max_tokens - end)
         mass = torch.zeros(end, dtype=torch.float32, device=workspace.device)
-
-        def observe(layer: int, positions: Tensor, query: Tensor) -> None:
-            asking = positions >= end
-            if layer < first_layer or not bool(asking.any()):
-                return
-            spec, at = workspace.layers[layer], positions[asking]
-            keys = workspace.key[layer, : int(at[-1]) + 1]
-            mass.add_(attention_mass(query[asking], keys, at, scale=spec.scale, window=spec.window)[:end])
-
         probe = torch.arange(end, end + question, device=workspace.device)
-        self._blender.run(self._plan, torch.cat([self.required.nonzero().flatten(), probe]), observe)
+        positions = torch.cat([self.required.nonzero().flatten(), probe])
+        self._blender.run(self._plan, positions, lambda part: ProbePass(workspace, part, end, first_layer, mass))
         return mass
 
     def value_deviation(self, layer: int) -> Tensor:
-        value = self._blender.workspace.value[layer, : self._plan.end]
+        workspace = self._blender.workspace
+        value = workspace.value[layer, : self._plan.end]
         reused = value.clone()
         everything = (self.required | self.candidates).nonzero().flatten()
-        self._blender.run(self._plan, everything, stop_after=layer)
+        self._blender.run(self._plan, everything, lambda part: Pass(workspace, part, stop_after=layer))
         return (value.float() - reused.float()).square().sum((1, 2))
 
     def count(self, recomputed: Tensor) -> None:

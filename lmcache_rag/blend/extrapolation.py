@@ -15,6 +15,7 @@ import torch
 from lmcache_rag_kernels import rotate
 from torch import Tensor
 
+from lmcache_rag.blend.passes import Observer
 from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.workspace import Workspace
 
@@ -35,7 +36,7 @@ _HEAD = 4
 
 
 class Extrapolation:
-    """An observer of the pass that recomputes (`passes.Observer`); made before it, while the workspace holds reused KV.
+    """Made before the pass that recomputes, while the workspace holds reused KV.
 
     Args:
         recomputed: bool `[end]`: tokens that the pass computes.
@@ -47,51 +48,57 @@ class Extrapolation:
         self, workspace: Workspace, recomputed: Tensor, segments: Sequence[PlannedSegment], layers: int
     ) -> None:
         self._workspace = workspace
-        self._chunks: list[_Chunk] = []
-        self._active: list[_Chunk] = []
         self._first_layer = int(_FIRST_LAYER * len(workspace.layers))
+        self._chunks: list[_Chunk] = []
         for segment in segments:
-            span = torch.arange(min(segment.start + _HEAD, segment.end), segment.end, device=recomputed.device)
-            taught, rest = span[recomputed[span]], span[~recomputed[span]]
-            if not segment.exact and len(taught) and len(rest):
+            rows = slice(min(segment.start + _HEAD, segment.end), segment.end)
+            span = torch.arange(rows.start, rows.stop, device=recomputed.device)
+            taught = span[recomputed[span]]
+            if not segment.exact and 0 < len(taught) < len(span):
                 key, value = workspace.key[:layers, taught], workspace.value[:layers, taught]
-                self._chunks.append(_Chunk(taught, rest, self._weights(taught, rest), key, value))
+                self._chunks.append(_Chunk(rows, span, taught, self._weights(span, taught), key, value))
 
-    def __call__(self, layer: int, positions: Tensor, query: Tensor) -> None:
-        if layer == 0:  # a long pass comes in parts: a chunk's turn is the part in which all that teaches it is known
-            first, last = int(positions[0]), int(positions[-1])
-            self._active = [chunk for chunk in self._chunks if first <= chunk.last <= last]
-        if layer >= self._first_layer:
-            for chunk in self._active:
-                self._carry_over(chunk, layer)
+    def after(self, positions: Tensor) -> Observer:
+        """What is done in each layer of the pass of the recomputed tokens at `positions`. A long pass comes in parts: a
+        chunk's turn is the part in which all that teaches it is known."""
+        first, last = int(positions[0]), int(positions[-1])
+        chunks = [chunk for chunk in self._chunks if first <= int(chunk.taught[-1]) <= last]
+
+        def carry_over(layer: int) -> None:
+            if layer >= self._first_layer:
+                for chunk in chunks:
+                    self._carry_over(chunk, layer)
+
+        return carry_over
 
     def _carry_over(self, chunk: _Chunk, layer: int) -> None:
         workspace, rotation = self._workspace, self._workspace.layers[layer].rotation
         key = workspace.key[layer, chunk.taught] - chunk.key[layer]
         value = workspace.value[layer, chunk.taught] - chunk.value[layer]
         if rotation is not None:
-            key = rotate(key, rotation, chunk.taught, inverse=True)
-        change = torch.cat([key.flatten(1), value.flatten(1)], dim=1).float()
-        carried = (chunk.weights @ change).to(key.dtype).unflatten(1, (2, *key.shape[1:]))
-        key, value = carried[:, 0], carried[:, 1]
+            rotate(key, rotation, chunk.taught, inverse=True, out=key)
+        # Gathered and scattered is what few tokens change; what all the others get is added to whole rows.
+        carried = (chunk.weights @ key.flatten(1).float()).to(key.dtype).unflatten(1, key.shape[1:])
         if rotation is not None:
-            key = rotate(key, rotation, chunk.rest)
-        workspace.key[layer, chunk.rest] += key
-        workspace.value[layer, chunk.rest] += value
+            rotate(carried, rotation, chunk.span, out=carried)
+        workspace.key[layer, chunk.rows] += carried
+        carried = (chunk.weights @ value.flatten(1).float()).to(value.dtype).unflatten(1, value.shape[1:])
+        workspace.value[layer, chunk.rows] += carried
 
-    def _weights(self, taught: Tensor, rest: Tensor) -> Tensor:
-        """`[rest, taught]`: how the change of each token follows from the recomputed ones'."""
-        workspace = self._workspace
-        span, depth = torch.cat([taught, rest]), len(workspace.layers)
+    def _weights(self, span: Tensor, taught: Tensor) -> Tensor:
+        """`[span, taught]`: how each token's change follows from the recomputed ones', zero for those themselves."""
+        workspace, rows = self._workspace, taught - span[0]
+        depth = len(workspace.layers)
         layers = torch.tensor([int(share * depth) for share in _FEATURE_LAYERS], device=span.device)
         features = workspace.value[layers[:, None], span].float().transpose(0, 1).flatten(1)
         features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-        apart = torch.cdist(features, features[: len(taught)]).square() / features.shape[1]
+        apart = torch.cdist(features, features[rows]).square() / features.shape[1]
         apart += (span[:, None] - taught).abs() / _LENGTH_SCALE
         kernel = torch.exp(-apart)
-        among = kernel[: len(taught)]
+        among = kernel[rows]
         among.diagonal().add_(_NOISE)
-        return torch.linalg.solve(among, kernel[len(taught) :].T).T.contiguous()
+        kernel[rows] = 0.0
+        return torch.linalg.solve(among, kernel.T).T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -99,18 +106,15 @@ class _Chunk:
     """A chunk in part recomputed.
 
     Attributes:
-        taught: positions of its recomputed tokens.
-        rest: positions of the others.
+        rows, span: positions of its tokens behind its head.
+        taught: those of them that are recomputed.
         weights: see `Extrapolation._weights`.
         key, value: what was reused for `taught`: `[layers, taught, kv_heads, head_size]`.
     """
 
+    rows: slice
+    span: Tensor
     taught: Tensor
-    rest: Tensor
     weights: Tensor
     key: Tensor
     value: Tensor
-
-    @property
-    def last(self) -> int:
-        return int(self.taught[-1])

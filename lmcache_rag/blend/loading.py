@@ -12,6 +12,9 @@ from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
 
 _AT_A_TIME = 4
+_LARGE_BYTES = 1 << 20
+"""What is smaller tells a store's latency, not its bandwidth, and is taken to have been as large as this."""
+
 _PATIENCE_S = 0.25
 """Loading is not given up before, however little there is to compute."""
 
@@ -52,6 +55,7 @@ class Loader:
             yield segment, result
         self.bytes_per_s = None
         if size_bytes:
+            size_bytes = max(size_bytes, _LARGE_BYTES)
             # What was given up would have taken longer still: twice as long, as far as is known.
             self.bytes_per_s = size_bytes / max(ended - start, 1e-6) / (2 if given_up else 1)
 

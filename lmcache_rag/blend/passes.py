@@ -1,17 +1,18 @@
-"""A nested forward: any tokens of a prompt at any positions, over the workspace's K and V."""
+"""Nested forwards: any tokens of a prompt at any positions, over the workspace's K and V."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-from lmcache_rag_kernels import attend
+import torch
+from lmcache_rag_kernels import attend, attend_weighing
 from torch import Tensor
 
 from lmcache_rag.blend.workspace import Workspace
 
-Observer = Callable[[int, Tensor, Tensor], None]
-"""(layer, positions, query), called when the pass's K and V of that layer are in the workspace."""
+Observer = Callable[[int], None]
+"""Called with each layer when the pass's K and V of it are in the workspace, before its attention."""
 
 
 class Pass:
@@ -31,6 +32,12 @@ class Pass:
         self._observe = observe
         self._stop_after = stop_after
 
+    @property
+    def token_layers(self) -> int:
+        """What it costs: its tokens times the layers that they go through."""
+        layers = len(self._workspace.layers) if self._stop_after is None else self._stop_after + 1
+        return len(self.positions) * layers
+
     def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> bool:
         """Compute one layer's attention: query and out `[tokens, heads, head_size]`, key and value with kv_heads.
 
@@ -40,20 +47,47 @@ class Pass:
         workspace.key[layer, self.positions] = key
         workspace.value[layer, self.positions] = value
         if self._observe is not None:
-            self._observe(layer, self.positions, query)
+            self._observe(layer)
         if layer == self._stop_after:
             return False
-        spec = workspace.layers[layer]
-        attend(
-            query,
-            workspace.key[layer],
-            workspace.value[layer],
-            self.positions,
-            scale=spec.scale,
-            window=spec.window,
-            out=out,
-        )
+        self._attend(layer, query, out)
         return True
+
+    def _attend(self, layer: int, query: Tensor, out: Tensor) -> None:
+        workspace, spec = self._workspace, self._workspace.layers[layer]
+        key, value = workspace.key[layer], workspace.value[layer]
+        attend(query, key, value, self.positions, scale=spec.scale, window=spec.window, out=out)
+
+
+class ProbePass(Pass):
+    """A pass of which the last tokens, those at `end` and behind, are the question: weighs what it attends to.
+
+    Args:
+        first_layer: attention is counted from this layer on.
+        mass: float32 `[end]`, to which the attention of each token is added.
+    """
+
+    def __init__(self, workspace: Workspace, positions: Tensor, end: int, first_layer: int, mass: Tensor) -> None:
+        super().__init__(workspace, positions)
+        self._end = end
+        self._asking = int(torch.searchsorted(positions, end))
+        self._first_layer = first_layer
+        self._mass = mass
+
+    def _attend(self, layer: int, query: Tensor, out: Tensor) -> None:
+        if layer < self._first_layer or self._asking == len(self.positions):
+            super()._attend(layer, query, out)
+            return
+        workspace, spec, asking = self._workspace, self._workspace.layers[layer], self._asking
+        key, value = workspace.key[layer], workspace.value[layer]
+        if asking:
+            positions = self.positions[:asking]
+            attend(query[:asking], key, value, positions, scale=spec.scale, window=spec.window, out=out[:asking])
+        positions = self.positions[asking:]
+        mass = attend_weighing(
+            query[asking:], key, value, positions, scale=spec.scale, window=spec.window, out=out[asking:]
+        )
+        self._mass += mass[: self._end]
 
 
 class PassRunner(Protocol):

@@ -38,11 +38,11 @@ def recompute(
     extrapolation = Extrapolation(workspace, recomputed, (EXACT, FIRST, SECOND), LAYERS)
     moved = change.expand(len(taught), 2, 8).contiguous()
     for part in positions.chunk(parts):
-        rows = torch.isin(positions, part)
+        rows, observe = torch.isin(positions, part), extrapolation.after(part)
         for layer in range(LAYERS):
             workspace.key[layer, part] += rotate(moved[rows], ROTATION, part) if layer % 2 else moved[rows]
             workspace.value[layer, part] += 2 * moved[rows]
-            extrapolation(layer, part, torch.empty(0))
+            observe(layer)
     free = workspace.key - key
     for layer in range(1, LAYERS, 2):
         free[layer] = rotate(free[layer], ROTATION, torch.arange(TOKENS), inverse=True)

@@ -14,7 +14,7 @@ from lmcache_rag.store import ChunkStore, DiskStore
 from lmcache_rag.store.chunks import KVShape, LoadedKV
 from lmcache_rag.store.throttled import ThrottledStore
 
-SHAPE = KVShape(2, 1, 8, torch.float32)
+SHAPE = KVShape(8, 4, 32, torch.float32)
 TOKENS = 100
 
 
@@ -23,7 +23,7 @@ def stored(folder: Path, count: int) -> tuple[ChunkStore, list[PlannedSegment]]:
     segments = []
     for number in range(count):
         token_ids = np.arange(TOKENS, dtype=np.int32) + number
-        chunks.save(ChunkKV(token_ids, torch.full((2, 2, TOKENS, 1, 8), float(number))), NO_CONTEXT)
+        chunks.save(ChunkKV(token_ids, torch.full((8, 2, TOKENS, 4, 32), float(number))), NO_CONTEXT)
         segments.append(PlannedSegment(number * TOKENS, TOKENS, name=chunks.name(token_ids, NO_CONTEXT)))
     return chunks, segments
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from lmcache_rag_kernels import attend, attention_mass
+from lmcache_rag_kernels import attend, attend_weighing
 from lmcache_rag_kernels.attend import _say_not_compiled, cpu, reference
 from torch import Tensor
 
@@ -274,8 +274,10 @@ def test_thread_counts_and_calling_threads(threads: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 30], ids=lambda w: f"window-{w}")
-def test_attention_mass(window: int | None) -> None:
-    query, key, _, positions = _inputs(n=70, tokens=200, group=3)
-    mass = attention_mass(query, key, positions, scale=0.125, window=window)
+def test_attend_weighing(window: int | None) -> None:
+    query, key, value, positions = _inputs(n=70, tokens=200, group=3)
+    out = torch.full_like(query, torch.nan)
+    mass = attend_weighing(query, key, value, positions, scale=0.125, window=window, out=out)
+    assert _error(out, _naive(query, key, value, positions, scale=0.125, window=window)) < 2e-6
     assert mass.sum() == pytest.approx(70 * 6, rel=1e-5)
     assert _error(mass, _weights(query, key, positions, 0.125, window).sum((0, 1))) < 2e-6

@@ -8,9 +8,9 @@ import logging
 from torch import Tensor
 
 from lmcache_rag_kernels.attend import cpu, reference
-from lmcache_rag_kernels.attend.reference import attention_mass
+from lmcache_rag_kernels.attend.reference import attend_weighing
 
-__all__ = ["attend", "attention_mass"]
+__all__ = ["attend", "attend_weighing"]
 
 logger = logging.getLogger(__name__)
 

@@ -40,20 +40,37 @@ def attend(
         out[block].copy_(result[0].transpose(0, 1))
 
 
-def attention_mass(query: Tensor, key: Tensor, positions: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """How much attention each key gets, summed over queries and heads: float32 `[tokens]`. Arguments as `attend`."""
-    group = query.shape[1] // key.shape[1]
+def attend_weighing(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float, window: int | None, out: Tensor
+) -> Tensor:
+    """`attend`, which also returns how much attention each key gets, summed over queries and heads.
+
+    For a few queries, such as a question's: the weights of a block of queries are kept whole.
+
+    Returns:
+        float32 `[tokens]`.
+    """
+    kv_heads = key.shape[1]
+    group = query.shape[1] // kv_heads
     mass = torch.zeros(key.shape[0], dtype=torch.float32, device=key.device)
     for start in range(0, len(positions), _QUERY_BLOCK):
-        at = positions[start : start + _QUERY_BLOCK]
+        block = slice(start, start + _QUERY_BLOCK)
+        at = positions[block]
         low, high = visible_range(at, window)
         # A kv head's group is folded into its queries: [kv_heads, group * queries, head_size] times the head's keys.
-        by_head = query[start : start + _QUERY_BLOCK].unflatten(1, (key.shape[1], group))
-        folded = by_head.permute(1, 2, 0, 3).flatten(1, 2)
-        logits = (folded @ key[low:high].permute(1, 2, 0)).float() * scale
-        hidden = ~visible(at, low, high, window)
-        logits.unflatten(1, (group, len(at))).masked_fill_(hidden, -torch.inf)
-        mass[low:high] += logits.softmax(-1).sum((0, 1))
+        folded = query[block].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+        logits = (folded @ key[low:high].permute(1, 2, 0)).float().mul_(scale)
+        # All queries see the keys between these two, which is nearly all there are.
+        seen_low = low if window is None else max(low, int(at[-1]) - window + 1)
+        seen_high = int(at[0]) + 1
+        by_query = logits.unflatten(1, (group, len(at)))
+        for first, last in ((low, seen_low), (max(low, seen_high), high)):
+            hidden = ~visible(at, first, last, window)
+            by_query[..., first - low : last - low].masked_fill_(hidden, -torch.inf)
+        weights = logits.softmax(-1)
+        mass[low:high] += weights.sum((0, 1))
+        result = weights.to(value.dtype) @ value[low:high].transpose(0, 1)
+        out[block].unflatten(1, (kv_heads, group)).copy_(result.unflatten(1, (group, len(at))).permute(2, 0, 1, 3))
     return mass
 
 
