@@ -20,10 +20,8 @@ from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.workspace import Workspace
 
 _FIRST_LAYER = 4 / 15
-"""Share of the depth in which nothing is carried over: what reused KV lacks there hardly matters."""
-
-_FEATURE_LAYERS = (4 / 15, 2 / 5, 8 / 15, 2 / 3)
-"""Whose V tokens are compared by, as shares of the depth."""
+"""Share of the depth in which nothing is carried over: what reused KV lacks there hardly matters. Tokens are compared
+by their V in the layer behind it."""
 
 _LENGTH_SCALE = 100.0
 """Distance in tokens at which the kernel falls to 1/e."""
@@ -88,9 +86,7 @@ class Extrapolation:
     def _weights(self, span: Tensor, taught: Tensor) -> Tensor:
         """`[span, taught]`: how each token's change follows from the recomputed ones', zero for those themselves."""
         workspace, rows = self._workspace, taught - span[0]
-        depth = len(workspace.layers)
-        layers = torch.tensor([int(share * depth) for share in _FEATURE_LAYERS], device=span.device)
-        features = workspace.value[layers[:, None], span].float().transpose(0, 1).flatten(1)
+        features = workspace.value[self._first_layer, span].float().flatten(1)
         features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
         apart = torch.cdist(features, features[rows]).square() / features.shape[1]
         apart += (span[:, None] - taught).abs() / _LENGTH_SCALE
