@@ -196,18 +196,19 @@ def calibrate(
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure which recompute ratio a model needs for which fidelity. Takes minutes, once per model."""
+    """Measure which recompute ratio a model needs for which fidelity, in minutes, once per model."""
+    from lmcache_rag.bench.calibrate import BUILT_IN_MARGIN, default_questions
     from lmcache_rag.bench.calibrate import calibrate as measure
-    from lmcache_rag.bench.calibrate import default_questions
     from lmcache_rag.bench.questions import read_questions
     from lmcache_rag.model import cache_folder
 
     if data is None:
-        asked = default_questions(questions)
+        asked, margin = default_questions(questions), BUILT_IN_MARGIN
     else:
+        margin = 1.0
         asked = read_questions(data, passages=4, words=150, limit=questions)
     with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
-        calibration = measure(engine, _prompt_form(engine), asked, progress)
+        calibration = measure(engine, _prompt_form(engine), asked, margin, progress)
         path = calibration.write(cache_folder(), engine.model_fingerprint)
     _print_table([{"ratio": ratio, "kl_mean": kl} for ratio, kl in calibration.points])
     ratio = calibration.ratio_for(DEFAULT_TARGET_KL)

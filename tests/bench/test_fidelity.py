@@ -68,13 +68,16 @@ def test_a_forced_answer_is_followed_and_does_not_change_the_distributions(llama
 
 
 def test_calibration_measures_a_curve_down_to_full_prefill(llama: LocalEngine) -> None:
-    calibration = calibrate(llama, FORM, QUESTIONS, lambda _: None)
+    calibration = calibrate(llama, FORM, QUESTIONS, 1.0, lambda _: None)
     assert calibration.questions == 3 and [ratio for ratio, _ in calibration.points][:2] == [0.0, 0.05]
     assert calibration.points[0][1] > calibration.points[-1][1]
     assert 0.0 < calibration.ratio_for(calibration.points[0][1] / 3) < 1.0
+    doubled = calibrate(llama, FORM, QUESTIONS, 2.0, lambda _: None)
+    assert doubled.points[0][1] == pytest.approx(2 * calibration.points[0][1], rel=1e-3)
 
 
 def test_built_in_questions_have_passages_of_their_own() -> None:
     questions = default_questions(12)
     assert len({passage for question in questions for passage in question.passages}) > 30
     assert all(len(set(question.passages)) == 4 for question in questions)
+    assert all(any(question.answer in passage for passage in question.passages) for question in questions)
