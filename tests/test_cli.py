@@ -158,9 +158,36 @@ def test_bench_ttft(tmp_path: Path, model: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(rows_file.read_text())
     assert [row["mode"] for row in rows] == ["full", "prefix_cache", "reuse", "blend", "blend", "ingest"]
-    fields = {"mode", "selector", "ratio", "prompt_tokens", "ttft_median_s", "speedup_vs_full", "threads"}
-    assert all(set(row) == fields for row in rows[:-1])
-    assert {"mode", "tokens", "seconds", "vs_plain_prefill"} <= set(rows[-1])
+    fields = {"mode", "selector", "ratio", "prompt_tokens", "ttft_median_s", "speedup_vs_full", "times_bound"}
+    assert all(set(row) == fields | {"done_as", "phases_ms", "threads"} for row in rows[:-1])
+    assert all({"load", "recompute", "write"} <= set(row["phases_ms"]) for row in rows[2:-1])
+    assert {"mode", "tokens", "seconds", "vs_plain_prefill", "primed_vs_plain_prefill"} <= set(rows[-1])
+
+
+def test_a_benchmark_on_a_slow_store_says_what_was_done(tmp_path: Path, model: Path) -> None:
+    rows_file = tmp_path / "rows.json"
+    result = run(
+        "bench", "ttft", "--model", model, "--dtype", "float32", "--chunks", 3, "--chunk-tokens", 200, "--ratios",
+        "0.1", "--repeat", 1, "--store-mb-s", 0.1, "--json", rows_file,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(rows_file.read_text())
+    assert [row["done_as"] for row in rows[2:-1]] == ["plain", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["bench", "throughput", "--concurrency", "1,no"], "numbers from 1 on"),
+        (["bench", "throughput", "--passages", 9, "--pool", 8], "pool"),
+        (["bench", "fidelity", "--data", "/nonexistent.json"], "cannot be read"),
+        (["calibrate", "--data", "/nonexistent.json"], "cannot be read"),
+        (["index", ".", "--primer", "/nonexistent"], "cannot be read"),
+        (["ask", "why?", "--target-kl", "0"], "target_kl"),
+    ],
+)
+def test_bad_measurements_are_one_sentence(arguments: list[object], problem: str) -> None:
+    assert problem in error_of(run(*arguments))
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
