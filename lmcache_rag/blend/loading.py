@@ -48,16 +48,13 @@ class Loader:
             result, at = _result(read, deadline)
             if isinstance(result, LoadedKV):
                 size_bytes += result.size_bytes
-            elif result == _TOO_SLOW:
-                given_up = True
-                size_bytes += chunks.store.size(segment.name or "") or 0
+            given_up |= result == _TOO_SLOW
             ended = max(ended, at)
             yield segment, result
         self.bytes_per_s = None
-        if size_bytes:
-            size_bytes = max(size_bytes, _LARGE_BYTES)
-            # What was given up would have taken longer still: twice as long, as far as is known.
-            self.bytes_per_s = size_bytes / max(ended - start, 1e-6) / (2 if given_up else 1)
+        if size_bytes or given_up:  # what was given up counts as nothing: how slow it is was not seen
+            counted = size_bytes if given_up else max(size_bytes, _LARGE_BYTES)
+            self.bytes_per_s = max(1, counted) / max(ended - start, 1e-6)
 
     def _read(self, chunks: ChunkStore, segment: PlannedSegment) -> tuple[LoadedKV | str, float]:
         assert segment.name is not None

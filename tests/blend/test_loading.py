@@ -55,6 +55,6 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(tmp_path: Pa
     found = [kv for _, kv in loader.load(slow, segments, 3 * TOKENS)]
     assert isinstance(found[0], LoadedKV)
     assert found[1:] == ["too slow", "too slow"]
-    assert loader.bytes_per_s is not None and loader.bytes_per_s < 8 * size
+    assert loader.bytes_per_s is not None and loader.bytes_per_s < size / 0.2
     patient = Loader(SHAPE, prefill_tokens_per_s=3 * TOKENS / 100)  # computing would take 100 s
     assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments, 3 * TOKENS))
