@@ -57,6 +57,7 @@ class Engines:
             kv_cache_bytes=64 << 20,
             max_num_batched_tokens=256,
             primed=False,
+            forced_answers=True,
         )
 
 

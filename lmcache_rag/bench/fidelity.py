@@ -19,7 +19,7 @@ import numpy as np
 
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.bench.scores import kl_divergence, mean_interval, rouge_l, token_f1
-from lmcache_rag.blend.blender import FOREIGN_BUDGET_FACTOR
+from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
@@ -84,7 +84,7 @@ def bench_fidelity(
     """The rows that `lmcache-rag bench fidelity` writes: full prefill's first, then one for each way.
 
     Raises:
-        EngineError: nothing was reused for some question, so that there is nothing to measure.
+        EngineError: for some question not all chunks were reused, so that there is nothing to measure.
     """
     plans = [prompt.plan(engine.tokenizer, question.passages, question.text) for question in questions]
     primer = choose_primer([text for question in questions for text in question.passages], prompt)
@@ -103,10 +103,9 @@ def bench_fidelity(
         for way, own in zip(tried, scores, strict=True):
             salt = uuid.uuid4().hex
             done = engine.generate(plan, forced, way.options, cache_salt=salt)
-            if not done.reuse.bytes_loaded:
-                raise EngineError(
-                    f"Nothing was reused for {question.text!r} ({done.reuse.reason}): there is nothing to measure."
-                )
+            if not done.reuse.bytes_loaded or done.reuse.missed_tokens:
+                why = done.reuse.reason or done.reuse.misses
+                raise EngineError(f"Not all was reused for {question.text!r} ({why}): there is nothing to measure.")
             answer = engine.generate(plan, greedy, way.options, cache_salt=salt).text
             _score(own, expected, _log_probs(done.logprobs), gold, answer, reference, question.answer)
             own.flops.append(done.reuse.token_layers / (engine.layers * len(plan.token_ids)))

@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -32,7 +33,7 @@ class _Context(BaseModel):
 
 class _Example(BaseModel):
     question: str
-    answers: list[str] = Field(min_length=1)
+    answers: list[Annotated[str, Field(pattern=r"\S")]] = Field(min_length=1)
     ctxs: list[_Context]
 
 

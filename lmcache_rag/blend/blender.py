@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
@@ -22,10 +23,7 @@ from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
 from lmcache_rag.vllm.request import ReuseReport
 
-FOREIGN_BUDGET_FACTOR = 2.0
-"""KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
-
-_MEASURED_TOKENS = 128
+_MEASURED_TOKENS = 256
 
 PROBE_TOKENS = 64
 """The question is probed with its last tokens only, this many at most."""
@@ -37,13 +35,22 @@ class Blender:
     Args:
         run: runs the model over the workspace.
         max_pass_tokens: longer passes are cut into several, which is exact since attention is causal.
+        never_slower: whether loading is given up where computing would be faster.
 
     Attributes:
         token_layers: of the blend under way: layers run, summed over the tokens run.
         prefill_tokens_per_s: how fast this machine computes, measured here.
     """
 
-    def __init__(self, workspace: Workspace, run: PassRunner, shape: KVShape, max_pass_tokens: int) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        run: PassRunner,
+        shape: KVShape,
+        max_pass_tokens: int,
+        *,
+        never_slower: bool = True,
+    ) -> None:
         self.workspace = workspace
         self._run = run
         self.shape = shape
@@ -51,7 +58,7 @@ class Blender:
         self._context: ChunkKV | None = None
         self.token_layers = 0
         self.prefill_tokens_per_s = self._measure_prefill()
-        self.loader = Loader(shape, self.prefill_tokens_per_s)
+        self.loader = Loader(shape, self.prefill_tokens_per_s if never_slower else 0.0)
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
@@ -69,18 +76,20 @@ class Blender:
                 recomputed[selected] = True
             state.recompute(recomputed)
         state.count(recomputed)
-        if plan.mode == "precompute" and plan.preamble.name is None:
+        if plan.mode == "precompute" and plan.preamble.name is None and plan.preamble.length:
             self._keep_context(plan.token_ids[: plan.preamble.length])
         return report
 
     def _measure_prefill(self) -> float:
         tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
         positions = torch.arange(tokens, device=self.workspace.device)
-        for _ in range(2):  # the first one pays for what is only done once
+        seconds = []
+        for _ in range(3):  # the first one pays for what is only done once
             start = time.perf_counter()
             self._run(torch.ones_like(positions), Pass(self.workspace, positions))
             float(self.workspace.value[-1, 0, 0, 0])  # waits for a device that runs behind
-        return tokens / (time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+        return tokens / min(seconds)
 
     def place_context(self, plan: BlendPlan) -> bool:
         """Put what was computed before the last precomputed chunk in its place, where it is the same for this one."""

@@ -6,11 +6,17 @@ import logging
 import os
 from collections.abc import Iterable
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lmcache_rag.errors import ModelError
+
 _FOLDER = "calibrations"
+
+FOREIGN_BUDGET_FACTOR = 2.0
+"""KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +39,9 @@ class Calibration(BaseModel):
     @classmethod
     def _ascending(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         ratios = [ratio for ratio, _ in points]
-        if ratios[0] != 0 or any(not a < b < 1 for a, b in pairwise(ratios)) or any(kl < 0 for _, kl in points):
-            raise ValueError("ratios must ascend from 0 to below 1, and divergences be 0 at least")
+        ascending = ratios[0] == 0 and all(a < b < 1 for a, b in pairwise(ratios))
+        if not ascending or not all(0 <= kl < inf for _, kl in points):
+            raise ValueError("ratios must ascend from 0 to below 1, and divergences be numbers from 0 on")
         return points
 
     def ratio_for(self, target_kl: float) -> float:
@@ -77,8 +84,16 @@ ASSUMED = Calibration(points=((0.0, 0.128), (0.05, 0.087), (0.1, 0.06), (0.15, 0
 
 
 def calibration_of(rows: Iterable[tuple[float, float]], questions: int) -> Calibration:
-    """From measured (ratio, mean KL divergence)."""
-    return Calibration(points=tuple(sorted((ratio, max(0.0, kl)) for ratio, kl in rows)), questions=questions)
+    """From measured (ratio, mean KL divergence), of which rounding may have made a negative one.
+
+    Raises:
+        ModelError: a divergence is not a number.
+    """
+    points = tuple(sorted((ratio, 0.0 if -1e-3 < kl < 0 else kl) for ratio, kl in rows))
+    try:
+        return Calibration(points=points, questions=questions)
+    except ValidationError as error:
+        raise ModelError(f"The model cannot be calibrated: it was measured at {points}.") from error
 
 
 def _path(cache: Path, fingerprint: str) -> Path:

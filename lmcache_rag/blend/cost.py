@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_REMEMBERED_S = 60.0
+REMEMBERED_S = 60.0
 """A store that was slow may have become fast: after so long it is tried again."""
 
 _NEGLIGIBLE_S = 0.02
+"""Loading a whole prompt's chunks in less is not worth a thought."""
 
 GIVE_UP_SHARE = 0.5
 """Loading is given up when it has taken this share of the time that computing takes."""
@@ -20,7 +21,7 @@ class Rates:
     """What was measured where the model runs.
 
     Attributes:
-        prefill_tokens_per_s: of plain prefill.
+        prefill_tokens_per_s: of a pass over a few hundred tokens at start-up; plain prefill is not slower.
         load_bytes_per_s: of reading stored objects; None where nothing was read.
     """
 
@@ -41,11 +42,15 @@ class CostModel:
         if rates.load_bytes_per_s is not None:
             self._rates, self._learned_at = rates, self._clock()
 
-    def worth_loading(self, size_bytes: int, tokens: int, ratio: float) -> bool:
+    def worth_loading(self, size_bytes: int, tokens: int, ratio: float, among: int = 1) -> bool:
         """Whether loading an object and recomputing `ratio` of its tokens is faster than computing all of them. Where
-        nothing is known it is taken to be."""
+        nothing is known it is taken to be.
+
+        Args:
+            among: how many objects the prompt has.
+        """
         rates = self._rates
-        if rates is None or rates.load_bytes_per_s is None or self._clock() - self._learned_at > _REMEMBERED_S:
+        if rates is None or rates.load_bytes_per_s is None or self._clock() - self._learned_at > REMEMBERED_S:
             return True
         loading_s, computing_s = size_bytes / rates.load_bytes_per_s, tokens / rates.prefill_tokens_per_s
-        return loading_s < max(_NEGLIGIBLE_S, (1 - ratio) * computing_s)
+        return loading_s < max(_NEGLIGIBLE_S / among, (1 - ratio) * computing_s)

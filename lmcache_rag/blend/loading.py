@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
 
-from lmcache_rag.blend.cost import GIVE_UP_SHARE
+from lmcache_rag.blend.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
 
 _AT_A_TIME = 4
 _LARGE_BYTES = 1 << 20
-"""What is smaller tells a store's latency, not its bandwidth, and is taken to have been as large as this."""
+"""What is smaller tells a store's latency, not its bandwidth."""
 
 _PATIENCE_S = 0.25
 """Loading is not given up before, however little there is to compute."""
 
+_TOO_SLOW = "too slow"
+
+_Read = Future[tuple[LoadedKV | str, float]]
+
 
 class Loader:
-    """Reads stored objects in threads of its own.
+    """Reads stored objects.
+
+    Args:
+        prefill_tokens_per_s: how fast tokens are computed; infinite patience is asked for by 0.
 
     Attributes:
-        bytes_per_s: how fast the last plan's objects were read, at most; None where nothing was.
+        bytes_per_s: how fast the last plan's objects were read; None where too little was to tell.
     """
 
     def __init__(self, shape: KVShape, prefill_tokens_per_s: float) -> None:
         self.bytes_per_s: float | None = None
         self._shape = shape
         self._prefill_tokens_per_s = prefill_tokens_per_s
-        self._pool = ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="lmcache-rag-load")
+        self._slow_until = -math.inf
 
     def load(
         self, chunks: ChunkStore, segments: Sequence[PlannedSegment], tokens: int
@@ -38,36 +48,81 @@ class Loader:
         """Each segment that names an object, in order, with what was read or why it cannot be used.
 
         Args:
-            tokens: of the whole plan. Reading is given up when computing them would be well under way.
+            tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
+                is read for a while: requests that were planned before this was known are not to wait again.
         """
+        named = [segment for segment in segments if segment.name is not None]
+        self.bytes_per_s = None
         start = time.perf_counter()
-        deadline = start + max(_PATIENCE_S, GIVE_UP_SHARE * tokens / self._prefill_tokens_per_s)
-        reads = [(segment, self._pool.submit(self._read, chunks, segment)) for segment in segments if segment.name]
-        size_bytes, ended, given_up = 0, start, False
-        for segment, read in reads:
+        if start < self._slow_until:
+            yield from ((segment, _TOO_SLOW) for segment in named)
+            return
+        deadline = start + self._patience_s(tokens)
+        reads = _Reads(chunks, self._shape, named)
+        size_bytes, ended = 0, start
+        for segment, read in zip(named, reads.futures, strict=True):
             result, at = _result(read, deadline)
             if isinstance(result, LoadedKV):
                 size_bytes += result.size_bytes
-            given_up |= result == _TOO_SLOW
+            elif result == _TOO_SLOW:
+                reads.stop()
+                self._slow_until = at + REMEMBERED_S
             ended = max(ended, at)
+            reads.taken()
             yield segment, result
-        self.bytes_per_s = None
-        if size_bytes or given_up:  # what was given up counts as nothing: how slow it is was not seen
-            counted = size_bytes if given_up else max(size_bytes, _LARGE_BYTES)
-            self.bytes_per_s = max(1, counted) / max(ended - start, 1e-6)
+        if size_bytes >= _LARGE_BYTES or ended < self._slow_until:  # of what was given up, nothing was read
+            self.bytes_per_s = max(1, size_bytes) / max(ended - start, 1e-6)
 
-    def _read(self, chunks: ChunkStore, segment: PlannedSegment) -> tuple[LoadedKV | str, float]:
-        assert segment.name is not None
-        return chunks.load(segment.name, self._shape), time.perf_counter()
-
-
-_TOO_SLOW = "too slow"
+    def _patience_s(self, tokens: int) -> float:
+        if not self._prefill_tokens_per_s:
+            return math.inf
+        return max(_PATIENCE_S, GIVE_UP_SHARE * tokens / self._prefill_tokens_per_s)
 
 
-def _result(read: Future[tuple[LoadedKV | str, float]], deadline: float) -> tuple[LoadedKV | str, float]:
+class _Reads:
+    """The reads of one plan, in threads that do not outlive the process: a read that hangs holds up nobody else."""
+
+    def __init__(self, chunks: ChunkStore, shape: KVShape, segments: Sequence[PlannedSegment]) -> None:
+        self.futures: list[_Read] = [Future() for _ in segments]
+        self._chunks = chunks
+        self._shape = shape
+        self._waiting: queue.SimpleQueue[tuple[str, _Read]] = queue.SimpleQueue()
+        self._room = threading.Semaphore(2 * _AT_A_TIME)  # objects that are read and not yet taken
+        for segment, future in zip(segments, self.futures, strict=True):
+            self._waiting.put((segment.name or "", future))
+        for _ in range(min(_AT_A_TIME, len(segments))):
+            threading.Thread(target=self._work, name="lmcache-rag-load", daemon=True).start()
+
+    def taken(self) -> None:
+        """The next object in order was taken."""
+        self._room.release()
+
+    def stop(self) -> None:
+        """Begin no further reads."""
+        while not self._waiting.empty():
+            try:
+                self._waiting.get_nowait()
+            except queue.Empty:
+                return
+
+    def _work(self) -> None:
+        while True:
+            self._room.acquire()
+            try:
+                name, future = self._waiting.get_nowait()
+            except queue.Empty:
+                self._room.release()
+                return
+            try:
+                future.set_result((self._chunks.load(name, self._shape), time.perf_counter()))
+            except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
+                future.set_exception(error)
+
+
+def _result(read: _Read, deadline: float) -> tuple[LoadedKV | str, float]:
     """What a read gave and when."""
     try:
-        return read.result(max(0.0, deadline - time.perf_counter()))
+        left = deadline - time.perf_counter()
+        return read.result(None if math.isinf(left) else max(0.0, left))
     except NotDoneError:
-        read.cancel()
         return _TOO_SLOW, time.perf_counter()

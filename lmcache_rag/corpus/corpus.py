@@ -217,15 +217,20 @@ class Corpus:
         between the preamble and the longest chunk."""
         manifest, tokenizer = self.manifest, self._engine.tokenizer
         primer = manifest.primer if manifest.primer is not None else choose_primer(texts, manifest.prompt)
-        frame = len(self._preamble) + len(manifest.prompt.chunk_ids(tokenizer, ""))
-        room = self._engine.max_model_len - frame - manifest.chunk_tokens - 1
-        tokens = len(primer_ids(tokenizer, primer, room))
+        tokens = len(primer_ids(tokenizer, primer, self._primer_room()))
         self.manifest = manifest.model_copy(update={"primer": primer, "primer_tokens": tokens})
+
+    def _primer_room(self) -> int:
+        """How many tokens fit between the preamble and the longest chunk."""
+        frame = len(self._preamble) + len(self.manifest.prompt.chunk_ids(self._engine.tokenizer, ""))
+        return self._engine.max_model_len - frame - self.manifest.chunk_tokens - 1
 
     def _is_stored(self, path: str) -> bool:
         """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
         chunks = self._engine.chunk_store()
-        variants = {variant_of(self._preamble), variant_of(self._preamble, self.primer)}
+        variants = {variant_of(self._preamble)}
+        if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
+            variants.add(variant_of(self._preamble, self.primer))
         prefixes = self._database.kv_prefixes(path)
         names = [chunks.name_below(prefix, variant) for prefix in prefixes for variant in variants]
         if self._preamble:

@@ -106,7 +106,8 @@ class LocalEngine:
         primer: Sequence[int] | None = None,
         namespace: str | None = None,
     ) -> PrecomputeReport:
-        """See `Engine.precompute`. Where a chunk does not fit behind the primer too, its primed variant is left out.
+        """See `Engine.precompute`. Where a chunk does not fit the model behind the primer too, its primed variant is
+        left out.
 
         Raises:
             PromptError: a chunk does not fit behind the preamble.
@@ -259,12 +260,19 @@ class LocalEngine:
         engine = self._loop.engine
         self._tokenizer = engine.get_tokenizer()
         self._max_model_len = int(engine.model_config.max_model_len)
+        self._vocabulary = int(engine.model_config.get_vocab_size())
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self._fingerprint = fingerprint_of(engine.vllm_config)
         primer = default_primer() if self.settings.primed else ""
         self.primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
         shape = bound_model().shape
         self._layers, self._kv_bytes_per_token = shape.layers, shape.bytes_per_token
+
+    def _check_forced(self, token_ids: Sequence[int]) -> None:
+        if token_ids and not self.settings.forced_answers:
+            raise PromptError("The engine takes no forced answers: start it with forced_answers=True.")
+        if any(not 0 <= token < self._vocabulary for token in token_ids):
+            raise PromptError(f"forced_token_ids: token ids are 0 to {self._vocabulary - 1} (got {list(token_ids)}).")
 
     def _submit(
         self,
@@ -287,6 +295,8 @@ class LocalEngine:
                 f"The prompt has {len(token_ids)} tokens, but the model takes {self.max_model_len - 1} at most: "
                 "use fewer or shorter passages, or a shorter question."
             )
+        sampling = sampling or Sampling()
+        self._check_forced(sampling.forced_token_ids)
         options = options or BlendOptions()
         options = options.model_copy(
             update={
@@ -294,7 +304,7 @@ class LocalEngine:
                 "segments": options.segments if options.segments is not None else segments,
             }
         )
-        request = Request(str(next(self._ids)), token_ids, sampling or Sampling(), options, cache_salt, deliver)
+        request = Request(str(next(self._ids)), token_ids, sampling, options, cache_salt, deliver)
         self._loop.submit(request)
         return request
 

@@ -27,6 +27,8 @@ class EngineSettings(BaseSettings):
         block_tokens: tokens per block of the paged KV cache; None lets vLLM decide (on CPUs: 32).
         threads: CPU threads; None takes all cores that this process may use.
         read_bytes_per_s: slows reading from the store down, to see what a slow one does.
+        never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
+        forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and space, and reuse loses more.
         prefix_caching: vLLM's own exact prefix cache.
@@ -46,6 +48,8 @@ class EngineSettings(BaseSettings):
     block_tokens: int | None = Field(default=None, ge=8)
     threads: int | None = Field(default=None, ge=1)
     read_bytes_per_s: float | None = Field(default=None, gt=0.0)
+    never_slower: bool = True
+    forced_answers: bool = False
     primed: bool = True
     prefix_caching: bool = True
     max_num_seqs: int = Field(default=16, ge=1)
@@ -68,7 +72,7 @@ class Sampling(BaseModel):
         temperature: 0 is greedy.
         stop: generation ends before any of these strings.
         forced_token_ids: what the answer's first tokens are, whatever the model would say, for teacher forcing. No text
-            is made of such an answer.
+            is made of such an answer. Takes an engine with `forced_answers`.
         logprobs: how many log-probabilities per generated token are returned; -1 for the whole vocabulary.
     """
 

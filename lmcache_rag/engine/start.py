@@ -28,6 +28,8 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     """
     _quieten()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if settings.forced_answers:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface
     try:
         import torch
         from vllm import EngineArgs, LLMEngine
@@ -57,7 +59,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                 enable_prefix_caching=settings.prefix_caching,
                 max_num_seqs=settings.max_num_seqs,
                 max_logprobs=-1,
-                logits_processors=["lmcache_rag.vllm.forced:ForcedTokens"],
+                logits_processors=["lmcache_rag.vllm.forced:ForcedTokens"] if settings.forced_answers else None,
                 use_tqdm_on_load=False,
                 seed=settings.seed,
                 worker_cls="lmcache_rag.vllm.worker.BlendWorker",
@@ -70,6 +72,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                         "store": str(settings.store),
                         "namespace": settings.namespace,
                         "read_bytes_per_s": settings.read_bytes_per_s,
+                        "never_slower": settings.never_slower,
                     },
                 ),
                 **{name: value for name, value in arguments.items() if value is not None},

@@ -115,6 +115,7 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
             "kv_cache",
         ),
     ),
+    Attributes("v1/sample/logits_processor/__init__.py", "AdapterLogitsProcessor", ("new_req_logits_processor",)),
     Attributes(
         "model_executor/layers/rotary_embedding/base.py", "RotaryEmbeddingBase", ("cos_sin_cache", "is_neox_style")
     ),

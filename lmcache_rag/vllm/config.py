@@ -30,6 +30,7 @@ class ConnectorConfig(BaseModel):
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         read_bytes_per_s: slows reading from the store down, to see what a slow one does.
+        never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         max_blend_tokens: prompts whose reused part ends later are left to plain prefill; bounds the memory reserved.
     """
 
@@ -43,6 +44,7 @@ class ConnectorConfig(BaseModel):
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
     read_bytes_per_s: float | None = Field(default=None, gt=0.0)
+    never_slower: bool = True
     max_blend_tokens: int = Field(default=32768, ge=1)
 
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmcache_rag.blend.budget import Calibration
+from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR, Calibration
 from lmcache_rag.blend.cost import CostModel
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
@@ -102,9 +102,9 @@ class Planner:
     ) -> BlendPlan | None:
         preamble, context = self._context(prompt, matches, chunks)
         ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
-        segments = [
-            self._if_worth_loading(segment, ratio) for segment in self._segments(prompt, matches, context, chunks)
-        ]
+        segments = self._segments(prompt, matches, context, chunks)
+        if self._config.never_slower:
+            segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
         while segments and segments[-1].name is None:
             report.miss(segments[-1].reason, segments.pop().length)
         if not segments:
@@ -132,10 +132,11 @@ class Planner:
             ratio=ratio,
         )
 
-    def _if_worth_loading(self, segment: PlannedSegment, ratio: float) -> PlannedSegment:
+    def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""
         size = self._store.size(segment.name) if segment.name is not None else None
-        if size is None or self.cost.worth_loading(size, segment.length, 0.0 if segment.exact else ratio):
+        share = 0.0 if segment.exact else ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)
+        if size is None or self.cost.worth_loading(size, segment.length, min(1.0, share), among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 

@@ -83,7 +83,7 @@ class ReuseReport(BaseModel):
         local_tokens: already in this engine's paged cache (vLLM's prefix cache), kept as they are.
         reused_tokens: taken from the store and not recomputed.
         recomputed_tokens: taken from the store and recomputed to repair them.
-        missed_tokens: in a segment that the store does not hold (or not intact), computed in full.
+        missed_tokens: in a segment that the store does not hold intact, or that is faster to compute, computed in full.
         unknown_tokens: in no segment, before or between segments, computed in full.
         vllm_tokens: left to vLLM's own prefill (the question, and what follows the last reusable chunk).
         exact_tokens: of the reused, those whose KV equals full prefill (the preamble, the first chunk behind it).

@@ -26,6 +26,7 @@ class WorkerHalf:
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
+        never_slower: see `ConnectorConfig`.
     """
 
     def __init__(
@@ -38,13 +39,16 @@ class WorkerHalf:
         workspace_tokens: int,
         max_pass_tokens: int,
         block_tokens: int,
+        never_slower: bool,
     ) -> None:
         self._model = model
         self._store = store
         self._fingerprint = fingerprint
         self._codec = codec
         self._block_tokens = block_tokens
-        self._blender = Blender(model.workspace(workspace_tokens), model, model.shape, max_pass_tokens)
+        self._blender = Blender(
+            model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
+        )
         self._rates = Rates(self._blender.prefill_tokens_per_s)
         self._reports: dict[str, dict[str, Any]] = {}
 

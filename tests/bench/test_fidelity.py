@@ -9,7 +9,7 @@ from lmcache_rag.bench.calibrate import calibrate, default_questions
 from lmcache_rag.bench.fidelity import Tried, bench_fidelity, ways
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.engine import LocalEngine, Sampling
-from lmcache_rag.errors import EngineError
+from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.vllm.request import BlendOptions
 from tests.helpers import OFF, answer, random_plan
@@ -50,7 +50,7 @@ def test_rows(llama: LocalEngine) -> None:
 
 def test_it_fails_where_nothing_is_reused(llama: LocalEngine) -> None:
     off = Tried(BlendOptions(mode="off"), 0.0)
-    with pytest.raises(EngineError, match="Nothing was reused"):
+    with pytest.raises(EngineError, match="Not all was reused"):
         bench_fidelity(llama, FORM, QUESTIONS[:1], [off], seed=0, progress=lambda _: None)
 
 
@@ -81,3 +81,9 @@ def test_built_in_questions_have_passages_of_their_own() -> None:
     assert len({passage for question in questions for passage in question.passages}) > 30
     assert all(len(set(question.passages)) == 4 for question in questions)
     assert all(any(question.answer in passage for passage in question.passages) for question in questions)
+
+
+def test_forced_tokens_that_do_not_exist_are_refused(llama: LocalEngine) -> None:
+    for token in (-1, 10**9):
+        with pytest.raises(PromptError, match="forced_token_ids"):
+            llama.generate([5, 6], Sampling(forced_token_ids=(token,)))

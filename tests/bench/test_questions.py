@@ -35,6 +35,7 @@ def test_passages_with_the_answer_come_first_and_are_cut_around_it(tmp_path: Pat
         ("[", "is not JSON"),
         ("{}", "list"),
         ('[{"question": "q"}]', "answers"),
+        ('[{"question": "q", "answers": [" "], "ctxs": []}]', "answers.0"),
         ("[]", "has no questions"),
         (json.dumps([example(passages=6)]), "fewer than 7"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from lmcache_rag.blend.budget import ASSUMED, Calibration, calibration_of
+from lmcache_rag.errors import ModelError
 
 CURVE = Calibration(points=((0.0, 0.2), (0.1, 0.1), (0.2, 0.04)), questions=9)
 
@@ -32,7 +33,8 @@ def test_a_model_that_reuses_perfectly_needs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [(), ((0.1, 0.2),), ((0.0, 0.2), (0.0, 0.1)), ((0.0, 0.2), (1.0, 0.1)), ((0.0, -1.0),)]
+    "points",
+    [(), ((0.1, 0.2),), ((0.0, 0.2), (0.0, 0.1)), ((0.0, 0.2), (1.0, 0.1)), ((0.0, -1.0),), ((0.0, float("nan")),)],
 )
 def test_impossible_points(points: tuple) -> None:
     with pytest.raises(ValidationError):
@@ -46,3 +48,9 @@ def test_it_is_kept_by_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     path.write_text("{")
     assert Calibration.read(tmp_path, "abc") == ASSUMED
     assert "calibrate` again" in caplog.text
+
+
+def test_a_model_whose_distributions_are_no_numbers_is_not_calibrated() -> None:
+    with pytest.raises(ModelError, match="cannot be calibrated"):
+        calibration_of([(0.0, float("nan"))], 3)
+    assert calibration_of([(0.0, -1e-9)], 3).points == ((0.0, 0.0),)

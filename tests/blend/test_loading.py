@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,32 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
     assert loader.bytes_per_s is None
 
 
+def test_a_read_that_hangs_holds_up_neither_the_next_plan_nor_the_end_of_the_process(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 6)
+    hanging = ChunkStore(ThrottledStore(chunks.store, 1.0), chunks.scope)  # days
+    found = [kv for _, kv in Loader(SHAPE, prefill_tokens_per_s=1e9).load(hanging, segments, TOKENS)]
+    assert found == ["too slow"] * 6
+    started = [thread for thread in threading.enumerate() if thread.name == "lmcache-rag-load"]
+    assert 0 < len(started) <= 4 and all(thread.daemon for thread in started)
+    assert all(isinstance(kv, LoadedKV) for _, kv in Loader(SHAPE, 0.0).load(chunks, segments, TOKENS))
+
+
+def test_many_objects_are_not_in_memory_at_once(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 30)
+    reads: list[str] = []
+
+    class Counting(ChunkStore):
+        def load(self, name: str, shape: KVShape) -> LoadedKV | str:
+            reads.append(name)
+            return super().load(name, shape)
+
+    found = Loader(SHAPE, 0.0).load(Counting(chunks.store, chunks.scope), segments, TOKENS)
+    next(found)
+    time.sleep(0.3)
+    assert len(reads) <= 10
+    assert len(list(found)) == 29 and len(reads) == 30
+
+
 def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(tmp_path: Path) -> None:
     chunks, segments = stored(tmp_path, 3)
     size = chunks.store.size(segments[0].name or "")
@@ -56,5 +84,6 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(tmp_path: Pa
     assert isinstance(found[0], LoadedKV)
     assert found[1:] == ["too slow", "too slow"]
     assert loader.bytes_per_s is not None and loader.bytes_per_s < size / 0.2
+    assert [kv for _, kv in loader.load(chunks, segments, 3 * TOKENS)] == ["too slow"] * 3  # nobody waits again
     patient = Loader(SHAPE, prefill_tokens_per_s=3 * TOKENS / 100)  # computing would take 100 s
     assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments, 3 * TOKENS))

@@ -273,6 +273,16 @@ def test_thread_counts_and_calling_threads(threads: int) -> None:
     assert max(errors) < TOLERANCE[torch.float32]
 
 
+def test_attend_weighing_in_half_precision() -> None:
+    """Products beyond float16's range, though the logits are not."""
+    query, key, value, positions = _inputs(n=9, tokens=50)
+    query, key, value = (query * 100).half(), (key * 100).half(), value.half()
+    out = torch.empty_like(query)
+    mass = attend_weighing(query, key, value, positions, scale=0.01, window=None, out=out)
+    assert out.isfinite().all()
+    assert float(mass.sum()) == pytest.approx(9 * query.shape[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("window", [None, 30], ids=lambda w: f"window-{w}")
 def test_attend_weighing(window: int | None) -> None:
     query, key, value, positions = _inputs(n=70, tokens=200, group=3)

@@ -161,6 +161,8 @@ class ChatLmcacheRag(BaseChatModel):
         values.pop("stream", None)  # LangChain's own: which of our methods it is to call
         if stop is not None:
             values["stop"] = stop
+        if "target_kl" in kwargs and "ratio" not in kwargs:
+            values["ratio"] = None
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
         options = BlendOptions.checked(**blend)
         return self.get_token_ids(self.prompt_text(messages)), Sampling.checked(**values), options

@@ -58,8 +58,9 @@ def attend_weighing(
         at = positions[block]
         low, high = visible_range(at, window)
         # A kv head's group is folded into its queries: [kv_heads, group * queries, head_size] times the head's keys.
-        folded = query[block].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
-        logits = (folded @ key[low:high].permute(1, 2, 0)).float().mul_(scale)
+        # They are scaled first, so that half precision does not overflow.
+        folded = (query[block] * scale).unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+        logits = (folded @ key[low:high].permute(1, 2, 0)).float()
         # All queries see the keys between these two, which is nearly all there are.
         seen_low = low if window is None else max(low, int(at[-1]) - window + 1)
         seen_high = int(at[0]) + 1

@@ -116,7 +116,7 @@ class LmcacheRag(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and of `BlendOptions` but `segments`."""
+        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and some of `BlendOptions`: see the class."""
         sampling, options = self._request(kwargs)
         return self._finished(self._engine.generate(self._prompt_ids(prompt, formatted), sampling, options))
 
@@ -197,6 +197,8 @@ class LmcacheRag(CustomLLM):
     def _request(self, kwargs: dict[str, Any]) -> tuple[Sampling, BlendOptions]:
         """What one call asks for: the fields, and the call's own arguments over them."""
         values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)} | kwargs
+        if "target_kl" in kwargs and "ratio" not in kwargs:
+            values["ratio"] = None
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
         return Sampling.checked(**values), BlendOptions.checked(**blend)
 
