@@ -257,6 +257,17 @@ def test_a_primer_is_cut_to_what_fits_the_model(tmp_path: Path, documents: Path,
     assert stored(llama) == 2 * 3 + 1
 
 
+def test_a_primer_that_no_longer_fits_is_left_out_and_not_missed(
+    tmp_path: Path, documents: Path, llama: LocalEngine
+) -> None:
+    """As in an engine with a shorter context than the one that made the index."""
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama, primer=text(40, 2000), primer_tokens=1500))
+    update(corpus, documents)
+    assert stored(llama) == 6 + 1
+    again = update(corpus, documents)
+    assert (again.unchanged, again.restored) == (3, 0)
+
+
 def test_a_folder_that_was_emptied_empties_the_index(corpus: Corpus, documents: Path) -> None:
     update(corpus, documents)
     for path in documents.iterdir():
