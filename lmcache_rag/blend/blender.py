@@ -1,4 +1,5 @@
-"""Blend: load, rotate to place, select, recompute: CacheBlend's scheme (Yao et al. 2025), exchangeable selectors."""
+"""Blend: load, rotate to place, select, recompute, carry the change over. CacheBlend's scheme (Yao et al. 2025,
+https://arxiv.org/abs/2405.16444) with exchangeable selectors, and extrapolation behind it."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
 from lmcache_rag.vllm.request import ReuseReport
 
 _MEASURED_TOKENS = 256
+"""Prefill's rate is measured on so many."""
 
 PROBE_TOKENS = 64
 """The question is probed with its last tokens only, this many at most."""
