@@ -129,9 +129,11 @@ def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
     Raises:
         PromptError: the model has no chat template, or it does not take these messages.
     """
+    from jinja2.exceptions import TemplateError
+
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ValueError, TemplateError) as error:
         raise PromptError(f"The model's chat template cannot be used ({error}): use the plain form.") from error
 
 
@@ -140,7 +142,10 @@ def chat_format(tokenizer: Any) -> PromptFormat:
     marks = {"passages": "\x02passages\x02", "question": "\x02question\x02"}
     system = "You answer questions using the given passages. Answer with a few words."
     content = f"Passages:\n{marks['passages']}\nQuestion: {marks['question']}"
-    text = chat_text(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": content}])
+    try:
+        text = chat_text(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": content}])
+    except PromptError:  # some templates know no system message
+        text = chat_text(tokenizer, [{"role": "user", "content": f"{system}\n\n{content}"}])
     preamble, rest = text.split(marks["passages"])
     return PromptFormat(
         preamble=preamble, question=rest.replace(marks["question"], "{question}"), add_special_tokens=False

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from lmcache_rag.bench.commands import _write
 from lmcache_rag.cli import app
 from lmcache_rag.errors import LmcacheRagError
 from tests.corpus.test_corpus import text
@@ -235,3 +236,8 @@ def test_killed_while_indexing(tmp_path: Path, model: Path, documents: Path) -> 
     assert result.exit_code == 0, result.output
     asked = run("ask", "w20", "--index", folder, "--dtype", "float32", "--json", "--max-tokens", 2)
     assert json.loads(asked.stdout)["reuse"]["missed_tokens"] == 0
+
+
+def test_figures_that_cannot_be_written_are_not_lost_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(LmcacheRagError, match="the figures are above"):
+        _write([{"mode": "full"}], tmp_path / "absent" / "rows.json")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from jinja2.exceptions import TemplateError
 from pydantic import ValidationError
 
+from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import PromptFormat, PromptPlan, Segment, chat_format, completion_format
 
 
@@ -50,6 +52,24 @@ def test_chat_template_is_cut_around_the_passages() -> None:
     assert form.preamble.startswith("<s><system>You") and form.preamble.endswith("<user>Passages:\n")
     assert form.question.replace("{question}", "why?") == "\nQuestion: why?</user><assistant>"
     assert form.plan(Letters(), ["alpha"], "why?").token_ids.count(1) == 0
+
+
+def test_a_template_without_system_messages_takes_the_instruction_with_the_question() -> None:
+    class WithoutSystem(Letters):
+        def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+            if messages[0]["role"] == "system":
+                raise TemplateError("System role not supported")
+            return f"<user>{messages[0]['content']}</user>"
+
+    form = chat_format(WithoutSystem())
+    assert form.preamble.startswith("<user>You answer") and form.preamble.endswith("\n\nPassages:\n")
+
+    class Refusing(Letters):
+        def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+            raise TemplateError("no")
+
+    with pytest.raises(PromptError, match="use the plain form"):
+        chat_format(Refusing())
 
 
 @pytest.mark.parametrize("values", [{"chunk": "no place"}, {"question": "no place"}, {"unknown": 1}])

@@ -101,12 +101,11 @@ def bench_fidelity(
         reference = engine.generate(plan, greedy, _OFF, cache_salt=salt).text
         _score(full, expected, expected, gold, reference, reference, question.answer)
         for way, own in zip(tried, scores, strict=True):
-            salt = uuid.uuid4().hex
-            done = engine.generate(plan, forced, way.options, cache_salt=salt)
+            done = engine.generate(plan, forced, way.options, cache_salt=uuid.uuid4().hex)
             if not done.reuse.bytes_loaded or done.reuse.missed_tokens:
                 why = done.reuse.reason or done.reuse.misses
                 raise EngineError(f"Not all was reused for {question.text!r} ({why}): there is nothing to measure.")
-            answer = engine.generate(plan, greedy, way.options, cache_salt=salt).text
+            answer = engine.generate(plan, greedy, way.options, cache_salt=uuid.uuid4().hex).text
             _score(own, expected, _log_probs(done.logprobs), gold, answer, reference, question.answer)
             own.flops.append(done.reuse.token_layers / (engine.layers * len(plan.token_ids)))
             for name in ("reused_tokens", "recomputed_tokens"):

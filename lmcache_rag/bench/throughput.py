@@ -44,7 +44,7 @@ def bench_throughput(
     """The rows that `lmcache-rag bench throughput` writes.
 
     Raises:
-        EngineError: no blended request reused anything, so that there is nothing to measure.
+        EngineError: a request was not blended, or not from all of its passages, so that there is nothing to measure.
     """
     prompt_format = completion_format()
     preamble = prompt_format.preamble_ids(engine.tokenizer)
@@ -77,8 +77,10 @@ def bench_throughput(
             start = time.perf_counter()
             done = _closed_loop(plans, callers, ask)
             rows.append(_row(mode, callers, done, time.perf_counter() - start))
-            if mode == "blend" and not any(one.reuse.bytes_loaded for one in done):
-                raise EngineError(f"Nothing was reused ({done[0].reuse.reason}), so there is nothing to measure.")
+            missed = [one.reuse for one in done if one.reuse.mode != "blend" or one.reuse.missed_tokens]
+            if mode == "blend" and missed:
+                why = missed[0].reason or missed[0].misses
+                raise EngineError(f"{len(missed)} requests were not blended in full ({why}): nothing to measure.")
     return rows
 
 

@@ -84,6 +84,9 @@ class Corpus:
     Args:
         manifest: what the index is to be made with; compared with what it was made with where it exists.
 
+    Attributes:
+        primer: its token ids; none before the first update is planned.
+
     Raises:
         CorpusError: the index was made with another model, preamble, or other settings, or cannot be used.
     """
@@ -94,6 +97,7 @@ class Corpus:
         self._engine = engine
         self._embedder = embedder
         self._preamble = manifest.prompt.preamble_ids(engine.tokenizer)
+        self._set_primer(manifest.primer or "", manifest.primer_tokens or 0)
         known = Manifest.read(folder)
         if known is not None:
             known.check(folder, manifest)
@@ -207,18 +211,16 @@ class Corpus:
         """The prompt for a question over the passages found for it."""
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
 
-    @property
-    def primer(self) -> list[int]:
-        """Token ids of the primer; none before the first update is planned."""
-        return primer_ids(self._engine.tokenizer, self.manifest.primer or "", self.manifest.primer_tokens or 0)
+    def _set_primer(self, text: str, room: int) -> None:
+        self.primer = primer_ids(self._engine.tokenizer, text, room)
 
     def _choose_primer(self, texts: Sequence[str]) -> None:
         """Settle the primer of a new index: what the manifest names, else passages of its own; cut to what fits
         between the preamble and the longest chunk."""
-        manifest, tokenizer = self.manifest, self._engine.tokenizer
+        manifest = self.manifest
         primer = manifest.primer if manifest.primer is not None else choose_primer(texts, manifest.prompt)
-        tokens = len(primer_ids(tokenizer, primer, self._primer_room()))
-        self.manifest = manifest.model_copy(update={"primer": primer, "primer_tokens": tokens})
+        self._set_primer(primer, self._primer_room())
+        self.manifest = manifest.model_copy(update={"primer": primer, "primer_tokens": len(self.primer)})
 
     def _primer_room(self) -> int:
         """How many tokens fit between the preamble and the longest chunk."""

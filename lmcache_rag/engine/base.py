@@ -50,11 +50,13 @@ class PrecomputeReport:
     Attributes:
         computed: chunks computed and stored now, at least one variant of each.
         present: chunks that were stored already.
+        unprimed: chunks that do not fit the model behind the primer, and have no primed variant.
         tokens, bytes_stored: of all variants stored now.
     """
 
     computed: int = 0
     present: int = 0
+    unprimed: int = 0
     tokens: int = 0
     bytes_stored: int = 0
     seconds: float = 0.0

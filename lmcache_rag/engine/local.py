@@ -114,7 +114,7 @@ class LocalEngine:
         """
         report = PrecomputeReport()
         start = time.perf_counter()
-        primer = self.primer if primer is None else primer
+        primer = self._primer if primer is None else primer
         for number, chunk in enumerate(chunks):
             if not len(chunk):
                 raise PromptError(f"Chunk {number} is empty: leave it out.")
@@ -123,7 +123,9 @@ class LocalEngine:
                     f"Chunk {number} has {len(chunk)} tokens, and with the preamble's {len(preamble)} it does not fit "
                     f"the model's {self.max_model_len}: split the documents into smaller chunks."
                 )
-            missing = self._missing_variants(preamble, chunk, primer, self.chunk_store(namespace))
+            fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
+            report.unprimed += not fits
+            missing = self._missing_variants(preamble, chunk, primer if fits else (), self.chunk_store(namespace))
             reasons = [self._precompute(preamble, behind, chunk, namespace, report) for behind in missing]
             failed = [reason for reason in reasons if reason]
             report.errors.extend(failed[:1])
@@ -143,8 +145,7 @@ class LocalEngine:
         names = [stored.name(chunk, variant_of(preamble)), *([stored.name(preamble, NO_CONTEXT)] if preamble else [])]
         if not all(map(exists, names)):
             missing.append(())
-        fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
-        if len(primer) and fits and not exists(stored.name(chunk, variant_of(preamble, primer))):
+        if len(primer) and not exists(stored.name(chunk, variant_of(preamble, primer))):
             missing.append(primer)
         return missing
 
@@ -264,7 +265,7 @@ class LocalEngine:
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self._fingerprint = fingerprint_of(engine.vllm_config)
         primer = default_primer() if self.settings.primed else ""
-        self.primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
+        self._primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
         shape = bound_model().shape
         self._layers, self._kv_bytes_per_token = shape.layers, shape.bytes_per_token
 

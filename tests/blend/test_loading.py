@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from lmcache_rag.blend import PlannedSegment
@@ -74,16 +75,18 @@ def test_many_objects_are_not_in_memory_at_once(tmp_path: Path) -> None:
     assert len(list(found)) == 29 and len(reads) == 30
 
 
-def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(tmp_path: Path) -> None:
-    chunks, segments = stored(tmp_path, 3)
+def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_rag.blend.loading._PATIENCE_S", 1.0)
+    chunks, segments = stored(tmp_path, 20)
     size = chunks.store.size(segments[0].name or "")
     assert size is not None
-    slow = ChunkStore(ThrottledStore(chunks.store, size / 0.2), chunks.scope)  # 0.2 s an object
+    slow = ChunkStore(ThrottledStore(chunks.store, size / 0.2), chunks.scope)  # 0.2 s an object, 4 s all of them
     loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
-    found = [kv for _, kv in loader.load(slow, segments, 3 * TOKENS)]
-    assert isinstance(found[0], LoadedKV)
-    assert found[1:] == ["too slow", "too slow"]
+    found = [kv for _, kv in loader.load(slow, segments, TOKENS)]
+    assert isinstance(found[0], LoadedKV) and found[-1] == "too slow"
     assert loader.bytes_per_s is not None and loader.bytes_per_s < size / 0.2
-    assert [kv for _, kv in loader.load(chunks, segments, 3 * TOKENS)] == ["too slow"] * 3  # nobody waits again
-    patient = Loader(SHAPE, prefill_tokens_per_s=3 * TOKENS / 100)  # computing would take 100 s
-    assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments, 3 * TOKENS))
+    assert [kv for _, kv in loader.load(chunks, segments, TOKENS)] == ["too slow"] * 20  # nobody waits again
+    patient = Loader(SHAPE, prefill_tokens_per_s=TOKENS / 100)  # computing would take 100 s
+    assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments[:4], TOKENS))

@@ -29,7 +29,6 @@ def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
         expected, _ = answer(engine, plan, OFF)
         given_up, first = answer(engine, plan, REPAIR)
         assert first.reuse.misses["too slow"] >= 400
-        assert first.reuse.phases_s["load"] < 3.0  # a chunk of 300 kB takes 1.5 s
         refused, second = answer(engine, plan, REPAIR)
         assert (second.reuse.mode, second.reuse.reason) == ("plain", "plain prefill is faster")
         assert second.reuse.misses == {"cheaper to compute": 600} and second.reuse.bytes_loaded == 0

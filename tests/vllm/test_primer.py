@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lmcache_rag.chunk_kv import variant_of
@@ -100,7 +101,7 @@ def test_primed_chunks_are_found_without_being_marked(llama: LocalEngine) -> Non
 def test_a_chunk_that_does_not_fit_behind_the_primer_is_stored_without(llama: LocalEngine) -> None:
     chunk = [5] * 900
     report = llama.precompute([6] * 20, [chunk], primer=[8] * 200)
-    assert (report.computed, report.errors) == (1, [])
+    assert (report.computed, report.unprimed, report.errors) == (1, 1, [])
     assert variants(llama, chunk) == {variant_of([6] * 20)}
     assert llama.precompute([6] * 20, [chunk], primer=[8] * 200).present == 1
 
@@ -109,3 +110,18 @@ def test_a_primer_longer_than_what_is_before_the_chunk_is_refused(llama: LocalEn
     options = BlendOptions(mode="precompute", segments=((10, 40),), primer_tokens=11)
     done = llama.generate([5] * 50, Sampling(max_tokens=1), options)
     assert done.reuse.mode == "plain" and "primer" in done.reuse.reason
+
+
+@pytest.mark.parametrize("preamble", [0, 20])
+def test_the_primer_is_computed_once_for_many_chunks(llama: LocalEngine, preamble: int) -> None:
+    context = [*range(50, 50 + preamble), *PRIMER]
+
+    def cost(chunk: list[int], primer_tokens: int) -> int:
+        tokens = [*context[: preamble + primer_tokens], *chunk]
+        segments = ((len(tokens) - len(chunk), len(chunk)),)
+        options = BlendOptions(mode="precompute", segments=segments, primer_tokens=primer_tokens)
+        return llama.generate(tokens, Sampling(max_tokens=1), options).reuse.token_layers // llama.layers
+
+    assert cost([7] * 40, len(PRIMER)) == len(context) + 40
+    cost([8] * 40, 0)  # the variant behind the preamble alone, as ingest makes it in between
+    assert cost([8] * 40, len(PRIMER)) == 40
