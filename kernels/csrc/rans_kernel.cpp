@@ -1,0 +1,94 @@
+// Decoding of interleaved range asymmetric numeral systems (Duda 2013, https://arxiv.org/abs/1311.2540; interleaving:
+// Giesen 2014, https://arxiv.org/abs/1402.3392).
+//
+// Sixteen decoders share one stream of 16-bit words. Decoder i has row i of a group of sixteen rows; a step decodes one
+// column, so all sixteen read the same distribution's table and a step is a handful of vector instructions. A decoder
+// whose state falls below 2^16 takes the stream's next word; among decoders, the order is that of their rows.
+//
+// This file is compiled once per instruction set. It must not use inline functions of the standard library: the linker
+// keeps one copy of those, which could be the one with instructions that the machine lacks.
+
+#include "rans.h"
+
+#include <string.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace rans {
+namespace {
+
+// What one decoder does in a step, or false where the stream is used up.
+inline bool step(const Stream &in, const uint32_t *slots, const float *values, uint32_t &state, int64_t &word,
+                 int64_t &escape, float &out) {
+    const uint32_t entry = slots[state & (kSlots - 1)];
+    const uint32_t symbol = entry >> 24;
+    state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
+    if (state < kLowest) {
+        if (word == in.word_count) return false;
+        state = state << 16 | in.words[word++];
+    }
+    out = values[symbol];
+    if (symbol == static_cast<uint32_t>(in.symbols - 1)) {
+        if (escape == in.escape_count) return false;
+        out = in.escapes[escape++];
+    }
+    return true;
+}
+
+}  // namespace
+
+bool RANS_DECODE(const Stream &in) {
+    uint32_t states[kLanes];
+    memcpy(states, in.states, sizeof states);
+    int64_t word = 0, escape = 0;
+    for (int64_t row = 0; row < in.rows; row += kLanes) {
+        const int lanes = in.rows - row < kLanes ? static_cast<int>(in.rows - row) : kLanes;
+        int64_t column = 0;
+#ifdef __AVX512F__
+        const __mmask16 active = static_cast<__mmask16>((1u << lanes) - 1);
+        const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
+        const __m512i escaped = _mm512_set1_epi32(static_cast<int>(in.symbols - 1));
+        __m512i state = _mm512_loadu_si512(states);
+        // The last words are read one by one below, since a vector load would read past them.
+        for (; column < in.columns && word + kLanes <= in.word_count; ++column) {
+            const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
+            const float *values = in.values + in.distribution[column] * in.symbols;
+            float *out = in.out + column * in.rows + row;
+            const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
+            const __m512i symbol = _mm512_srli_epi32(entry, 24);
+            const __m512i next =
+                _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), low12),
+                                                    _mm512_srli_epi32(state, kProbBits)),
+                                 _mm512_and_si512(entry, low12));
+            state = _mm512_mask_mov_epi32(state, active, next);
+            const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active, state, lowest);
+            const __m512i words =
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.words + word)));
+            state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
+                                         _mm512_maskz_expand_epi32(hungry, words));
+            word += __builtin_popcount(hungry);
+            _mm512_mask_storeu_ps(out, active, _mm512_i32gather_ps(symbol, values, 4));
+            const __mmask16 out_of_range = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
+            for (unsigned left = out_of_range; left != 0; left &= left - 1) {
+                if (escape == in.escape_count) return false;
+                out[__builtin_ctz(left)] = in.escapes[escape++];
+            }
+        }
+        _mm512_storeu_si512(states, state);
+#endif
+        for (; column < in.columns; ++column) {
+            const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
+            const float *values = in.values + in.distribution[column] * in.symbols;
+            float *out = in.out + column * in.rows + row;
+            for (int lane = 0; lane < lanes; ++lane)
+                if (!step(in, slots, values, states[lane], word, escape, out[lane])) return false;
+        }
+    }
+    for (int lane = 0; lane < kLanes; ++lane)
+        if (states[lane] != kLowest) return false;
+    return word == in.word_count && escape == in.escape_count;
+}
+
+}  // namespace rans

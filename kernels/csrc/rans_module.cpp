@@ -1,0 +1,163 @@
+// The Python extension `_rans`: checks, encoding, and the choice of the instruction set for decoding.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rans.h"
+
+namespace nb = nanobind;
+
+namespace rans {
+namespace {
+
+std::vector<std::pair<std::string, Decode>> decoders() {
+    std::vector<std::pair<std::string, Decode>> found;
+#ifdef RANS_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.emplace_back("avx512", &decode_avx512);
+#endif
+    found.emplace_back("generic", &decode_generic);
+    return found;
+}
+
+Decode decoder_named(const std::string &isa) {
+    static const auto found = decoders();
+    for (const auto &[name, decode] : found)
+        if (isa.empty() || isa == name) return decode;
+    throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
+}
+
+void check(bool ok, const char *message) {
+    if (!ok) throw std::invalid_argument(message);
+}
+
+template <typename T, int D>
+using In = nb::ndarray<nb::ro, const T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;
+template <typename T, int D>
+using Out = nb::ndarray<T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;
+
+// In a stream: states, number of words, number of escapes, words, escapes; all little-endian.
+constexpr int64_t kHeader = 4 * (kLanes + 2);
+
+void check_frequencies(In<uint16_t, 2> frequencies) {
+    const size_t count = frequencies.shape(1);
+    check(count >= 2 && count <= 256 && count % 2 == 0, "a distribution has an even number of symbols, at most 256");
+    for (size_t d = 0; d < frequencies.shape(0); ++d) {
+        uint32_t sum = 0;
+        for (size_t s = 0; s < count; ++s) sum += frequencies(d, s);
+        check(sum == kSlots && frequencies(d, count - 1) > 0 && frequencies(d, count - 1) < kSlots,
+              "frequencies must add up to 4096, and the escape's must be neither 0 nor 4096");
+    }
+}
+
+nb::bytes encode(In<int16_t, 2> symbols, In<uint8_t, 1> distribution, In<uint16_t, 2> frequencies) {
+    const int64_t columns = symbols.shape(0), rows = symbols.shape(1), count = frequencies.shape(1);
+    check(distribution.shape(0) == symbols.shape(0), "distribution must have one element per column");
+    for (int64_t c = 0; c < columns; ++c)
+        check(distribution(c) < frequencies.shape(0), "distribution must name one of the distributions");
+    check_frequencies(frequencies);
+    std::vector<uint8_t> stream;
+    {
+        nb::gil_scoped_release unlocked;
+        const int64_t largest = (count - 2) / 2;
+        std::vector<uint32_t> starts(frequencies.shape(0) * count);
+        for (size_t d = 0; d < frequencies.shape(0); ++d)
+            for (int64_t s = 0, at = 0; s < count; at += frequencies(d, s++)) starts[d * count + s] = at;
+        // Decoding runs forwards, so encoding runs backwards: words and escapes come out last first.
+        std::vector<uint16_t> words;
+        std::vector<int16_t> escapes;
+        words.reserve(rows * columns / 8 + 64);
+        uint32_t states[kLanes];
+        for (uint32_t &state : states) state = kLowest;
+        for (int64_t row = (rows - 1) / kLanes * kLanes; row >= 0; row -= kLanes) {
+            const int64_t lanes = std::min<int64_t>(kLanes, rows - row);
+            for (int64_t c = columns - 1; c >= 0; --c) {
+                const uint16_t *frequency = &frequencies(distribution(c), 0);
+                const uint32_t *start = starts.data() + distribution(c) * count;
+                for (int64_t lane = lanes - 1; lane >= 0; --lane) {
+                    const int16_t value = symbols(c, row + lane);
+                    int64_t s = value + largest;
+                    if (s < 0 || s >= count - 1 || frequency[s] == 0) {
+                        s = count - 1;
+                        escapes.push_back(value);
+                    }
+                    const uint32_t f = frequency[s];
+                    uint32_t &x = states[lane];
+                    if (static_cast<uint64_t>(x) >= static_cast<uint64_t>(f) << (32 - kProbBits)) {
+                        words.push_back(static_cast<uint16_t>(x));
+                        x >>= 16;
+                    }
+                    x = ((x / f) << kProbBits) + x % f + start[s];
+                }
+            }
+        }
+        stream.resize(kHeader + 2 * (words.size() + escapes.size()));
+        std::memcpy(stream.data(), states, sizeof states);
+        const uint32_t sizes[2] = {static_cast<uint32_t>(words.size()), static_cast<uint32_t>(escapes.size())};
+        std::memcpy(stream.data() + sizeof states, sizes, sizeof sizes);
+        uint8_t *at = stream.data() + kHeader;
+        for (auto word = words.rbegin(); word != words.rend(); ++word, at += 2) std::memcpy(at, &*word, 2);
+        for (auto value = escapes.rbegin(); value != escapes.rend(); ++value, at += 2) std::memcpy(at, &*value, 2);
+    }
+    return nb::bytes(reinterpret_cast<const char *>(stream.data()), stream.size());
+}
+
+bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> slots, In<float, 2> values,
+            Out<float, 2> out, const std::string &isa) {
+    check(distribution.shape(0) == out.shape(0), "distribution must have one element per column");
+    check(slots.shape(1) == kSlots && slots.shape(0) == values.shape(0), "slots must be [distributions, 4096]");
+    for (size_t c = 0; c < distribution.shape(0); ++c)
+        check(distribution(c) < slots.shape(0), "distribution must name one of the distributions");
+    const Decode decode = decoder_named(isa);
+    const int64_t size = data.shape(0);
+    if (size < kHeader || size % 2 != 0) return false;
+    uint32_t header[kLanes + 2];
+    std::memcpy(header, data.data(), kHeader);
+    const int64_t words = header[kLanes], escapes = header[kLanes + 1];
+    if (kHeader + 2 * (words + escapes) != size) return false;
+
+    nb::gil_scoped_release unlocked;
+    std::vector<uint16_t> body((size - kHeader) / 2);  // aligned, which the stream need not be
+    std::memcpy(body.data(), data.data() + kHeader, size - kHeader);
+    Stream stream{};
+    stream.words = body.data();
+    stream.word_count = words;
+    stream.escapes = reinterpret_cast<const int16_t *>(body.data() + words);
+    stream.escape_count = escapes;
+    stream.states = header;
+    stream.rows = out.shape(1);
+    stream.columns = out.shape(0);
+    stream.distribution = distribution.data();
+    stream.slots = slots.data();
+    stream.values = values.data();
+    stream.symbols = values.shape(1);
+    stream.out = out.data();
+    return decode(stream);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto &[name, decode] : decoders()) names.push_back(name);
+    return names;
+}
+
+}  // namespace
+}  // namespace rans
+
+NB_MODULE(_rans, m) {
+    using namespace nb::literals;
+    m.def("encode", &rans::encode, "symbols"_a, "distribution"_a, "frequencies"_a);
+    m.def("decode", &rans::decode, "data"_a, "distribution"_a, "slots"_a, "values"_a, "out"_a, nb::kw_only(),
+          "isa"_a = "");
+    m.def("instruction_sets", &rans::instruction_sets, "What `isa` may be on this machine, the default first.");
+}

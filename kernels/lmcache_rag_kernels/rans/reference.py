@@ -1,0 +1,100 @@
+"""The entropy coder in NumPy: what the C++ version must do, bit for bit.
+
+A stream is, little-endian: sixteen states (uint32), the number of words and of escapes (uint32), the words (uint16) and
+the escapes (int16). Lane i codes row i of a group of sixteen rows. Groups follow one another; in a group, columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PROBABILITY_BITS = 12
+LANES = 16
+_SLOTS = 1 << PROBABILITY_BITS
+_LOWEST = 1 << 16
+_HEADER = 4 * (LANES + 2)
+
+
+def slot_table(frequencies: np.ndarray) -> np.ndarray:
+    """uint32 `[distributions, 4096]`: symbol, its frequency, and the slot's place among the symbol's slots.
+
+    Raises:
+        ValueError: the frequencies cannot be used.
+    """
+    check_frequencies(frequencies)
+    symbol = np.stack([np.repeat(np.arange(row.size), row) for row in frequencies]).astype(np.uint32)
+    start = np.cumsum(frequencies, 1, dtype=np.uint32) - frequencies
+    offset = np.arange(_SLOTS, dtype=np.uint32) - np.take_along_axis(start, symbol, 1)
+    frequency = np.take_along_axis(frequencies.astype(np.uint32), symbol, 1)
+    return (symbol << 24 | frequency << 12 | offset).astype(np.uint32)
+
+
+def check_frequencies(frequencies: np.ndarray) -> None:
+    """Raises `ValueError` where they are not as `Distributions` says."""
+    symbols = frequencies.shape[1]
+    if symbols % 2 or not 2 <= symbols <= 256:
+        raise ValueError("a distribution has an even number of symbols, at most 256")
+    escape = frequencies[:, -1]
+    if (frequencies.sum(1, dtype=np.int64) != _SLOTS).any() or (escape == 0).any() or (escape == _SLOTS).any():
+        raise ValueError("frequencies must add up to 4096, and the escape's must be neither 0 nor 4096")
+
+
+def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarray) -> bytes:
+    """A stream from int16 `[columns, rows]`; uint8 `[columns]` says which row of `frequencies` a column has."""
+    check_frequencies(frequencies)
+    columns, rows = symbols.shape
+    count = frequencies.shape[1]
+    starts = np.cumsum(frequencies, 1, dtype=np.uint64) - frequencies
+    states = np.full(LANES, _LOWEST, np.uint64)
+    words: list[np.ndarray] = []
+    escapes: list[np.ndarray] = []
+    for row in reversed(range(0, rows, LANES)):
+        for column in reversed(range(columns)):
+            values = symbols[column, row : row + LANES]
+            frequency, start = frequencies[distribution[column]], starts[distribution[column]]
+            index = values.astype(np.int64) + (count - 2) // 2
+            inside = (index >= 0) & (index < count - 1)
+            escaped = ~inside | (frequency[np.where(inside, index, 0)] == 0)
+            escapes.append(values[escaped])
+            index[escaped] = count - 1
+            f, x = frequency[index].astype(np.uint64), states[: len(values)]
+            full = x >= f << np.uint64(32 - PROBABILITY_BITS)
+            words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
+            x = np.where(full, x >> np.uint64(16), x)
+            states[: len(values)] = (x // f << np.uint64(PROBABILITY_BITS)) + x % f + start[index]
+    body = np.concatenate(words[::-1] or [np.empty(0, "<u2")]), np.concatenate(escapes[::-1] or [np.empty(0, "<i2")])
+    sizes = np.array([len(part) for part in body], "<u4")
+    return b"".join([states.astype("<u4").tobytes(), sizes.tobytes(), *(part.tobytes() for part in body)])
+
+
+def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, values: np.ndarray, out: np.ndarray) -> bool:
+    """Write the values of a stream (uint8 `[bytes]`) to float32 `[columns, rows]`; False where it does not fit."""
+    content = data.tobytes()
+    if len(content) < _HEADER:
+        return False
+    states = np.frombuffer(content, "<u4", LANES).astype(np.uint32)
+    word_count, escape_count = (int(size) for size in np.frombuffer(content, "<u4", 2, 4 * LANES))
+    if _HEADER + 2 * (word_count + escape_count) != len(content):
+        return False
+    words = np.frombuffer(content, "<u2", word_count, _HEADER).astype(np.uint32)
+    escapes = np.frombuffer(content, "<i2", escape_count, _HEADER + 2 * word_count)
+    word = escape = 0
+    for row in range(0, out.shape[1], LANES):
+        for column, which in enumerate(distribution):
+            target = out[column, row : row + LANES]
+            x = states[: len(target)]
+            entry = slots[which, x & np.uint32(_SLOTS - 1)]
+            symbol = entry >> np.uint32(24)
+            x = (entry >> np.uint32(12) & np.uint32(0xFFF)) * (x >> np.uint32(12)) + (entry & np.uint32(0xFFF))
+            hungry = x < _LOWEST
+            taken = words[word : word + int(hungry.sum())]
+            escaped = symbol == values.shape[1] - 1
+            raw = escapes[escape : escape + int(escaped.sum())]
+            if len(taken) < hungry.sum() or len(raw) < escaped.sum():
+                return False
+            x[hungry] = x[hungry] << np.uint32(16) | taken
+            states[: len(target)] = x
+            target[:] = values[which, symbol]
+            target[escaped] = raw
+            word, escape = word + len(taken), escape + len(raw)
+    return bool((states == _LOWEST).all()) and (word, escape) == (word_count, escape_count)

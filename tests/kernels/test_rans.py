@@ -1,0 +1,130 @@
+"""The entropy coder: what goes in comes out, in every version alike, near the entropy; other bytes are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmcache_rag_kernels import rans
+from lmcache_rag_kernels.rans import cpu, reference
+
+LARGEST = 20
+SCALES = (0.2, 1.0, 5.0)
+needs_compiler = pytest.mark.skipif(not cpu.compiled(), reason="installed without a C++ compiler")
+
+
+def laplace() -> rans.Distributions:
+    symbol = np.arange(-LARGEST, LARGEST + 1)
+    rows = []
+    for scale in SCALES:
+        share = np.exp(-np.abs(symbol) / scale)
+        row = np.append(np.floor(share / share.sum() * 4000), 1).astype(np.uint16)
+        row[LARGEST] += 4096 - row.sum()
+        rows.append(row)
+    values = np.append(symbol, 0).astype(np.float32)
+    return rans.Distributions(np.stack(rows), np.tile(values, (len(SCALES), 1)))
+
+
+DISTRIBUTIONS = laplace()
+VERSIONS = ["reference", *(cpu.instruction_sets() if cpu.compiled() else [])]
+
+
+def matrix(columns: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    distribution = draw.integers(0, len(SCALES), columns).astype(np.uint8)
+    scale = np.array(SCALES)[distribution][:, None]
+    return np.rint(draw.laplace(size=(columns, rows)) * scale).astype(np.int16), distribution
+
+
+def decoded(version: str, data: bytes, distribution: np.ndarray, rows: int) -> np.ndarray | None:
+    out = np.full((len(distribution), rows), np.nan, np.float32)
+    arguments = (np.frombuffer(data, np.uint8), distribution, DISTRIBUTIONS.slots, DISTRIBUTIONS.values, out)
+    fits = reference.decode(*arguments) if version == "reference" else cpu.decode(*arguments, isa=version)
+    return out if fits else None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (7, 15), (7, 16), (40, 17), (3, 100)])
+def test_decoding_gives_what_was_encoded(version: str, columns: int, rows: int) -> None:
+    symbols, distribution = matrix(columns, rows)
+    symbols[0, 0], symbols[-1, -1] = -32768, LARGEST + 1  # escapes
+    data = rans.encode(torch.from_numpy(symbols), distribution, DISTRIBUTIONS)
+    assert np.array_equal(decoded(version, data, distribution, rows), symbols)
+
+
+@needs_compiler
+def test_both_encoders_write_the_same_bytes() -> None:
+    symbols, distribution = matrix(30, 50)
+    assert rans.encode(torch.from_numpy(symbols), distribution, DISTRIBUTIONS) == reference.encode(
+        symbols, distribution, DISTRIBUTIONS.frequencies
+    )
+
+
+def test_without_a_compiler_numpy_codes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cpu, "_rans", None)
+    rans._say_not_compiled.cache_clear()
+    symbols, distribution = matrix(5, 20)
+    data = rans.encode(torch.from_numpy(symbols), distribution, DISTRIBUTIONS)
+    out = rans.decode(memoryview(data), distribution, DISTRIBUTIONS, 20)
+    assert out is not None
+    assert np.array_equal(out.numpy(), symbols)
+    assert caplog.text.count("entropy coder is not compiled") == 1
+
+
+def test_values_are_what_symbols_are_decoded_to() -> None:
+    symbols, distribution = matrix(5, 20)
+    halves = rans.Distributions(DISTRIBUTIONS.frequencies, DISTRIBUTIONS.values / 2)
+    data = rans.encode(torch.from_numpy(symbols), distribution, halves)
+    out = rans.decode(memoryview(data), distribution, halves, 20)
+    assert out is not None
+    inside = np.abs(symbols) <= LARGEST
+    assert np.array_equal(out.numpy()[inside], symbols[inside] / 2)
+
+
+def test_the_length_is_near_the_entropy() -> None:
+    symbols, distribution = matrix(300, 256)
+    data = rans.encode(torch.from_numpy(symbols), distribution, DISTRIBUTIONS)
+    index = np.where(np.abs(symbols) <= LARGEST, symbols + LARGEST, 2 * LARGEST + 1)
+    share = DISTRIBUTIONS.frequencies[distribution[:, None], index] / 4096
+    escapes = int((np.abs(symbols) > LARGEST).sum())
+    assert len(data) < 1.01 * -np.log2(share).sum() / 8 + 2 * escapes + 100
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_other_bytes_are_refused(version: str, data: st.DataObject) -> None:
+    symbols, distribution = matrix(6, 20)
+    right = bytearray(reference.encode(symbols, distribution, DISTRIBUTIONS.frequencies))
+    match data.draw(st.sampled_from(["cut", "flip", "any"])):
+        case "cut":
+            wrong = right[: data.draw(st.integers(0, len(right) - 1))]
+        case "flip":
+            wrong = bytearray(right)
+            wrong[data.draw(st.integers(0, len(right) - 1))] ^= data.draw(st.integers(1, 255))
+        case _:
+            wrong = bytearray(data.draw(st.binary(max_size=300)))
+    out = decoded(version, bytes(wrong), distribution, 20)  # neither crashes nor reads past the end
+    if len(wrong) < len(right):
+        assert out is None
+
+
+@pytest.mark.parametrize("spoil", ["odd", "sum", "no escape"])
+def test_impossible_frequencies_are_refused(spoil: str) -> None:
+    frequencies = DISTRIBUTIONS.frequencies.copy()
+    match spoil:
+        case "odd":
+            frequencies = frequencies[:, 1:]
+        case "sum":
+            frequencies[0, 0] += 1
+        case _:
+            frequencies[0, LARGEST] += frequencies[0, -1]
+            frequencies[0, -1] = 0
+    symbols, distribution = matrix(2, 3)
+    wrong = rans.Distributions(np.ascontiguousarray(frequencies), DISTRIBUTIONS.values)
+    with pytest.raises(ValueError, match=r"even number|add up"):
+        rans.encode(torch.from_numpy(symbols), distribution, wrong)
+    with pytest.raises(ValueError, match=r"even number|add up"):
+        _ = wrong.slots
