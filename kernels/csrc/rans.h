@@ -20,8 +20,7 @@ struct Stream {
     int64_t rows, columns;
     const uint8_t *distribution;     // [columns]
     const uint32_t *slots;           // [distributions, kSlots]: symbol 8 bits, frequency 12, offset 12, from the top
-    const float *values;             // [distributions, symbols]
-    int64_t symbols;                 // of a distribution; the last one is the escape
+    int64_t symbols;                 // of a distribution: -largest ... largest, and the escape
     float *out;                      // [columns, rows]
 };
 

@@ -20,17 +20,16 @@ namespace rans {
 namespace {
 
 // What one decoder does in a step, or false where the stream is used up.
-inline bool step(const Stream &in, const uint32_t *slots, const float *values, uint32_t &state, int64_t &word,
-                 int64_t &escape, float &out) {
+inline bool step(const Stream &in, const uint32_t *slots, uint32_t &state, int64_t &word, int64_t &escape, float &out) {
     const uint32_t entry = slots[state & (kSlots - 1)];
-    const uint32_t symbol = entry >> 24;
+    const int32_t symbol = static_cast<int32_t>(entry >> 24), largest = static_cast<int32_t>(in.symbols - 2) / 2;
     state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
     if (state < kLowest) {
         if (word == in.word_count) return false;
         state = state << 16 | in.words[word++];
     }
-    out = values[symbol];
-    if (symbol == static_cast<uint32_t>(in.symbols - 1)) {
+    out = static_cast<float>(symbol - largest);
+    if (symbol == in.symbols - 1) {
         if (escape == in.escape_count) return false;
         out = in.escapes[escape++];
     }
@@ -49,12 +48,12 @@ bool RANS_DECODE(const Stream &in) {
 #ifdef __AVX512F__
         const __mmask16 active = static_cast<__mmask16>((1u << lanes) - 1);
         const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
+        const __m512i largest = _mm512_set1_epi32(static_cast<int>((in.symbols - 2) / 2));
         const __m512i escaped = _mm512_set1_epi32(static_cast<int>(in.symbols - 1));
         __m512i state = _mm512_loadu_si512(states);
         // The last words are read one by one below, since a vector load would read past them.
         for (; column < in.columns && word + kLanes <= in.word_count; ++column) {
             const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
-            const float *values = in.values + in.distribution[column] * in.symbols;
             float *out = in.out + column * in.rows + row;
             const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
             const __m512i symbol = _mm512_srli_epi32(entry, 24);
@@ -69,7 +68,7 @@ bool RANS_DECODE(const Stream &in) {
             state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
                                          _mm512_maskz_expand_epi32(hungry, words));
             word += __builtin_popcount(hungry);
-            _mm512_mask_storeu_ps(out, active, _mm512_i32gather_ps(symbol, values, 4));
+            _mm512_mask_storeu_ps(out, active, _mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, largest)));
             const __mmask16 out_of_range = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
             for (unsigned left = out_of_range; left != 0; left &= left - 1) {
                 if (escape == in.escape_count) return false;
@@ -80,10 +79,9 @@ bool RANS_DECODE(const Stream &in) {
 #endif
         for (; column < in.columns; ++column) {
             const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
-            const float *values = in.values + in.distribution[column] * in.symbols;
             float *out = in.out + column * in.rows + row;
             for (int lane = 0; lane < lanes; ++lane)
-                if (!step(in, slots, values, states[lane], word, escape, out[lane])) return false;
+                if (!step(in, slots, states[lane], word, escape, out[lane])) return false;
         }
     }
     for (int lane = 0; lane < kLanes; ++lane)

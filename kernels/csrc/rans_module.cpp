@@ -112,10 +112,10 @@ nb::bytes encode(In<int16_t, 2> symbols, In<uint8_t, 1> distribution, In<uint16_
     return nb::bytes(reinterpret_cast<const char *>(stream.data()), stream.size());
 }
 
-bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> slots, In<float, 2> values,
-            Out<float, 2> out, const std::string &isa) {
+bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> slots, int64_t symbols, Out<float, 2> out,
+            const std::string &isa) {
     check(distribution.shape(0) == out.shape(0), "distribution must have one element per column");
-    check(slots.shape(1) == kSlots && slots.shape(0) == values.shape(0), "slots must be [distributions, 4096]");
+    check(slots.shape(1) == kSlots, "slots must be [distributions, 4096]");
     for (size_t c = 0; c < distribution.shape(0); ++c)
         check(distribution(c) < slots.shape(0), "distribution must name one of the distributions");
     const Decode decode = decoder_named(isa);
@@ -139,8 +139,7 @@ bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> sl
     stream.columns = out.shape(0);
     stream.distribution = distribution.data();
     stream.slots = slots.data();
-    stream.values = values.data();
-    stream.symbols = values.shape(1);
+    stream.symbols = symbols;
     stream.out = out.data();
     return decode(stream);
 }
@@ -157,7 +156,7 @@ std::vector<std::string> instruction_sets() {
 NB_MODULE(_rans, m) {
     using namespace nb::literals;
     m.def("encode", &rans::encode, "symbols"_a, "distribution"_a, "frequencies"_a);
-    m.def("decode", &rans::decode, "data"_a, "distribution"_a, "slots"_a, "values"_a, "out"_a, nb::kw_only(),
+    m.def("decode", &rans::decode, "data"_a, "distribution"_a, "slots"_a, "symbols"_a, "out"_a, nb::kw_only(),
           "isa"_a = "");
     m.def("instruction_sets", &rans::instruction_sets, "What `isa` may be on this machine, the default first.");
 }

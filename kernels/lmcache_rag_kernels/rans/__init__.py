@@ -30,11 +30,9 @@ class Distributions:
         frequencies: uint16 `[distributions, symbols]`, each row adding up to 4096. Of an even number of symbols, 256 at
             most, symbol i stands for the integer `i - (symbols - 2) // 2`, and the last one, whose frequency must not
             be 0, is the escape: integers that the others do not cover follow it as they are.
-        values: float32 `[distributions, symbols]`: what each symbol is decoded to.
     """
 
     frequencies: np.ndarray
-    values: np.ndarray
 
     @functools.cached_property
     def slots(self) -> np.ndarray:
@@ -60,13 +58,17 @@ def encode(symbols: Tensor, distribution: np.ndarray, distributions: Distributio
 
 
 def decode(data: memoryview, distribution: np.ndarray, distributions: Distributions, rows: int) -> Tensor | None:
-    """The values of a coded matrix, float32 `[columns, rows]`; None where `data` is not one of this shape."""
+    """A coded matrix, as float32 `[columns, rows]`; None where `data` is not one of this shape."""
     out = torch.empty(len(distribution), rows)
     version = cpu if cpu.compiled() else reference
     if version is reference:
         _say_not_compiled()
     read = np.frombuffer(data, np.uint8)
-    return out if version.decode(read, distribution, distributions.slots, distributions.values, out.numpy()) else None
+    return (
+        out
+        if version.decode(read, distribution, distributions.slots, distributions.frequencies.shape[1], out.numpy())
+        else None
+    )
 
 
 @functools.cache

@@ -29,10 +29,10 @@ def decode(
     data: np.ndarray,
     distribution: np.ndarray,
     slots: np.ndarray,
-    values: np.ndarray,
+    symbols: int,
     out: np.ndarray,
     *,
     isa: str = "",
 ) -> bool:
     """Arguments as `reference.decode`; without the GIL. `isa` is one of `instruction_sets()`, empty for the best."""
-    return _rans.decode(data, distribution, slots, values, out, isa=isa)
+    return _rans.decode(data, distribution, slots, symbols, out, isa=isa)

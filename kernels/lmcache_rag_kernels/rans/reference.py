@@ -67,8 +67,8 @@ def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarra
     return b"".join([states.astype("<u4").tobytes(), sizes.tobytes(), *(part.tobytes() for part in body)])
 
 
-def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, values: np.ndarray, out: np.ndarray) -> bool:
-    """Write the values of a stream (uint8 `[bytes]`) to float32 `[columns, rows]`; False where it does not fit."""
+def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbols: int, out: np.ndarray) -> bool:
+    """Write the integers of a stream (uint8 `[bytes]`) to float32 `[columns, rows]`; False where it does not fit."""
     content = data.tobytes()
     if len(content) < _HEADER:
         return False
@@ -88,13 +88,13 @@ def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, values
             x = (entry >> np.uint32(12) & np.uint32(0xFFF)) * (x >> np.uint32(12)) + (entry & np.uint32(0xFFF))
             hungry = x < _LOWEST
             taken = words[word : word + int(hungry.sum())]
-            escaped = symbol == values.shape[1] - 1
+            escaped = symbol == symbols - 1
             raw = escapes[escape : escape + int(escaped.sum())]
             if len(taken) < hungry.sum() or len(raw) < escaped.sum():
                 return False
             x[hungry] = x[hungry] << np.uint32(16) | taken
             states[: len(target)] = x
-            target[:] = values[which, symbol]
+            target[:] = symbol.astype(np.float32) - (symbols - 2) // 2
             target[escaped] = raw
             word, escape = word + len(taken), escape + len(raw)
     return bool((states == _LOWEST).all()) and (word, escape) == (word_count, escape_count)

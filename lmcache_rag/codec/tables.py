@@ -1,0 +1,187 @@
+"""What the transform codec knows of a model: learned once, stored once, named by digest in every object.
+
+An error e in a layer's K or V costs e' F e, where F is the Fisher information: the second moment of the gradient of the
+log-probability of what the model says next, by that K or V. To second order it is twice the KL divergence that e causes
+(Amari 1998). So K and V are taken to coordinates in which F is the identity and, among those, to the principal axes of
+the data: errors of one size then cost the same wherever they are, and the coordinates are uncorrelated.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+import torch
+from lmcache_rag_kernels.rans import Distributions
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lmcache_rag.errors import CorruptObjectError
+
+SCALES = np.geomspace(0.06, 40.0, 48)
+"""The distributions are those of coordinates whose mean size is so many steps. Smaller ones are not stored at all."""
+
+_LARGEST = 126
+_VERSION = "1"
+_SHRINKAGE = 0.2
+"""The share of the identity in F: its small eigenvalues cannot be estimated well, and must not be taken for nothing."""
+
+_LEARNED_STEPS = (0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
+_PRIOR = 20.0
+"""How many observations a distribution's Laplace prior counts for."""
+
+
+@dataclass(frozen=True)
+class CodecTables:
+    """For each layer and for K (0) and V (1), with C = kv_heads * head_size.
+
+    Attributes:
+        mean: float32 `[layers, 2, C]`.
+        backward: float16 `[layers, 2, C, C]`: row i is coordinate i's direction; falling sizes.
+        size: float32 `[layers, 2, C]`: mean absolute value of each coordinate.
+        distributions: of coordinates in steps, one for each of `SCALES`.
+    """
+
+    mean: np.ndarray
+    backward: np.ndarray
+    size: np.ndarray
+    distributions: Distributions
+
+    @functools.cached_property
+    def forward(self) -> Tensor:
+        """float32 `[layers, 2, C, C]`: `(x - mean) @ forward` are the coordinates of x."""
+        return torch.from_numpy(np.linalg.inv(self.backward.astype(np.float64)).astype(np.float32))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits."""
+        return hashlib.blake2b(self.to_bytes(), digest_size=8).hexdigest()
+
+    def distribution(self, step: float) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Per layer, for K and V: the distribution (uint8) of each coordinate that is stored at this step."""
+        found = []
+        for layer in self.size:
+            which = [np.abs(np.log(SCALES)[None] - np.log(size / step)[:, None]).argmin(1) for size in layer]
+            kept = [size / step >= SCALES[0] for size in layer]
+            k, v = (w[: _prefix(keep)].astype(np.uint8) for w, keep in zip(which, kept, strict=True))
+            found.append((k, v))
+        return tuple(found)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        arrays = {
+            "mean": self.mean,
+            "backward": self.backward,
+            "size": self.size,
+            "frequencies": self.distributions.frequencies,
+        }
+        return safetensors.numpy.save(arrays, metadata={"version": _VERSION})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CodecTables:
+        """Raises `CorruptObjectError` where it is not what `to_bytes` wrote."""
+        try:
+            arrays = safetensors.numpy.load(data)
+            distributions = Distributions(arrays["frequencies"])
+            tables = cls(arrays["mean"], arrays["backward"], arrays["size"], distributions)
+            _check(tables)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CorruptObjectError(f"codec tables that cannot be read ({error})") from error
+        return tables
+
+
+def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
+    """Tables from a sample of a model's KV.
+
+    Args:
+        kv: `[layers, 2, tokens, C]`, RoPE taken off K.
+        fisher: `[layers, 2, C, C]`: mean of g g' over tokens, g being the gradient of a log-probability by a row of kv.
+    """
+    layers, _, _, width = kv.shape
+    mean = kv.float().mean(2)
+    unit = fisher.double().diagonal(dim1=-2, dim2=-1).mean()
+    backward = np.empty((layers, 2, width, width), np.float16)
+    for layer in range(layers):
+        for part in range(2):
+            x = kv[layer, part].double() - mean[layer, part]
+            backward[layer, part] = _axes(x.numpy(), (fisher[layer, part].double() / unit).numpy())
+    bare = CodecTables(mean.numpy(), backward, np.empty(0, np.float32), Distributions(np.empty(0)))
+    coordinates = torch.einsum("lptc,lpcd->lpdt", kv.float() - mean[:, :, None], bare.forward)
+    size = coordinates.abs().mean(-1).clamp(min=1e-12)
+    return CodecTables(mean.numpy(), backward, size.numpy(), _learn_distributions(coordinates, size))
+
+
+def quantise(coordinates: Tensor, step: float) -> Tensor:
+    """int16: the nearest multiple of the step.
+
+    A dead zone, and decoding to the mean of an interval, would give fewer bits for the same squared error; but they
+    shrink K and V, which changes what the model says more than errors of zero mean do (docs/codec.md)."""
+    return (coordinates / step).round().clamp(-32768, 32767).to(torch.int16)
+
+
+def _axes(x: np.ndarray, fisher: np.ndarray) -> np.ndarray:
+    """`backward` of one layer's K or V: the directions, by falling size."""
+    width = len(fisher)
+    metric = (1 - _SHRINKAGE) * fisher + _SHRINKAGE * np.trace(fisher) / width * np.eye(width)
+    values, vectors = np.linalg.eigh(metric)
+    values = np.sqrt(np.maximum(values, values[-1] * 1e-9))
+    root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    y = x @ root
+    _, axes = np.linalg.eigh(y.T @ y)
+    return axes[:, ::-1].T @ inverse
+
+
+def _learn_distributions(coordinates: Tensor, size: Tensor) -> Distributions:
+    """Coordinates whose size is the same number of steps share a distribution, whatever layer they are of."""
+    symbols = 2 * _LARGEST + 2
+    counts = np.zeros((len(SCALES), symbols))
+    edges = torch.from_numpy(np.sqrt(SCALES[1:] * SCALES[:-1])).float()
+    for step in _LEARNED_STEPS:
+        symbol = quantise(coordinates, step).int() + _LARGEST
+        symbol = torch.where((symbol < 0) | (symbol > 2 * _LARGEST), symbols - 1, symbol)
+        bucket = torch.bucketize(size / step, edges)[..., None].expand_as(symbol)
+        kept = (size / step >= SCALES[0])[..., None].expand_as(symbol)
+        index = (bucket * symbols + symbol)[kept]
+        counts += torch.bincount(index, minlength=counts.size).view(counts.shape).numpy()
+    centre = np.arange(-_LARGEST, _LARGEST + 1)
+    frequencies = []
+    for scale, count in zip(SCALES, counts, strict=True):
+        prior = np.append(np.exp(-np.abs(centre) / max(scale, 0.2)), 0.0)
+        prior *= _PRIOR / prior.sum()
+        frequencies.append(_frequencies(count + prior))
+    return Distributions(np.stack(frequencies))
+
+
+def _frequencies(weights: np.ndarray) -> np.ndarray:
+    """uint16, adding up to 4096, of at least 1 for the escape."""
+    shares = np.floor(weights / weights.sum() * 4095)
+    shares[-1] = max(1, shares[-1])
+    shares[shares[:-1].argmax()] += 4096 - shares.sum()
+    return shares.astype(np.uint16)
+
+
+def _prefix(keep: np.ndarray) -> int:
+    """How many come up to the last that is kept."""
+    return int(np.flatnonzero(keep)[-1]) + 1 if keep.any() else 0
+
+
+def _check(tables: CodecTables) -> None:
+    """Raises `ValueError` where shapes or dtypes do not fit each other."""
+    layers, two, width = tables.mean.shape
+    distributions = tables.distributions
+    right = (
+        two == 2
+        and tables.backward.shape == (layers, 2, width, width)
+        and tables.size.shape == tables.mean.shape
+        and len(distributions.frequencies) == len(SCALES)
+        and tables.mean.dtype == tables.size.dtype == np.float32
+        and tables.backward.dtype == np.float16
+        and distributions.frequencies.dtype == np.uint16
+        and bool((tables.size > 0).all())
+    )
+    if not right:
+        raise ValueError("shapes or dtypes that do not fit each other")
+    _ = distributions.slots
