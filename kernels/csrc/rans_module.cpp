@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "rans.h"
 
 namespace nb = nanobind;
@@ -21,10 +22,7 @@ namespace {
 std::vector<std::pair<std::string, Decode>> decoders() {
     std::vector<std::pair<std::string, Decode>> found;
 #ifdef RANS_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.emplace_back("avx512", &decode_avx512);
+    if (isa::avx512()) found.emplace_back("avx512", &decode_avx512);
 #endif
     found.emplace_back("generic", &decode_generic);
     return found;
@@ -155,8 +153,9 @@ std::vector<std::string> instruction_sets() {
 
 NB_MODULE(_rans, m) {
     using namespace nb::literals;
-    m.def("encode", &rans::encode, "symbols"_a, "distribution"_a, "frequencies"_a);
-    m.def("decode", &rans::decode, "data"_a, "distribution"_a, "slots"_a, "symbols"_a, "out"_a, nb::kw_only(),
-          "isa"_a = "");
+    // No conversions: a converted `out` would be a copy, and converted symbols other symbols.
+    m.def("encode", &rans::encode, "symbols"_a.noconvert(), "distribution"_a.noconvert(), "frequencies"_a.noconvert());
+    m.def("decode", &rans::decode, "data"_a.noconvert(), "distribution"_a.noconvert(), "slots"_a.noconvert(),
+          "symbols"_a, "out"_a.noconvert(), nb::kw_only(), "isa"_a = "");
     m.def("instruction_sets", &rans::instruction_sets, "What `isa` may be on this machine, the default first.");
 }

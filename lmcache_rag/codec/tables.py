@@ -24,8 +24,8 @@ from lmcache_rag.errors import CorruptObjectError
 SCALES = np.geomspace(0.06, 40.0, 48)
 """The distributions are those of coordinates whose mean size is so many steps. Smaller ones are not stored at all."""
 
+_EDGES = np.sqrt(SCALES[1:] * SCALES[:-1])
 _LARGEST = 126
-_VERSION = "1"
 _SHRINKAGE = 0.2
 """The share of the identity in F: its small eigenvalues cannot be estimated well, and must not be taken for nothing."""
 
@@ -53,32 +53,23 @@ class CodecTables:
     @functools.cached_property
     def forward(self) -> Tensor:
         """float32 `[layers, 2, C, C]`: `(x - mean) @ forward` are the coordinates of x."""
-        return torch.from_numpy(np.linalg.inv(self.backward.astype(np.float64)).astype(np.float32))
+        return _inverse(self.backward)
 
     @functools.cached_property
     def digest(self) -> str:
         """16 hex digits."""
-        return hashlib.blake2b(self.to_bytes(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(digest_size=8)
+        for array in self._arrays().values():
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def distribution(self, step: float) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Per layer, for K and V: the distribution (uint8) of each coordinate that is stored at this step."""
-        found = []
-        for layer in self.size:
-            which = [np.abs(np.log(SCALES)[None] - np.log(size / step)[:, None]).argmin(1) for size in layer]
-            kept = [size / step >= SCALES[0] for size in layer]
-            k, v = (w[: _prefix(keep)].astype(np.uint8) for w, keep in zip(which, kept, strict=True))
-            found.append((k, v))
-        return tuple(found)
+        return tuple((_stored(k / step), _stored(v / step)) for k, v in self.size)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
-        arrays = {
-            "mean": self.mean,
-            "backward": self.backward,
-            "size": self.size,
-            "frequencies": self.distributions.frequencies,
-        }
-        return safetensors.numpy.save(arrays, metadata={"version": _VERSION})
+        return safetensors.numpy.save(self._arrays())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CodecTables:
@@ -92,6 +83,14 @@ class CodecTables:
             raise CorruptObjectError(f"codec tables that cannot be read ({error})") from error
         return tables
 
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "mean": self.mean,
+            "backward": self.backward,
+            "size": self.size,
+            "frequencies": self.distributions.frequencies,
+        }
+
 
 def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
     """Tables from a sample of a model's KV.
@@ -104,21 +103,27 @@ def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
     mean = kv.float().mean(2)
     unit = fisher.double().diagonal(dim1=-2, dim2=-1).mean()
     backward = np.empty((layers, 2, width, width), np.float16)
+    size = torch.empty_like(mean)
+    counts = np.zeros((len(SCALES), 2 * _LARGEST + 2))
     for layer in range(layers):
         for part in range(2):
-            x = kv[layer, part].double() - mean[layer, part]
-            backward[layer, part] = _axes(x.numpy(), (fisher[layer, part].double() / unit).numpy())
-    bare = CodecTables(mean.numpy(), backward, np.empty(0, np.float32), Distributions(np.empty(0)))
-    coordinates = torch.einsum("lptc,lpcd->lpdt", kv.float() - mean[:, :, None], bare.forward)
-    size = coordinates.abs().mean(-1).clamp(min=1e-12)
-    return CodecTables(mean.numpy(), backward, size.numpy(), _learn_distributions(coordinates, size))
+            x = kv[layer, part].float() - mean[layer, part]
+            metric = (fisher[layer, part].double() / unit).numpy()
+            backward[layer, part] = _axes(x.double().numpy(), metric)
+            coordinates = x @ _inverse(backward[layer, part])
+            size[layer, part] = coordinates.abs().mean(0).clamp(min=1e-12)
+            for step in _LEARNED_STEPS:
+                counts += _count(quantise(coordinates, step), size[layer, part].numpy() / step)
+    return CodecTables(mean.numpy(), backward, size.numpy(), _distributions(counts))
 
 
 def quantise(coordinates: Tensor, step: float) -> Tensor:
     """int16: the nearest multiple of the step.
 
     A dead zone, and decoding to the mean of an interval, would give fewer bits for the same squared error; but they
-    shrink K and V, which changes what the model says more than errors of zero mean do (docs/codec.md)."""
+    shrink K and V, which changes what the model says more than errors of zero mean do (docs/codec.md). What is more
+    than 32,767 steps from the mean is cut off there.
+    """
     return (coordinates / step).round().clamp(-32768, 32767).to(torch.int16)
 
 
@@ -134,25 +139,39 @@ def _axes(x: np.ndarray, fisher: np.ndarray) -> np.ndarray:
     return axes[:, ::-1].T @ inverse
 
 
-def _learn_distributions(coordinates: Tensor, size: Tensor) -> Distributions:
-    """Coordinates whose size is the same number of steps share a distribution, whatever layer they are of."""
-    symbols = 2 * _LARGEST + 2
-    counts = np.zeros((len(SCALES), symbols))
-    edges = torch.from_numpy(np.sqrt(SCALES[1:] * SCALES[:-1])).float()
-    for step in _LEARNED_STEPS:
-        symbol = quantise(coordinates, step).int() + _LARGEST
-        symbol = torch.where((symbol < 0) | (symbol > 2 * _LARGEST), symbols - 1, symbol)
-        bucket = torch.bucketize(size / step, edges)[..., None].expand_as(symbol)
-        kept = (size / step >= SCALES[0])[..., None].expand_as(symbol)
-        index = (bucket * symbols + symbol)[kept]
-        counts += torch.bincount(index, minlength=counts.size).view(counts.shape).numpy()
+def _inverse(backward: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.linalg.inv(backward.astype(np.float64)).astype(np.float32))
+
+
+def _bucket(size: np.ndarray) -> np.ndarray:
+    """Which of `SCALES` is nearest to each size in steps."""
+    return np.searchsorted(_EDGES, size)
+
+
+def _stored(size: np.ndarray) -> np.ndarray:
+    """The distributions (uint8) of the coordinates up to the last that is not too small."""
+    kept = np.flatnonzero(size >= SCALES[0])
+    return _bucket(size[: kept[-1] + 1 if len(kept) else 0]).astype(np.uint8)
+
+
+def _count(symbols: Tensor, size: np.ndarray) -> np.ndarray:
+    """How often each symbol occurs in each distribution, `[distributions, symbols]`, from int16 `[tokens, C]`."""
+    escape = 2 * _LARGEST + 1
+    index = symbols.int() + _LARGEST
+    index = torch.where((index < 0) | (index >= escape), escape, index)
+    index += torch.from_numpy(_bucket(size)).int() * (escape + 1)
+    kept = index[:, torch.from_numpy(size >= SCALES[0])].flatten()
+    return torch.bincount(kept, minlength=len(SCALES) * (escape + 1)).view(len(SCALES), -1).numpy()
+
+
+def _distributions(counts: np.ndarray) -> Distributions:
+    """One per row of counts: coordinates whose size is the same number of steps share one, whatever their layer."""
     centre = np.arange(-_LARGEST, _LARGEST + 1)
-    frequencies = []
+    rows = []
     for scale, count in zip(SCALES, counts, strict=True):
         prior = np.append(np.exp(-np.abs(centre) / max(scale, 0.2)), 0.0)
-        prior *= _PRIOR / prior.sum()
-        frequencies.append(_frequencies(count + prior))
-    return Distributions(np.stack(frequencies))
+        rows.append(_frequencies(count + prior * (_PRIOR / prior.sum())))
+    return Distributions(np.stack(rows))
 
 
 def _frequencies(weights: np.ndarray) -> np.ndarray:
@@ -163,25 +182,23 @@ def _frequencies(weights: np.ndarray) -> np.ndarray:
     return shares.astype(np.uint16)
 
 
-def _prefix(keep: np.ndarray) -> int:
-    """How many come up to the last that is kept."""
-    return int(np.flatnonzero(keep)[-1]) + 1 if keep.any() else 0
-
-
 def _check(tables: CodecTables) -> None:
-    """Raises `ValueError` where shapes or dtypes do not fit each other."""
+    """Raises `ValueError` where shapes, dtypes or values do not fit each other."""
+    frequencies = tables.distributions.frequencies
     layers, two, width = tables.mean.shape
-    distributions = tables.distributions
-    right = (
+    fits = (
         two == 2
         and tables.backward.shape == (layers, 2, width, width)
         and tables.size.shape == tables.mean.shape
-        and len(distributions.frequencies) == len(SCALES)
+        and frequencies.ndim == 2
+        and len(frequencies) == len(SCALES)
         and tables.mean.dtype == tables.size.dtype == np.float32
         and tables.backward.dtype == np.float16
-        and distributions.frequencies.dtype == np.uint16
-        and bool((tables.size > 0).all())
+        and frequencies.dtype == np.uint16
     )
-    if not right:
+    if not fits:
         raise ValueError("shapes or dtypes that do not fit each other")
-    _ = distributions.slots
+    finite = all(bool(np.isfinite(array).all()) for array in (tables.mean, tables.size, tables.backward))
+    if not finite or not (tables.size > 0).all():
+        raise ValueError("values that are not numbers, or sizes of 0")
+    _ = tables.distributions.slots

@@ -23,29 +23,22 @@ class TransformCodec:
     def __init__(self, tables: CodecTables, step: float) -> None:
         self._tables = tables
         self._step = step
-        self._distribution = tables.distribution(step)
         self._mean = torch.from_numpy(tables.mean)
+        stored = tables.distribution(step)
+        self._counts = [(len(k), len(v)) for k, v in stored]
+        self._distribution = [np.concatenate(layer) for layer in stored]
         self._backward = [
-            tuple(
-                torch.from_numpy(rows[: len(kept)].astype(np.float32)) * step
-                for rows, kept in zip(layer, distribution, strict=True)
-            )
-            for layer, distribution in zip(tables.backward, self._distribution, strict=True)
+            tuple(torch.from_numpy(rows[:count].astype(np.float32)) * step for rows, count in zip(*layer, strict=True))
+            for layer in zip(tables.backward, self._counts, strict=True)
         ]
 
     def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
         """Bytes of one layer's `[2, tokens, kv_heads, head_size]`."""
-        distribution = self._distribution[layer]
-        symbols = [
-            quantise(
-                ((kv[part].flatten(1).float().cpu() - self._mean[layer, part]) @ self._tables.forward[layer, part]).T[
-                    : len(distribution[part])
-                ],
-                self._step,
-            )
-            for part in range(2)
-        ]
-        return memoryview(rans.encode(torch.cat(symbols), np.concatenate(distribution), self._tables.distributions))
+        x = kv.flatten(2).float().cpu() - self._mean[layer, :, None]
+        coordinates = torch.bmm(x, self._tables.forward[layer]).mT
+        stored = [part[:count] for part, count in zip(coordinates, self._counts[layer], strict=True)]
+        symbols = quantise(torch.cat(stored), self._step)
+        return memoryview(rans.encode(symbols, self._distribution[layer], self._tables.distributions))
 
     def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """`[2, tokens, kv_heads, head_size]` from bytes; `shape` is (tokens, kv_heads, head_size).
@@ -54,11 +47,10 @@ class TransformCodec:
             CorruptObjectError: the stream does not fit the shape.
         """
         tokens, heads, size = shape
-        k, _ = self._distribution[layer]
-        steps = rans.decode(stream, np.concatenate(self._distribution[layer]), self._tables.distributions, tokens)
+        steps = rans.decode(stream, self._distribution[layer], self._tables.distributions, tokens)
         if steps is None:
             raise CorruptObjectError(f"a coded layer that cannot be one of {tokens} tokens")
         kv = torch.empty(2, tokens, heads * size)
-        for part, rows in enumerate((steps[: len(k)], steps[len(k) :])):
+        for part, rows in enumerate(steps.split(self._counts[layer])):
             torch.addmm(self._mean[layer, part], rows.T, self._backward[layer][part], out=kv[part])
         return kv.view(2, tokens, heads, size).to(dtype)

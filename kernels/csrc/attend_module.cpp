@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace nb = nanobind;
@@ -25,12 +26,8 @@ namespace {
 std::vector<std::pair<std::string, const Kernel *>> kernels() {
     std::vector<std::pair<std::string, const Kernel *>> found;
 #ifdef ATTEND_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.emplace_back("avx512", &kernel_avx512);
-    if (avx2) found.emplace_back("avx2", &kernel_avx2);
+    if (isa::avx512()) found.emplace_back("avx512", &kernel_avx512);
+    if (isa::avx2()) found.emplace_back("avx2", &kernel_avx2);
 #endif
     found.emplace_back("generic", &kernel_generic);
     return found;

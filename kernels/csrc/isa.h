@@ -1,0 +1,19 @@
+// What the machine can run, for the extensions' choice among versions of a kernel that are compiled for several
+// instruction sets. Each name says which -m options of CMakeLists.txt it allows.
+#pragma once
+
+namespace isa {
+
+#if defined(__x86_64__)
+inline bool avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+inline bool avx512() {
+    return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+}  // namespace isa
