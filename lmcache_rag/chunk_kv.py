@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NO_CONTEXT = "0" * 16
@@ -40,6 +41,21 @@ class ChunkKV:
     def layer(self, index: int) -> Tensor:
         """`[2, tokens, kv_heads, head_size]`: one layer's K and V."""
         return self.kv[index]
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token's KV looks like in a model."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of K and V in all layers, uncoded."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

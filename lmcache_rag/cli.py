@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmcache_rag import __version__
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
-from lmcache_rag.terminal import DtypeOption, ModelOption, ThreadsOption, err, given, out
+from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
 from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 
 app = typer.Typer(
@@ -50,11 +50,13 @@ def index(
         Optional[Path],
         typer.Option(help="File of passages to use as primer, in place of some of the documents; /dev/null for none."),
     ] = None,
+    codec: CodecOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Index documents: find passages, compute the KV of each once, and store it. Run again, it does what changed."""
     from lmcache_rag.corpus import IndexSettings, Manifest, find_files, open_corpus, updating
+    from lmcache_rag.engine.codec import ensure_codec
 
     settings = IndexSettings.checked(
         model=model,
@@ -72,7 +74,10 @@ def index(
         with (
             updating(folder),
             err.status("Starting vLLM") as status,
-            open_corpus(folder, settings, create=True, **given(dtype=dtype, threads=threads)) as (_, corpus),
+            open_corpus(folder, settings, create=True, **given(codec=codec, dtype=dtype, threads=threads)) as (
+                engine,
+                corpus,
+            ),
         ):
             status.stop()
             plan = corpus.plan_update(paths)
@@ -81,6 +86,8 @@ def index(
                 f"{len(plan.pending)} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
                 f"{plan.tokens} tokens to read, up to {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
             )
+            with err.status("") as learning:
+                ensure_codec(engine, plan.texts, learning.update)
             with _progress() as progress:
                 task = progress.add_task("tokens", total=plan.tokens)
                 report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))

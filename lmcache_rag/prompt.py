@@ -137,6 +137,14 @@ def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
         raise PromptError(f"The model's chat template cannot be used ({error}): use the plain form.") from error
 
 
+def model_format(tokenizer: Any) -> PromptFormat:
+    """The model's own chat template; plain completion where it has none."""
+    try:
+        return chat_format(tokenizer)
+    except PromptError:
+        return completion_format()
+
+
 def chat_format(tokenizer: Any) -> PromptFormat:
     """The model's own chat template, cut around the passages. Raises `PromptError`."""
     marks = {"passages": "\x02passages\x02", "question": "\x02question\x02"}

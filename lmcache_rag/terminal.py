@@ -15,6 +15,9 @@ ModelOption = Annotated[
     Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")
 ]
 DtypeOption = Annotated[Optional[str], typer.Option(help="Compute type: auto, float32, bfloat16, float16.")]
+CodecOption = Annotated[
+    Optional[str], typer.Option(help="How KV is stored: raw, q8, high, balanced (default), small, q4 or cachegen.")
+]
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@ and each engine is started once."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.engine import EngineSettings, LocalEngine
+
+os.environ.setdefault("LMCACHE_RAG_CODEC", "raw")  # exact; tests of other codecs name them
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY_NAMES = ("llama", "llama3-rope", "qwen3", "gemma3")

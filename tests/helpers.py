@@ -7,8 +7,11 @@ import uuid
 
 import torch
 
+from lmcache_rag.chunk_kv import KVScope, KVShape
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.prompt import PromptPlan
+from lmcache_rag.store import ChunkStore, Store
+from lmcache_rag.store.tables import ModelCodecs
 from lmcache_rag.vllm.request import BlendOptions
 
 OFF = BlendOptions(mode="off")
@@ -16,6 +19,11 @@ OFF = BlendOptions(mode="off")
 FLOAT32_ROUNDING = 5e-6
 """Of log-probabilities of about -20. vLLM's CPU attention adds up in the same order whole and in parts, so its own
 difference may be zero, while another kernel's cannot."""
+
+
+def chunk_store(store: Store, scope: KVScope, shape: KVShape, level: str = "raw") -> ChunkStore:
+    """Chunks of a model of this shape."""
+    return ChunkStore(store, scope, level, ModelCodecs(store, scope.model, shape))
 
 
 def random_plan(

@@ -13,12 +13,11 @@ import typer
 from rich.table import Table
 
 from lmcache_rag.errors import LmcacheRagError, PromptError
-from lmcache_rag.terminal import DtypeOption, ModelOption, ThreadsOption, err, given, out
+from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
 from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
-    from lmcache_rag.prompt import PromptFormat
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 
@@ -33,26 +32,46 @@ def calibrate(
         Optional[Path], typer.Option(help="Questions like yours, in the form of `bench fidelity`; built-in ones else.")
     ] = None,
     questions: Annotated[int, typer.Option(min=4, help="How many are asked.")] = 16,
+    calibration: Annotated[
+        Optional[Path], typer.Option(help="Text like yours, to learn the KV codec from; a built-in one else.")
+    ] = None,
+    store: Annotated[Optional[Path], typer.Option(help="A store that is to use the learned codec from now on.")] = None,
     model: ModelOption = None,
+    codec: CodecOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure which recompute ratio a model needs for which fidelity, in minutes, once per model."""
+    """Learn a model's KV codec, and measure which recompute ratio it needs for which fidelity, once per model."""
     from lmcache_rag.bench.calibrate import BUILT_IN_MARGIN, default_questions
     from lmcache_rag.bench.calibrate import calibrate as measure
     from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.codec import LEVELS
+    from lmcache_rag.codec.texts import built_in_texts, read_texts
+    from lmcache_rag.engine.codec import learn_codec, prompts_for
     from lmcache_rag.model import cache_folder
+    from lmcache_rag.prompt import model_format
+    from lmcache_rag.store import DiskStore
+    from lmcache_rag.store.tables import TableStore
 
     if data is None:
         asked, margin = default_questions(questions), BUILT_IN_MARGIN
     else:
         margin = 1.0
         asked = read_questions(data, passages=4, words=150, limit=questions)
-    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
-        calibration = measure(engine, _prompt_form(engine), asked, margin, progress)
-        path = calibration.write(cache_folder(), engine.model_fingerprint)
-    _show([{"ratio": ratio, "kl_mean": kl} for ratio, kl in calibration.points])
-    ratio = calibration.ratio_for(DEFAULT_TARGET_KL)
+    texts = built_in_texts() if calibration is None else read_texts(calibration)
+    kept = None if store is None else DiskStore(store)
+    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+        if LEVELS[engine.settings.codec].learned:
+            prompts = prompts_for(engine, texts)
+            if not prompts:
+                raise PromptError(f"{calibration} has too little text to learn from: give several thousand words.")
+            tables = learn_codec(engine, prompts, progress)
+            if kept is not None:
+                TableStore(kept, engine.model_fingerprint).add(tables)
+        curve = measure(engine, model_format(engine.tokenizer), asked, margin, progress)
+        path = curve.write(cache_folder(), engine.model_fingerprint)
+    _show([{"ratio": ratio, "kl_mean": kl} for ratio, kl in curve.points])
+    ratio = curve.ratio_for(DEFAULT_TARGET_KL)
     out.print(f"The default target, {DEFAULT_TARGET_KL}, takes r={ratio:g}. Kept in {path}", highlight=False)
 
 
@@ -68,6 +87,7 @@ def bench_ttft_command(
     ] = None,
     json_file: JsonOption = None,
     model: ModelOption = None,
+    codec: CodecOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -75,7 +95,7 @@ def bench_ttft_command(
     from lmcache_rag.bench.ttft import bench_ttft
 
     slow = {} if store_mb_s is None else {"read_bytes_per_s": 1e6 * store_mb_s, "never_slower": True}
-    with _bench_engine(**slow, model=model, dtype=dtype, threads=threads) as (engine, progress):
+    with _bench_engine(**slow, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_ttft(
             engine,
             chunks=chunks,
@@ -102,6 +122,7 @@ def bench_throughput_command(
     seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
     json_file: JsonOption = None,
     model: ModelOption = None,
+    codec: CodecOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -116,7 +137,7 @@ def bench_throughput_command(
         levels = []
     if not levels or min(levels) < 1:
         raise PromptError(f"concurrency: give numbers from 1 on, separated by commas (got {concurrency!r})")
-    with _bench_engine(never_slower=True, model=model, dtype=dtype, threads=threads) as (engine, progress):
+    with _bench_engine(never_slower=True, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_throughput(
             engine,
             concurrency=levels,
@@ -143,17 +164,19 @@ def bench_fidelity_command(
     ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.1,0.15",
     json_file: JsonOption = None,
     model: ModelOption = None,
+    codec: CodecOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """How near blending comes to full prefill on real questions: KL divergence, agreement, and answers."""
     from lmcache_rag.bench.fidelity import bench_fidelity, ways
     from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.prompt import model_format
 
     questions = read_questions(data, passages=passages, words=words, limit=limit)
     tried = ways(_selectors(selectors), _ratios(ratios))
-    with _bench_engine(model=model, dtype=dtype, threads=threads) as (engine, progress):
-        rows = bench_fidelity(engine, _prompt_form(engine), questions, tried, seed=seed, progress=progress)
+    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+        rows = bench_fidelity(engine, model_format(engine.tokenizer), questions, tried, seed=seed, progress=progress)
     _show(rows)
     _write(rows, json_file)
 
@@ -169,16 +192,6 @@ def _bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str]
         with err.status("Starting vLLM") as status, LocalEngine(checked) as engine:
             yield engine, status.update
             out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
-
-
-def _prompt_form(engine: LocalEngine) -> PromptFormat:
-    """The model's own chat template; plain completion where it has none."""
-    from lmcache_rag.prompt import chat_format, completion_format
-
-    try:
-        return chat_format(engine.tokenizer)
-    except PromptError:
-        return completion_format()
 
 
 def _selectors(names: str) -> list[SelectorName]:

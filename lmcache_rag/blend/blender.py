@@ -19,9 +19,9 @@ from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
-from lmcache_rag.chunk_kv import ChunkKV
+from lmcache_rag.chunk_kv import ChunkKV, KVShape
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
+from lmcache_rag.store.chunks import ChunkStore, LoadedKV
 from lmcache_rag.vllm.request import ReuseReport
 
 _MEASURED_TOKENS = 256

@@ -12,7 +12,8 @@ from concurrent.futures import TimeoutError as NotDoneError
 
 from lmcache_rag.blend.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.blend.plan import PlannedSegment
-from lmcache_rag.store.chunks import ChunkStore, KVShape, LoadedKV
+from lmcache_rag.chunk_kv import KVShape
+from lmcache_rag.store.chunks import ChunkStore, LoadedKV
 
 _AT_A_TIME = 4
 _LARGE_BYTES = 1 << 20

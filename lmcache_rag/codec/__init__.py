@@ -2,8 +2,17 @@
 
 from lmcache_rag.codec.base import Codec
 from lmcache_rag.codec.container import ObjectHeader, StoredObject, pack, peek_tokens, unpack
-from lmcache_rag.codec.raw import RawCodec
+from lmcache_rag.codec.levels import DEFAULT_LEVEL, LEVELS, Level, level_named
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (RawCodec(),)}
-
-__all__ = ["CODECS", "Codec", "ObjectHeader", "StoredObject", "pack", "peek_tokens", "unpack"]
+__all__ = [
+    "DEFAULT_LEVEL",
+    "LEVELS",
+    "Codec",
+    "Level",
+    "ObjectHeader",
+    "StoredObject",
+    "level_named",
+    "pack",
+    "peek_tokens",
+    "unpack",
+]

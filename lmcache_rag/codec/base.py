@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -12,13 +12,11 @@ if TYPE_CHECKING:
 class Codec(Protocol):
     """One way to write K and V as bytes. Layers are coded one by one, so that they can be read one by one."""
 
-    name: ClassVar[str]
-
-    def encode_layer(self, kv: Tensor) -> memoryview:
-        """Bytes of one layer's `[2, tokens, kv_heads, head_size]`."""
+    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
+        """Bytes of one layer's `[2, tokens, kv_heads, head_size]`; K is position-free."""
         ...
 
-    def decode_layer(self, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """`[2, tokens, kv_heads, head_size]` from bytes; `shape` is (tokens, kv_heads, head_size).
 
         The result may be a view of `stream`. Raises `CorruptObjectError` where the stream does not fit the shape.

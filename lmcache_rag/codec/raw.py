@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -13,13 +11,11 @@ from lmcache_rag.errors import CorruptObjectError
 class RawCodec:
     """K's bytes, then V's."""
 
-    name: ClassVar[str] = "raw"
-
-    def encode_layer(self, kv: Tensor) -> memoryview:
+    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
         data = kv.detach().cpu().contiguous().view(torch.uint8).numpy()
         return memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
 
-    def decode_layer(self, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape
         if len(stream) != 2 * tokens * heads * size * dtype.itemsize:
             raise CorruptObjectError(f"a raw layer of shape {shape} in {dtype} cannot have {len(stream)} bytes")

@@ -143,15 +143,20 @@ def _inverse(backward: np.ndarray) -> Tensor:
     return torch.from_numpy(np.linalg.inv(backward.astype(np.float64)).astype(np.float32))
 
 
-def _bucket(size: np.ndarray) -> np.ndarray:
-    """Which of `SCALES` is nearest to each size in steps."""
-    return np.searchsorted(_EDGES, size)
+def nearest_scale(size: np.ndarray) -> np.ndarray:
+    """Which of `SCALES` (uint8) is nearest to each size in steps."""
+    return np.searchsorted(_EDGES, size).astype(np.uint8)
+
+
+def laplace_distributions() -> Distributions:
+    """For each of `SCALES`, where nothing was learned."""
+    return _distributions(np.zeros((len(SCALES), 2 * _LARGEST + 2)))
 
 
 def _stored(size: np.ndarray) -> np.ndarray:
     """The distributions (uint8) of the coordinates up to the last that is not too small."""
     kept = np.flatnonzero(size >= SCALES[0])
-    return _bucket(size[: kept[-1] + 1 if len(kept) else 0]).astype(np.uint8)
+    return nearest_scale(size[: kept[-1] + 1 if len(kept) else 0])
 
 
 def _count(symbols: Tensor, size: np.ndarray) -> np.ndarray:
@@ -159,7 +164,7 @@ def _count(symbols: Tensor, size: np.ndarray) -> np.ndarray:
     escape = 2 * _LARGEST + 1
     index = symbols.int() + _LARGEST
     index = torch.where((index < 0) | (index >= escape), escape, index)
-    index += torch.from_numpy(_bucket(size)).int() * (escape + 1)
+    index += torch.from_numpy(nearest_scale(size)).int() * (escape + 1)
     kept = index[:, torch.from_numpy(size >= SCALES[0])].flatten()
     return torch.bincount(kept, minlength=len(SCALES) * (escape + 1)).view(len(SCALES), -1).numpy()
 

@@ -3,8 +3,6 @@ one step for all coordinates, entropy coding. See `lmcache_rag.codec.tables`."""
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import torch
 from lmcache_rag_kernels import rans
@@ -13,12 +11,9 @@ from torch import Tensor
 from lmcache_rag.codec.tables import CodecTables, quantise
 from lmcache_rag.errors import CorruptObjectError
 
-STEPS: Final = {"high": 0.15, "balanced": 0.26, "small": 0.6}
-"""Quantiser step by level, in units of the tables' coordinates."""
-
 
 class TransformCodec:
-    """One level for one model. A layer's stream is that of `lmcache_rag_kernels.rans`: K's coordinates, then V's."""
+    """Coordinates in steps of `step`. A layer's stream is that of `lmcache_rag_kernels.rans`: K's, then V's."""
 
     def __init__(self, tables: CodecTables, step: float) -> None:
         self._tables = tables

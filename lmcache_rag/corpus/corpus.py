@@ -17,6 +17,7 @@ from lmcache_rag.corpus.documents import Document, absolute, find_files, read_do
 from lmcache_rag.corpus.embedder import Embedder
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.corpus.splitter import split
+from lmcache_rag.engine.codec import ensure_codec
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.primer import choose_primer, primer_ids
@@ -76,6 +77,11 @@ class UpdatePlan:
     tokens: int
     needed_bytes: int
     free_bytes: int | None
+
+    @property
+    def texts(self) -> list[str]:
+        """The new passages."""
+        return [text for item in self.pending for text in item.texts]
 
 
 class Corpus:
@@ -153,6 +159,7 @@ class Corpus:
                 f"The KV of the new passages needs up to {plan.needed_bytes / 1e9:.1f} GB, and only "
                 f"{plan.free_bytes / 1e9:.1f} GB are free: free some space, or name another folder with --store."
             )
+        ensure_codec(self._engine, plan.texts)
         report = plan.report
         known = self._database.documents()
         with writing(self.folder):

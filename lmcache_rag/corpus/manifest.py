@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lmcache_rag.codec import DEFAULT_LEVEL
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.vllm.request import first_problem
@@ -21,6 +22,7 @@ class Manifest(BaseModel):
     Attributes:
         model: as the user named it.
         store: folder of the KV store, relative to the index where it lies in it.
+        codec: the level at which KV is stored.
         prompt: the prompt's form; chunk KV was computed behind its preamble.
         primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
             none. None, only before the first update, is for that to choose.
@@ -35,6 +37,7 @@ class Manifest(BaseModel):
     tokenizer_fingerprint: str
     namespace: str
     store: Path
+    codec: str = DEFAULT_LEVEL
     prompt: PromptFormat
     primer: str | None = None
     primer_tokens: int | None = None
@@ -82,6 +85,7 @@ class Manifest(BaseModel):
             "model_fingerprint": "weights of the model",
             "tokenizer_fingerprint": "tokenizer",
             "namespace": "namespace",
+            "codec": "codec",
             "prompt": "preamble or prompt form",
             "primer": "primer",
             "primer_tokens": "length of the primer",

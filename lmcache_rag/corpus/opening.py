@@ -57,7 +57,7 @@ def open_corpus(
 
     Args:
         create: make the index where there is none.
-        engine: further fields of `EngineSettings`; the compute type is the index's own where it is not given.
+        engine: further fields of `EngineSettings`; compute type and codec are the index's own where not given.
 
     Raises:
         CorpusError: there is no index, or it was made with something else than `settings` ask for.
@@ -82,6 +82,7 @@ def open_corpus(
     namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
     if known is not None:
         engine.setdefault("dtype", known.dtype)
+        engine.setdefault("codec", known.codec)
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
@@ -92,6 +93,7 @@ def open_corpus(
             tokenizer_fingerprint=started.tokenizer_fingerprint,
             namespace=namespace,
             store=store,
+            codec=started.settings.codec,
             prompt=_prompt(settings, known, started),
             primer=settings.primer if settings.primer is not None else (known.primer if known else None),
             primer_tokens=known.primer_tokens if known else None,

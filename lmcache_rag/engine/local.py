@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import os
 import queue
 import threading
@@ -13,7 +14,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, variant_of
+from lmcache_rag.codec import LEVELS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
+from lmcache_rag.engine.codec import ensure_codec
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.engine.start import start_vllm
@@ -22,6 +25,7 @@ from lmcache_rag.model import resolve_model, tokenizer_fingerprint
 from lmcache_rag.primer import default_primer, primer_ids
 from lmcache_rag.prompt import PromptPlan, Tokenizer
 from lmcache_rag.store import ChunkStore, DiskStore
+from lmcache_rag.store.tables import TableStore
 from lmcache_rag.vllm.request import BlendOptions
 
 
@@ -85,17 +89,24 @@ class LocalEngine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Size of one token's uncoded KV in the store."""
-        return self._kv_bytes_per_token
+        """What one token's KV takes in the store, about."""
+        bits, uncoded = LEVELS[self.settings.codec].bits, 8 * self._shape.dtype.itemsize
+        return math.ceil(self._shape.bytes_per_token * (bits or uncoded) / uncoded)
+
+    @property
+    def tables(self) -> TableStore:
+        """The codec's tables of this model, in the store."""
+        return TableStore(self.store, self._fingerprint)
 
     @property
     def layers(self) -> int:
         """How many attention layers the model has."""
-        return self._layers
+        return self._shape.layers
 
     def chunk_store(self, namespace: str | None = None) -> ChunkStore:
         """The stored chunks that this engine uses and makes, by default in its own namespace."""
-        return ChunkStore(self.store, KVScope(namespace or self.settings.namespace, self._fingerprint))
+        scope = KVScope(namespace or self.settings.namespace, self._fingerprint)
+        return ChunkStore(self.store, scope, self.settings.codec)
 
     def precompute(
         self,
@@ -112,6 +123,7 @@ class LocalEngine:
         Raises:
             PromptError: a chunk does not fit behind the preamble.
         """
+        ensure_codec(self)
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
@@ -266,8 +278,7 @@ class LocalEngine:
         self._fingerprint = fingerprint_of(engine.vllm_config)
         primer = default_primer() if self.settings.primed else ""
         self._primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
-        shape = bound_model().shape
-        self._layers, self._kv_bytes_per_token = shape.layers, shape.bytes_per_token
+        self._shape = bound_model().shape
 
     def _check_forced(self, token_ids: Sequence[int]) -> None:
         if token_ids and not self.settings.forced_answers:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from lmcache_rag.codec import DEFAULT_LEVEL, level_named
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
@@ -19,6 +20,7 @@ class EngineSettings(BaseSettings):
     Attributes:
         model: Hugging Face id or folder.
         store: folder of the KV store; shared by every engine that names it.
+        codec: the level of `codec.LEVELS` at which KV is stored: raw, q8, high, balanced, small, or another.
         namespace: whose KV: one namespace never sees another's.
         dtype: the model's compute type; `auto` is float32 on CPUs without native bfloat16, else the model's own.
         max_model_len: longest prompt and answer together; None takes the model's own limit.
@@ -40,6 +42,7 @@ class EngineSettings(BaseSettings):
 
     model: str = DEFAULT_MODEL
     store: Path = Path(".lmcache-rag/kv")
+    codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, ge=1)

@@ -71,6 +71,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                     kv_connector_extra_config={
                         "store": str(settings.store),
                         "namespace": settings.namespace,
+                        "codec": settings.codec,
                         "read_bytes_per_s": settings.read_bytes_per_s,
                         "never_slower": settings.never_slower,
                     },

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, chunk_key
-from lmcache_rag.codec import CODECS, ObjectHeader, StoredObject, pack, unpack
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, chunk_key
+from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, StoredObject, pack, unpack
 from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.store.base import Store
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """What one token's KV looks like in a model."""
-
-    layers: int
-    kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Of K and V in all layers, uncoded."""
-        return 2 * self.layers * self.kv_heads * self.head_size * self.dtype.itemsize
+from lmcache_rag.store.tables import ModelCodecs
 
 
 class LoadedKV:
     """One stored variant of a chunk, its layers decoded one by one."""
 
-    def __init__(self, stored: StoredObject, shape: KVShape, size_bytes: int) -> None:
+    def __init__(self, stored: StoredObject, shape: KVShape, codec: Codec, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._stored = stored
         self._shape = shape
-        self._codec = CODECS[stored.header.codec]
+        self._codec = codec
 
     @property
     def tokens(self) -> int:
@@ -46,16 +31,22 @@ class LoadedKV:
     def layer(self, index: int) -> torch.Tensor:
         """`[2, tokens, kv_heads, head_size]`: K with RoPE taken off, and V."""
         shape = (self.tokens, self._shape.kv_heads, self._shape.head_size)
-        return self._codec.decode_layer(self._stored.layers[index], shape, self._shape.dtype)
+        return self._codec.decode_layer(index, self._stored.layers[index], shape, self._shape.dtype)
 
 
 class ChunkStore:
-    """The chunks of one scope (namespace and model) in a store."""
+    """The chunks of one scope (namespace and model) in a store.
 
-    def __init__(self, store: Store, scope: KVScope, codec: str = "raw") -> None:
+    Args:
+        level: at which KV is written; one of `codec.LEVELS`.
+        codecs: of the model; without, KV can be listed and named, but not read or written.
+    """
+
+    def __init__(self, store: Store, scope: KVScope, level: str, codecs: ModelCodecs | None = None) -> None:
         self.store = store
         self.scope = scope
-        self.codec = CODECS[codec]
+        self.level = level
+        self._codecs = codecs
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
@@ -63,34 +54,38 @@ class ChunkStore:
 
     def name_below(self, prefix: str, variant: str) -> str:
         """The same, from what the names of all variants of the chunk start with."""
-        return f"{prefix}{variant}.{self.codec.name}.v{FORMAT_VERSION}"
+        return f"{prefix}{variant}.{self.level}.v{FORMAT_VERSION}"
 
     def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
-        """The readable variants of a chunk: variant -> object name."""
-        found = {}
+        """The readable variants of a chunk: variant -> object name. Of a variant's several levels it is the one that
+        is written here, else the one of highest fidelity."""
+        found: dict[str, dict[str, str]] = {}
         for name in self.store.list(self.scope.chunk_prefix(token_ids)):
             variant, _, form = name.rpartition("/")[2].partition(".")
-            codec, _, version = form.rpartition(".v")
-            if codec in CODECS and version == str(FORMAT_VERSION):
-                found[variant] = name
-        return found
+            level, _, version = form.rpartition(".v")
+            if level in LEVELS and version == str(FORMAT_VERSION):
+                found.setdefault(variant, {})[level] = name
+        return {variant: names[min(names, key=self._preference)] for variant, names in found.items()}
 
     def save(self, chunk: ChunkKV, variant: str) -> int:
         """Store one variant of a chunk; returns its size in bytes. Raises `StoreError`."""
+        assert self._codecs is not None
+        codec, tables = self._codecs.for_writing(self.level)
         layers, _, tokens, kv_heads, head_size = chunk.kv.shape
         header = ObjectHeader(
             namespace=self.scope.namespace,
             model=self.scope.model,
             key=chunk_key(chunk.token_ids),
             variant=variant,
-            codec=self.codec.name,
+            codec=self.level,
+            tables=tables,
             tokens=tokens,
             layers=layers,
             kv_heads=kv_heads,
             head_size=head_size,
             dtype=str(chunk.kv.dtype).removeprefix("torch."),
         )
-        streams = [self.codec.encode_layer(layer) for layer in chunk.kv]
+        streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
         return self.store.write(self.name(chunk.token_ids, variant), pack(header, chunk.token_ids, streams))
 
     def load(self, name: str, shape: KVShape) -> LoadedKV | str:
@@ -114,7 +109,19 @@ class ChunkStore:
             return "of another model"
         if header.name != name:
             return "of another chunk"
-        return LoadedKV(stored, shape, len(data))
+        if header.codec not in LEVELS:
+            return "of an unknown codec"
+        assert self._codecs is not None
+        try:
+            codec = self._codecs.for_reading(header.codec, header.tables)
+        except StoreError:
+            return "coded with tables that cannot be read"
+        if codec is None:
+            return "coded with tables that are missing"
+        return LoadedKV(stored, shape, codec, len(data))
+
+    def _preference(self, level: str) -> tuple[bool, int]:
+        return level != self.level, list(LEVELS).index(level)
 
     def _discard(self, name: str) -> None:
         try:

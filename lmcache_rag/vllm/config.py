@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from lmcache_rag.codec import DEFAULT_LEVEL, level_named
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import GRAM
@@ -26,7 +27,7 @@ class ConnectorConfig(BaseModel):
         namespace: of requests that name none.
         clients_choose_namespace: whether requests may name another.
         clients_precompute: whether requests may store KV.
-        codec: how KV is written to the store.
+        codec: the level of `codec.LEVELS` at which KV is stored.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         read_bytes_per_s: slows reading from the store down, to see what a slow one does.
@@ -40,7 +41,7 @@ class ConnectorConfig(BaseModel):
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     clients_choose_namespace: bool = True
     clients_precompute: bool = True
-    codec: str = "raw"
+    codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
     read_bytes_per_s: float | None = Field(default=None, gt=0.0)

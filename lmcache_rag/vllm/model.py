@@ -19,8 +19,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from lmcache_rag.blend.passes import Pass
 from lmcache_rag.blend.workspace import LayerSpec, Workspace
+from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.errors import ModelError
-from lmcache_rag.store.chunks import KVShape
 
 _CHECK_TOKEN = 5
 _TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}

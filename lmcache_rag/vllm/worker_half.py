@@ -14,6 +14,7 @@ from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.chunks import ChunkStore
+from lmcache_rag.store.tables import ModelCodecs, machine_store
 from lmcache_rag.vllm.metadata import BlendJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 from lmcache_rag.vllm.request import ReuseReport
@@ -23,6 +24,7 @@ class WorkerHalf:
     """Runs where the model runs. Its memory, the workspace, is allocated here, at start-up.
 
     Args:
+        level: at which KV is stored.
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
@@ -34,7 +36,7 @@ class WorkerHalf:
         model: BoundModel,
         store: Store,
         fingerprint: str,
-        codec: str,
+        level: str,
         *,
         workspace_tokens: int,
         max_pass_tokens: int,
@@ -44,7 +46,8 @@ class WorkerHalf:
         self._model = model
         self._store = store
         self._fingerprint = fingerprint
-        self._codec = codec
+        self._level = level
+        self._codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
         self._block_tokens = block_tokens
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
@@ -56,7 +59,7 @@ class WorkerHalf:
     def do(self, job: BlendJob) -> None:
         """Do one blend, and keep its report for the scheduler half."""
         plan = job.plan
-        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), self._codec)
+        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), self._level, self._codecs)
         report = self._blender.blend(plan, chunks)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)

@@ -10,9 +10,9 @@ import torch
 
 from lmcache_rag.blend import Blender, BlendPlan, LayerSpec, PlannedSegment, Workspace
 from lmcache_rag.blend.passes import Pass
-from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
-from lmcache_rag.store import ChunkStore, DiskStore
-from lmcache_rag.store.chunks import KVShape
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
+from lmcache_rag.store import DiskStore
+from tests.helpers import chunk_store
 
 LAYERS, TOKENS, QUESTION = 12, 40, 3
 SHAPE = KVShape(LAYERS, 1, 8, torch.float32)
@@ -45,7 +45,7 @@ def test_depth_of_the_recompute_pass(
     selector: str, ratio: float, stored: int, expected: tuple[int, int], tmp_path: Path
 ) -> None:
     token_ids = np.arange(stored, dtype=np.int32)
-    chunks = ChunkStore(DiskStore(tmp_path), KVScope("default", "model"))
+    chunks = chunk_store(DiskStore(tmp_path), KVScope("default", "model"), SHAPE)
     chunks.save(ChunkKV(token_ids, torch.zeros(LAYERS, 2, stored, 1, 8)), NO_CONTEXT)
     segment = PlannedSegment(TOKENS - stored, stored, name=chunks.name(token_ids, NO_CONTEXT))
     plan = BlendPlan(

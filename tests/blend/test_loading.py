@@ -12,17 +12,19 @@ import torch
 
 from lmcache_rag.blend import PlannedSegment
 from lmcache_rag.blend.loading import Loader
-from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
 from lmcache_rag.store import ChunkStore, DiskStore
-from lmcache_rag.store.chunks import KVShape, LoadedKV
+from lmcache_rag.store.chunks import LoadedKV
+from lmcache_rag.store.tables import ModelCodecs
 from lmcache_rag.store.throttled import ThrottledStore
+from tests.helpers import chunk_store
 
 SHAPE = KVShape(8, 4, 32, torch.float32)
 TOKENS = 100
 
 
 def stored(folder: Path, count: int) -> tuple[ChunkStore, list[PlannedSegment]]:
-    chunks = ChunkStore(DiskStore(folder), KVScope("default", "model"))
+    chunks = chunk_store(DiskStore(folder), KVScope("default", "model"), SHAPE)
     segments = []
     for number in range(count):
         token_ids = np.arange(TOKENS, dtype=np.int32) + number
@@ -51,7 +53,7 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_read_that_hangs_holds_up_neither_the_next_plan_nor_the_end_of_the_process(tmp_path: Path) -> None:
     chunks, segments = stored(tmp_path, 6)
-    hanging = ChunkStore(ThrottledStore(chunks.store, 1.0), chunks.scope)  # days
+    hanging = chunk_store(ThrottledStore(chunks.store, 1.0), chunks.scope, SHAPE)  # days
     found = [kv for _, kv in Loader(SHAPE, prefill_tokens_per_s=1e9).load(hanging, segments, TOKENS)]
     assert found == ["too slow"] * 6
     started = [thread for thread in threading.enumerate() if thread.name == "lmcache-rag-load"]
@@ -68,7 +70,11 @@ def test_many_objects_are_not_in_memory_at_once(tmp_path: Path) -> None:
             reads.append(name)
             return super().load(name, shape)
 
-    found = Loader(SHAPE, 0.0).load(Counting(chunks.store, chunks.scope), segments, TOKENS)
+    found = Loader(SHAPE, 0.0).load(
+        Counting(chunks.store, chunks.scope, "raw", ModelCodecs(chunks.store, chunks.scope.model, SHAPE)),
+        segments,
+        TOKENS,
+    )
     next(found)
     time.sleep(0.3)
     assert len(reads) <= 10
@@ -82,7 +88,9 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
     chunks, segments = stored(tmp_path, 20)
     size = chunks.store.size(segments[0].name or "")
     assert size is not None
-    slow = ChunkStore(ThrottledStore(chunks.store, size / 0.2), chunks.scope)  # 0.2 s an object, 4 s all of them
+    slow = chunk_store(
+        ThrottledStore(chunks.store, size / 0.2), chunks.scope, SHAPE
+    )  # 0.2 s an object, 4 s all of them
     loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
     found = [kv for _, kv in loader.load(slow, segments, TOKENS)]
     assert isinstance(found[0], LoadedKV) and found[-1] == "too slow"

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_rag.chunk_kv import ChunkKV, KVScope
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
 from lmcache_rag.store import Catalog, ChunkStore, DiskStore
+from tests.helpers import chunk_store
 
+SHAPE = KVShape(layers=1, kv_heads=1, head_size=2, dtype=torch.float32)
 SCOPE = KVScope("default", "f" * 32)
 
 
@@ -22,7 +24,7 @@ def tokens(seed: int, count: int) -> list[int]:
 
 @pytest.fixture
 def chunks(tmp_path: Path) -> ChunkStore:
-    return ChunkStore(DiskStore(tmp_path), SCOPE)
+    return chunk_store(DiskStore(tmp_path), SCOPE, SHAPE)
 
 
 def save(chunks: ChunkStore, token_ids: list[int], variant: str = "a" * 16) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_rag.chunk_kv import ChunkKV, KVScope
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
 from lmcache_rag.store import ChunkStore, DiskStore
-from lmcache_rag.store.chunks import KVShape, LoadedKV
+from lmcache_rag.store.chunks import LoadedKV
+from tests.helpers import chunk_store
 
 SHAPE = KVShape(layers=2, kv_heads=1, head_size=4, dtype=torch.float32)
 TOKENS = np.arange(5, dtype=np.int32)
@@ -19,7 +20,7 @@ OWN, OTHER = "a" * 16, "b" * 16
 
 @pytest.fixture
 def chunks(tmp_path: Path) -> ChunkStore:
-    return ChunkStore(DiskStore(tmp_path), KVScope("default", "f" * 32))
+    return chunk_store(DiskStore(tmp_path), KVScope("default", "f" * 32), SHAPE)
 
 
 def test_variants_are_kept_apart(chunks: ChunkStore) -> None:
@@ -87,7 +88,7 @@ def test_an_object_put_under_another_chunks_or_variants_name(chunks: ChunkStore)
 def test_an_object_put_where_it_does_not_belong(chunks: ChunkStore, scope: KVScope) -> None:
     """Somebody copied files about: the object says itself what it is."""
     chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
-    elsewhere = ChunkStore(chunks.store, scope)
+    elsewhere = chunk_store(chunks.store, scope, SHAPE)
     data = chunks.store.read(chunks.name(TOKENS, OWN))
     assert data is not None
     elsewhere.store.write(elsewhere.name(TOKENS, OWN), [data])

@@ -1,0 +1,83 @@
+"""The levels at which KV can be written, one a line. A codec is imported when it is first made: codecs import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from lmcache_rag.codec.base import Codec
+    from lmcache_rag.codec.tables import CodecTables
+
+DEFAULT_LEVEL: Final = "balanced"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A codec with its setting.
+
+    Attributes:
+        bits: typical length of a value of K or V; 0 where it is the model's own.
+        make: the codec, for a model of so many layers.
+        learned: whether it needs tables.
+    """
+
+    bits: float
+    make: Callable[[int, CodecTables | None], Codec]
+    learned: bool = False
+
+
+def _raw() -> Callable[..., Codec]:
+    def make(_layers: int, _tables: Any) -> Codec:
+        from lmcache_rag.codec.raw import RawCodec
+
+        return RawCodec()
+
+    return make
+
+
+def _grouped(bits: int) -> Callable[..., Codec]:
+    def make(_layers: int, _tables: Any) -> Codec:
+        from lmcache_rag.codec.grouped import GroupedCodec
+
+        return GroupedCodec(bits)
+
+    return make
+
+
+def _transform(step: float) -> Callable[..., Codec]:
+    def make(_layers: int, tables: Any) -> Codec:
+        from lmcache_rag.codec.transform import TransformCodec
+
+        return TransformCodec(tables, step)
+
+    return make
+
+
+def _cachegen() -> Callable[..., Codec]:
+    def make(layers: int, _tables: Any) -> Codec:
+        from lmcache_rag.codec.cachegen import CacheGenCodec
+
+        return CacheGenCodec(layers)
+
+    return make
+
+
+LEVELS: Final[dict[str, Level]] = {
+    "raw": Level(0, _raw()),
+    "q8": Level(8.6, _grouped(bits=8)),
+    "high": Level(2.7, _transform(step=0.15), learned=True),
+    "balanced": Level(2.0, _transform(step=0.26), learned=True),
+    "q4": Level(4.6, _grouped(bits=4)),
+    "small": Level(1.1, _transform(step=0.6), learned=True),
+    "cachegen": Level(4.5, _cachegen()),
+}
+"""By falling fidelity."""
+
+
+def level_named(name: str) -> str:
+    """The name of a level. Raises `ValueError` where there is none of that name."""
+    if name not in LEVELS:
+        raise ValueError(f"there is no codec {name!r}, choose from {', '.join(LEVELS)}")
+    return name

@@ -1,0 +1,69 @@
+"""The codec of a running engine's model: learning its tables where there are none yet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.codec import LEVELS
+from lmcache_rag.codec.texts import built_in_texts, learning_prompts, mixed
+from lmcache_rag.prompt import PromptPlan, model_format
+from lmcache_rag.store.tables import TableStore, machine_store
+
+if TYPE_CHECKING:
+    from lmcache_rag.codec.tables import CodecTables
+    from lmcache_rag.engine.local import LocalEngine
+
+
+def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Callable[[str], Any] | None = None) -> None:
+    """Learn the codec's tables where it needs some, and neither the store nor this machine has them: minutes of
+    computing, once per model.
+
+    Args:
+        texts: to learn from, together with built-in ones; texts like those that will be stored make KV smaller.
+        progress: is told how far it is; without, a line on standard error says that it is done.
+
+    Raises:
+        ModelError: they cannot be learned from this model.
+        StoreError: they cannot be kept.
+    """
+    if not LEVELS[engine.settings.codec].learned or engine.tables.last() is not None:
+        return
+    own = machine_store()
+    if own is None or TableStore(own, engine.model_fingerprint).last() is None:
+        learn_codec(engine, mixed(prompts_for(engine, texts), prompts_for(engine, built_in_texts())), progress)
+
+
+def learn_codec(
+    engine: LocalEngine, prompts: Sequence[PromptPlan], progress: Callable[[str], Any] | None = None
+) -> CodecTables:
+    """Learn the codec's tables, used from now on for what engines store that are started on this machine or with this
+    store. Raises as `ensure_codec`."""
+    import torch
+
+    from lmcache_rag.codec.learning import learn
+    from lmcache_rag.vllm.worker import bound_model
+
+    def say(done: int) -> None:
+        if progress is not None:
+            progress(f"Learning the KV codec of {engine.settings.model}, once: {done} of {len(prompts)}")
+        elif not done:
+            note = f"Learning the KV codec of {engine.settings.model}, once for this model. This takes minutes."
+            print(note, file=sys.stderr, flush=True)
+
+    say(0)
+    model = bound_model()
+    dtype = torch.float32 if model.device.type == "cpu" else model.shape.dtype
+    rotations = [spec.rotation for spec in model.specs]
+    tables = learn(engine.model_folder, dtype, model.device, rotations, prompts, say)
+    own = machine_store()
+    if own is not None:
+        TableStore(own, engine.model_fingerprint).add(tables)
+    engine.tables.add(tables)
+    return tables
+
+
+def prompts_for(engine: LocalEngine, texts: Iterable[str]) -> list[PromptPlan]:
+    """Prompts over passages of the texts, to learn from."""
+    return learning_prompts(engine.tokenizer, model_format(engine.tokenizer), texts, engine.max_model_len)

@@ -1,0 +1,133 @@
+"""A model's codec tables in a store, and the codecs made from them."""
+
+from __future__ import annotations
+
+import threading
+
+from lmcache_rag.chunk_kv import KVShape
+from lmcache_rag.codec.base import Codec
+from lmcache_rag.codec.levels import LEVELS
+from lmcache_rag.codec.tables import CodecTables
+from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.model import cache_folder
+from lmcache_rag.store.base import Store
+from lmcache_rag.store.disk import DiskStore
+
+_FOLDER = ".tables"
+"""No namespace's name begins with a dot."""
+
+
+class TableStore:
+    """The tables of one model in a store: `.tables/<model>/<number>.<digest>`. What was coded with older ones stays
+    readable; the last ones are for what is coded from now on."""
+
+    def __init__(self, store: Store, model: str) -> None:
+        self._store = store
+        self._prefix = f"{_FOLDER}/{model}/"
+
+    def add(self, tables: CodecTables) -> None:
+        """Keep tables, from now on the last ones. Raises `StoreError`."""
+        names = self._names()
+        if names and names[-1].endswith(f".{tables.digest}"):
+            return
+        number = int(names[-1].rpartition("/")[2].partition(".")[0]) + 1 if names else 1
+        self._store.write(f"{self._prefix}{number:06}.{tables.digest}", [tables.to_bytes()])
+
+    def last(self) -> CodecTables | None:
+        """The tables to code with. Raises `StoreError`."""
+        names = self._names()
+        return self._read(names[-1]) if names else None
+
+    def named(self, digest: str) -> CodecTables | None:
+        """The tables of this digest. Raises `StoreError`."""
+        name = next((name for name in self._names() if name.endswith(f".{digest}")), None)
+        return None if name is None else self._read(name)
+
+    def _names(self) -> list[str]:
+        names = self._store.list(self._prefix)
+        return sorted(name for name in names if name.rpartition("/")[2].partition(".")[0].isdigit())
+
+    def _read(self, name: str) -> CodecTables | None:
+        data = self._store.read(name)
+        if data is None:
+            return None
+        tables = CodecTables.from_bytes(bytes(data))
+        if not name.endswith(f".{tables.digest}"):
+            raise CorruptObjectError(f"{name} holds other codec tables than its name says.")
+        return tables
+
+
+def machine_store() -> Store | None:
+    """Where this machine keeps the tables that it learned, whichever store they are used with; None where it cannot."""
+    try:
+        return DiskStore(cache_folder() / "codec")
+    except StoreError:
+        return None
+
+
+class ModelCodecs:
+    """The codecs of one model, made once and used by several threads.
+
+    Args:
+        own: this machine's; tables that the store lacks are copied from there.
+    """
+
+    def __init__(self, store: Store, model: str, shape: KVShape, own: Store | None = None) -> None:
+        self._tables = TableStore(store, model)
+        self._own = TableStore(own, model) if own is not None else None
+        self._shape = shape
+        self._lock = threading.Lock()
+        self._known: dict[str, CodecTables] = {}
+        self._made: dict[tuple[str, str], Codec] = {}
+        self._last = ""
+
+    def for_writing(self, level: str) -> tuple[Codec, str]:
+        """The codec of a level, and the digest of its tables.
+
+        Raises:
+            StoreError: it needs tables, and there are none.
+        """
+        if not LEVELS[level].learned:
+            return self._codec(level, ""), ""
+        with self._lock:
+            if not self._last:
+                self._last = self._find_last()
+        return self._codec(level, self._last), self._last
+
+    def for_reading(self, level: str, digest: str) -> Codec | None:
+        """The codec of an object; None where its tables are missing. Raises `StoreError`."""
+        if LEVELS[level].learned:
+            with self._lock:
+                if digest not in self._known:
+                    tables = self._tables.named(digest)
+                    if tables is None:
+                        return None
+                    self._keep(tables)
+        return self._codec(level, digest)
+
+    def _find_last(self) -> str:
+        tables = self._tables.last()
+        if tables is None and self._own is not None:
+            tables = self._own.last()
+            if tables is not None:
+                self._tables.add(tables)
+        if tables is None:
+            raise StoreError(
+                "This model's KV codec has no tables yet: run `lmcache-rag calibrate` with the same --model and "
+                "--dtype on this machine, or choose a codec without (raw, q8, q4)."
+            )
+        self._keep(tables)
+        return tables.digest
+
+    def _keep(self, tables: CodecTables) -> None:
+        layers, _, width = tables.mean.shape
+        if (layers, width) != (self._shape.layers, self._shape.kv_heads * self._shape.head_size):
+            raise CorruptObjectError("The codec tables stored for this model are those of another shape.")
+        self._known[tables.digest] = tables
+
+    def _codec(self, level: str, digest: str) -> Codec:
+        key = (level, digest)
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = LEVELS[level].make(self._shape.layers, self._known.get(digest))
+            return self._made[key]
