@@ -20,73 +20,62 @@ namespace rans {
 namespace {
 
 // What one decoder does in a step, or false where the stream is used up.
-inline bool step(const Stream &in, const uint32_t *slots, uint32_t &state, int64_t &word, int64_t &escape, float &out) {
+inline bool step(Stream &in, const Tables &tables, const uint32_t *slots, uint32_t &state, float &out) {
     const uint32_t entry = slots[state & (kSlots - 1)];
-    const int32_t symbol = static_cast<int32_t>(entry >> 24), largest = static_cast<int32_t>(in.symbols - 2) / 2;
+    const int32_t symbol = static_cast<int32_t>(entry >> 24), largest = static_cast<int32_t>(tables.symbols - 2) / 2;
     state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
     if (state < kLowest) {
-        if (word == in.word_count) return false;
-        state = state << 16 | in.words[word++];
+        if (in.words == in.words_end) return false;
+        state = state << 16 | *in.words++;
     }
     out = static_cast<float>(symbol - largest);
-    if (symbol == in.symbols - 1) {
-        if (escape == in.escape_count) return false;
-        out = in.escapes[escape++];
+    if (symbol == tables.symbols - 1) {
+        if (in.escapes == in.escapes_end) return false;
+        out = *in.escapes++;
     }
     return true;
 }
 
 }  // namespace
 
-bool RANS_DECODE(const Stream &in) {
-    uint32_t states[kLanes];
-    memcpy(states, in.states, sizeof states);
-    int64_t word = 0, escape = 0;
-    for (int64_t row = 0; row < in.rows; row += kLanes) {
-        const int lanes = in.rows - row < kLanes ? static_cast<int>(in.rows - row) : kLanes;
-        int64_t column = 0;
+bool RANS_DECODE(Stream &in, const Tables &tables, int rows, float *out, int64_t stride) {
+    int64_t column = 0;
 #ifdef __AVX512F__
-        const __mmask16 active = static_cast<__mmask16>((1u << lanes) - 1);
-        const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
-        const __m512i largest = _mm512_set1_epi32(static_cast<int>((in.symbols - 2) / 2));
-        const __m512i escaped = _mm512_set1_epi32(static_cast<int>(in.symbols - 1));
-        __m512i state = _mm512_loadu_si512(states);
-        // The last words are read one by one below, since a vector load would read past them.
-        for (; column < in.columns && word + kLanes <= in.word_count; ++column) {
-            const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
-            float *out = in.out + column * in.rows + row;
-            const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
-            const __m512i symbol = _mm512_srli_epi32(entry, 24);
-            const __m512i next =
-                _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), low12),
-                                                    _mm512_srli_epi32(state, kProbBits)),
-                                 _mm512_and_si512(entry, low12));
-            state = _mm512_mask_mov_epi32(state, active, next);
-            const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active, state, lowest);
-            const __m512i words =
-                _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.words + word)));
-            state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
-                                         _mm512_maskz_expand_epi32(hungry, words));
-            word += __builtin_popcount(hungry);
-            _mm512_mask_storeu_ps(out, active, _mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, largest)));
-            const __mmask16 out_of_range = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
-            for (unsigned left = out_of_range; left != 0; left &= left - 1) {
-                if (escape == in.escape_count) return false;
-                out[__builtin_ctz(left)] = in.escapes[escape++];
-            }
-        }
-        _mm512_storeu_si512(states, state);
-#endif
-        for (; column < in.columns; ++column) {
-            const uint32_t *slots = in.slots + in.distribution[column] * static_cast<int64_t>(kSlots);
-            float *out = in.out + column * in.rows + row;
-            for (int lane = 0; lane < lanes; ++lane)
-                if (!step(in, slots, states[lane], word, escape, out[lane])) return false;
+    const __mmask16 active = static_cast<__mmask16>((1u << rows) - 1);
+    const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
+    const __m512i largest = _mm512_set1_epi32(static_cast<int>((tables.symbols - 2) / 2));
+    const __m512i escaped = _mm512_set1_epi32(static_cast<int>(tables.symbols - 1));
+    __m512i state = _mm512_loadu_si512(in.states);
+    // The last words are read one by one below, since a vector load would read past them.
+    for (; column < tables.columns && in.words_end - in.words >= kLanes; ++column) {
+        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
+        float *target = out + column * stride;
+        const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
+        const __m512i symbol = _mm512_srli_epi32(entry, 24);
+        const __m512i next = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), low12),
+                                                                 _mm512_srli_epi32(state, kProbBits)),
+                                              _mm512_and_si512(entry, low12));
+        state = _mm512_mask_mov_epi32(state, active, next);
+        const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active, state, lowest);
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.words)));
+        state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
+                                     _mm512_maskz_expand_epi32(hungry, words));
+        in.words += __builtin_popcount(hungry);
+        _mm512_mask_storeu_ps(target, active, _mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, largest)));
+        const __mmask16 out_of_range = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
+        for (unsigned left = out_of_range; left != 0; left &= left - 1) {
+            if (in.escapes == in.escapes_end) return false;
+            target[__builtin_ctz(left)] = *in.escapes++;
         }
     }
-    for (int lane = 0; lane < kLanes; ++lane)
-        if (states[lane] != kLowest) return false;
-    return word == in.word_count && escape == in.escape_count;
+    _mm512_storeu_si512(in.states, state);
+#endif
+    for (; column < tables.columns; ++column) {
+        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
+        for (int row = 0; row < rows; ++row)
+            if (!step(in, tables, slots, in.states[row], out[column * stride + row])) return false;
+    }
+    return true;
 }
 
 }  // namespace rans

@@ -19,8 +19,8 @@ namespace nb = nanobind;
 namespace rans {
 namespace {
 
-std::vector<std::pair<std::string, Decode>> decoders() {
-    std::vector<std::pair<std::string, Decode>> found;
+std::vector<std::pair<std::string, DecodeGroup>> decoders() {
+    std::vector<std::pair<std::string, DecodeGroup>> found;
 #ifdef RANS_X86
     if (isa::avx512()) found.emplace_back("avx512", &decode_avx512);
 #endif
@@ -28,7 +28,7 @@ std::vector<std::pair<std::string, Decode>> decoders() {
     return found;
 }
 
-Decode decoder_named(const std::string &isa) {
+DecodeGroup decoder_named(const std::string &isa) {
     static const auto found = decoders();
     for (const auto &[name, decode] : found)
         if (isa.empty() || isa == name) return decode;
@@ -43,9 +43,6 @@ template <typename T, int D>
 using In = nb::ndarray<nb::ro, const T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;
 template <typename T, int D>
 using Out = nb::ndarray<T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;
-
-// In a stream: states, number of words, number of escapes, words, escapes; all little-endian.
-constexpr int64_t kHeader = 4 * (kLanes + 2);
 
 void check_frequencies(In<uint16_t, 2> frequencies) {
     const size_t count = frequencies.shape(1);
@@ -116,30 +113,18 @@ bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> sl
     check(slots.shape(1) == kSlots, "slots must be [distributions, 4096]");
     for (size_t c = 0; c < distribution.shape(0); ++c)
         check(distribution(c) < slots.shape(0), "distribution must name one of the distributions");
-    const Decode decode = decoder_named(isa);
-    const int64_t size = data.shape(0);
-    if (size < kHeader || size % 2 != 0) return false;
-    uint32_t header[kLanes + 2];
-    std::memcpy(header, data.data(), kHeader);
-    const int64_t words = header[kLanes], escapes = header[kLanes + 1];
-    if (kHeader + 2 * (words + escapes) != size) return false;
+    const DecodeGroup decode_group = decoder_named(isa);
 
     nb::gil_scoped_release unlocked;
-    std::vector<uint16_t> body((size - kHeader) / 2);  // aligned, which the stream need not be
-    std::memcpy(body.data(), data.data() + kHeader, size - kHeader);
-    Stream stream{};
-    stream.words = body.data();
-    stream.word_count = words;
-    stream.escapes = reinterpret_cast<const int16_t *>(body.data() + words);
-    stream.escape_count = escapes;
-    stream.states = header;
-    stream.rows = out.shape(1);
-    stream.columns = out.shape(0);
-    stream.distribution = distribution.data();
-    stream.slots = slots.data();
-    stream.symbols = symbols;
-    stream.out = out.data();
-    return decode(stream);
+    Stream stream;
+    if (!stream.open(data.data(), data.shape(0))) return false;
+    const Tables tables{distribution.data(), static_cast<int64_t>(distribution.shape(0)), slots.data(), symbols};
+    const int64_t rows = out.shape(1);
+    for (int64_t row = 0; row < rows; row += kLanes) {
+        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows - row));
+        if (!decode_group(stream, tables, lanes, out.data() + row, rows)) return false;
+    }
+    return stream.ended();
 }
 
 std::vector<std::string> instruction_sets() {

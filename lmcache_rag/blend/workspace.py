@@ -27,9 +27,12 @@ class LayerSpec:
 
 
 class LayeredKV(Protocol):
-    """Position-free K and V, layer by layer: `[2, tokens, kv_heads, head_size]`."""
+    """Position-free K and V."""
 
-    def layer(self, index: int) -> Tensor: ...
+    def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
+        """Write tokens from `offset` on to `key` and `value` `[layers, length, kv_heads, head_size]`, K rotated to
+        positions from `start` on."""
+        ...
 
 
 class Workspace:
@@ -50,6 +53,7 @@ class Workspace:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layers = tuple(layers)
+        self._rotations = [spec.rotation for spec in self.layers]
         shape = (len(self.layers), max_tokens, kv_heads, head_size)
         self.key = torch.empty(shape, dtype=dtype, device=device)
         self.value = torch.empty(shape, dtype=dtype, device=device)
@@ -64,15 +68,8 @@ class Workspace:
 
     def place(self, kv: LayeredKV, start: int, offset: int, length: int) -> None:
         """Put tokens `offset` to `offset + length` of stored KV at positions from `start` on."""
-        positions = torch.arange(start, start + length, device=self.device)
         rows = slice(start, start + length)
-        for index, spec in enumerate(self.layers):
-            key, value = kv.layer(index)[:, offset : offset + length].to(self.device)
-            self.value[index, rows] = value
-            if spec.rotation is None:
-                self.key[index, rows] = key
-            else:
-                rotate(key, spec.rotation, positions, out=self.key[index, rows])
+        kv.place(offset, self._rotations, start, self.key[:, rows], self.value[:, rows])
 
     def take(self, start: int, length: int) -> Tensor:
         """A position-free copy of rows in main memory: `[layers, 2, length, kv_heads, head_size]`."""

@@ -16,6 +16,7 @@ from lmcache_rag_kernels import rans
 from lmcache_rag_kernels.rans import Distributions
 from torch import Tensor
 
+from lmcache_rag.codec.base import Codec
 from lmcache_rag.codec.tables import SCALES, laplace_distributions, nearest_scale
 from lmcache_rag.errors import CorruptObjectError
 
@@ -25,7 +26,7 @@ _STEPS = (0.5, 1.0, 1.5)
 _ANCHOR_LEVELS = 127
 
 
-class CacheGenCodec:
+class CacheGenCodec(Codec):
     """A stream is, for K and then V: a scale for anchors and one for differences (float32); then each channel's
     distribution for anchors and for differences (uint8), K's before V's; then what `rans` wrote of all.
 

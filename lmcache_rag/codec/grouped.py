@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmcache_rag.codec.base import Codec
 from lmcache_rag.errors import CorruptObjectError
 
 _RUN = 64
 
 
-class GroupedCodec:
+class GroupedCodec(Codec):
     """A stream is each group's smallest value and step (float16), K's before V's, and then the steps, K's before V's.
 
     Args:

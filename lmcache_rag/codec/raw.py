@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmcache_rag.codec.base import Codec
 from lmcache_rag.errors import CorruptObjectError
 
 
-class RawCodec:
+class RawCodec(Codec):
     """K's bytes, then V's."""
 
     def encode_layer(self, layer: int, kv: Tensor) -> memoryview:

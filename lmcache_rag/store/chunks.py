@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from lmcache_rag_kernels import Rotation
+from torch import Tensor
 
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, chunk_key
 from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, StoredObject, pack, unpack
@@ -28,7 +29,11 @@ class LoadedKV:
     def tokens(self) -> int:
         return self._stored.header.tokens
 
-    def layer(self, index: int) -> torch.Tensor:
+    def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
+        """See `ChunkKV.place`. Raises `CorruptObjectError`."""
+        self._codec.restore(self._stored.layers, self.tokens, offset, rotations, start, key, value)
+
+    def layer(self, index: int) -> Tensor:
         """`[2, tokens, kv_heads, head_size]`: K with RoPE taken off, and V."""
         shape = (self.tokens, self._shape.kv_heads, self._shape.head_size)
         return self._codec.decode_layer(index, self._stored.layers[index], shape, self._shape.dtype)
@@ -70,6 +75,8 @@ class ChunkStore:
     def save(self, chunk: ChunkKV, variant: str) -> int:
         """Store one variant of a chunk; returns its size in bytes. Raises `StoreError`."""
         assert self._codecs is not None
+        if not bool(chunk.kv.isfinite().all()):
+            raise StoreError("The model computed KV that is no finite number: use another --dtype.")
         codec, tables = self._codecs.for_writing(self.level)
         layers, _, tokens, kv_heads, head_size = chunk.kv.shape
         header = ObjectHeader(

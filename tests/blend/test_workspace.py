@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from lmcache_rag_kernels import Rotation, rotate
 
 from lmcache_rag.blend import LayerSpec, Workspace
+from lmcache_rag.chunk_kv import ChunkKV
 
 
-class Stored:
-    """Position-free KV in memory."""
-
-    def __init__(self, kv: torch.Tensor) -> None:
-        self.kv = kv
-
-    def layer(self, index: int) -> torch.Tensor:
-        return self.kv[index]
+def stored(kv: torch.Tensor) -> ChunkKV:
+    return ChunkKV(np.arange(kv.shape[2], dtype=np.int32), kv)
 
 
 def rotation(tokens: int, dim: int) -> Rotation:
@@ -32,7 +28,7 @@ def workspace() -> Workspace:
 
 def test_placed_keys_are_rotated_to_their_positions(workspace: Workspace) -> None:
     kv = torch.randn(3, 2, 12, 2, 8)
-    workspace.place(Stored(kv), start=20, offset=2, length=9)
+    workspace.place(stored(kv), start=20, offset=2, length=9)
     positions = torch.arange(20, 29)
     for index, spec in enumerate(workspace.layers):
         key = kv[index, 0, 2:11]
@@ -43,5 +39,5 @@ def test_placed_keys_are_rotated_to_their_positions(workspace: Workspace) -> Non
 
 def test_what_is_taken_is_what_was_placed(workspace: Workspace) -> None:
     kv = torch.randn(3, 2, 12, 2, 8)
-    workspace.place(Stored(kv), start=30, offset=0, length=12)
+    workspace.place(stored(kv), start=30, offset=0, length=12)
     torch.testing.assert_close(workspace.take(30, 12), kv, atol=1e-6, rtol=1e-6)

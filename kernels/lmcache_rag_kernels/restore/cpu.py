@@ -1,0 +1,77 @@
+"""The C++ version (csrc/restore_kernel.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcache_rag_kernels.rope import Rotation
+
+if TYPE_CHECKING:
+    from lmcache_rag_kernels.restore import Transform
+
+try:
+    from lmcache_rag_kernels.restore import _restore  # type: ignore[attr-defined]
+except ImportError:  # installed without a C++ compiler
+    _restore = None
+
+_NOTHING = np.zeros((0, 0), np.float32)
+
+
+def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
+    """Whether the extension was built, and is for tensors like these."""
+    return (
+        _restore is not None
+        and key.device.type == "cpu"
+        and key.dtype == torch.float32
+        and not any(rotation is not None and rotation.interleaved for rotation in rotations)
+    )
+
+
+def instruction_sets() -> list[str]:
+    """The versions of the kernel that this machine can run, the default first."""
+    return _restore.instruction_sets()
+
+
+def restore(
+    streams: Sequence[memoryview],
+    transform: Transform,
+    tokens: int,
+    offset: int,
+    rotations: Sequence[Rotation | None],
+    start: int,
+    key: Tensor,
+    value: Tensor,
+    *,
+    isa: str = "",
+) -> int | None:
+    """See `lmcache_rag_kernels.restore.restore`; without the GIL, a layer a thread. `isa` is one of
+    `instruction_sets()`, empty for the best."""
+    rows = slice(start, start + key.shape[1])
+    angles = [
+        (_NOTHING, _NOTHING) if rotation is None else (rotation.cos[rows].numpy(), rotation.sin[rows].numpy())
+        for rotation in rotations
+    ]
+    distributions = transform.distributions
+    failed = _restore.restore(
+        [np.frombuffer(stream, np.uint8) for stream in streams],
+        transform.distribution,
+        transform.counts,
+        distributions.slots,
+        distributions.frequencies.shape[1],
+        transform.directions.numpy(),
+        transform.mean.numpy(),
+        [cos for cos, _ in angles],
+        [sin for _, sin in angles],
+        key.numpy(),
+        value.numpy(),
+        tokens,
+        offset,
+        torch.get_num_threads(),
+        isa=isa,
+    )
+    return None if failed < 0 else failed
