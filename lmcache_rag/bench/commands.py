@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.table import Table
 
+from lmcache_rag.codec import LEVELS
+from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
 from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
@@ -45,9 +47,8 @@ def calibrate(
     from lmcache_rag.bench.calibrate import BUILT_IN_MARGIN, default_questions
     from lmcache_rag.bench.calibrate import calibrate as measure
     from lmcache_rag.bench.questions import read_questions
-    from lmcache_rag.codec import LEVELS
     from lmcache_rag.codec.texts import built_in_texts, read_texts
-    from lmcache_rag.engine.codec import learn_codec, prompts_for
+    from lmcache_rag.engine.codec import keep_codec, learn_codec, prompts_for
     from lmcache_rag.model import cache_folder
     from lmcache_rag.prompt import model_format
     from lmcache_rag.store import DiskStore
@@ -66,6 +67,7 @@ def calibrate(
             if not prompts:
                 raise PromptError(f"{calibration} has too little text to learn from: give several thousand words.")
             tables = learn_codec(engine, prompts, progress)
+            keep_codec(engine, tables)
             if kept is not None:
                 TableStore(kept, engine.model_fingerprint).add(tables)
         curve = measure(engine, model_format(engine.tokenizer), asked, margin, progress)
@@ -131,12 +133,7 @@ def bench_throughput_command(
 
     if passages > pool:
         raise PromptError(f"A question over {passages} passages needs a pool of as many, not {pool}.")
-    try:
-        levels = [int(level) for level in concurrency.split(",")]
-    except ValueError:
-        levels = []
-    if not levels or min(levels) < 1:
-        raise PromptError(f"concurrency: give numbers from 1 on, separated by commas (got {concurrency!r})")
+    levels = _counts("concurrency", concurrency)
     with _bench_engine(never_slower=True, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_throughput(
             engine,
@@ -181,6 +178,42 @@ def bench_fidelity_command(
     _write(rows, json_file)
 
 
+@bench_app.command("codec")
+def bench_codec_command(
+    data: Annotated[Path, typer.Option(help="JSON list of objects with `question`, `answers` and `ctxs`.")],
+    calibration: Annotated[
+        Optional[Path], typer.Option(help="Text to learn the tables from, not that of --data; a built-in one else.")
+    ] = None,
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = ",".join(LEVELS),
+    chunk_tokens: Annotated[str, typer.Option(help="Tokens per chunk, separated by commas.")] = "16,64,256,1024",
+    passages: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 4,
+    words: Annotated[int, typer.Option(min=8, help="Words per passage.")] = 150,
+    limit: Annotated[int, typer.Option(min=1, help="Ask the first so many questions.")] = 40,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads for coding.")] = 1,
+    json_file: JsonOption = None,
+    model: ModelOption = None,
+) -> None:
+    """What each codec makes of real KV: bytes, speed, and how far its errors move what the model says."""
+    from lmcache_rag.bench.codec import CodecBench
+    from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.codec.texts import built_in_texts, read_texts
+    from lmcache_rag.engine.codec import learn_codec, prompts_for
+    from lmcache_rag.prompt import model_format
+    from lmcache_rag.vllm.worker import bound_model
+
+    questions = read_questions(data, passages=passages, words=words, limit=limit)
+    levels = [EngineSettings.checked(codec=name.strip()).codec for name in codecs.split(",")]
+    sizes = _counts("chunk-tokens", chunk_tokens)
+    texts = built_in_texts() if calibration is None else read_texts(calibration)
+    with _bench_engine(model=model, dtype="float32") as (engine, progress):
+        rotations = [spec.rotation for spec in bound_model().specs]
+        tables = learn_codec(engine, prompts_for(engine, texts), progress)
+        bench = CodecBench(engine.model_folder, rotations, tables, levels=levels, sizes=sizes, threads=threads)
+        rows = bench.rows(engine.tokenizer, model_format(engine.tokenizer), questions, progress)
+    _show(rows)
+    _write(rows, json_file)
+
+
 @contextmanager
 def _bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str], Any]]]:
     """An engine with a store of its own, deleted at the end, and what shows how far a measurement is. It loads also
@@ -192,6 +225,17 @@ def _bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str]
         with err.status("Starting vLLM") as status, LocalEngine(checked) as engine:
             yield engine, status.update
             out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+
+
+def _counts(option: str, values: str) -> list[int]:
+    """Numbers named in an option."""
+    try:
+        counts = [int(value) for value in values.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise PromptError(f"{option}: give numbers from 1 on, separated by commas (got {values!r})")
+    return counts
 
 
 def _selectors(names: str) -> list[SelectorName]:

@@ -42,7 +42,7 @@ def learn(
     Raises:
         ModelError: Hugging Face's version of the model cannot be loaded, or has its KV in another form.
     """
-    model = _load(folder, dtype, device)
+    model = load_model(folder, dtype, device)
     draw = torch.Generator(device).manual_seed(0)
     stride = max(1, sum(plan.segments[-1].end for plan in prompts) // _KEPT_TOKENS)
     kept: list[Tensor] = []
@@ -61,7 +61,8 @@ def learn(
     return learn_tables(torch.cat(kept, dim=2), fisher.cpu())
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Hugging Face's version of a model. Raises `ModelError`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -106,9 +107,9 @@ def _read(
     for _ in range(_SAMPLES):
         sampled = torch.multinomial(log_probs.detach().exp(), 1, generator=draw)
         likelihoods.append(log_probs.gather(1, sampled).sum() / _ANSWER_TOKENS**0.5)
-    kv = _position_free(leaves, rotations, start, end)
+    kv = position_free(leaves, rotations, start, end)
     gradients = [
-        _position_free(torch.autograd.grad(likelihood, leaves, retain_graph=True), rotations, start, end)
+        position_free(torch.autograd.grad(likelihood, leaves, retain_graph=True), rotations, start, end)
         for likelihood in likelihoods
     ]
     return kv, torch.cat(gradients, dim=2)
@@ -124,7 +125,7 @@ def _answered(model: Any, question: Tensor, cache: Any, draw: torch.Generator) -
     return question
 
 
-def _position_free(tensors: Sequence[Tensor], rotations: Sequence[Rotation | None], start: int, end: int) -> Tensor:
+def position_free(tensors: Sequence[Tensor], rotations: Sequence[Rotation | None], start: int, end: int) -> Tensor:
     """Layers' K and V in turn, or gradients by them, `[1, kv_heads, tokens, head_size]` each: positions `start` to
     `end` with RoPE taken off K, `[layers, 2, tokens, C]`. A rotation is orthogonal, so a gradient turns like K itself.
     """

@@ -32,14 +32,22 @@ def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Calla
         return
     own = machine_store()
     if own is None or TableStore(own, engine.model_fingerprint).last() is None:
-        learn_codec(engine, mixed(prompts_for(engine, texts), prompts_for(engine, built_in_texts())), progress)
+        prompts = mixed(prompts_for(engine, texts), prompts_for(engine, built_in_texts()))
+        keep_codec(engine, learn_codec(engine, prompts, progress))
+
+
+def keep_codec(engine: LocalEngine, tables: CodecTables) -> None:
+    """Keep tables for what engines store that are started on this machine or with this store. Raises `StoreError`."""
+    own = machine_store()
+    if own is not None:
+        TableStore(own, engine.model_fingerprint).add(tables)
+    engine.tables.add(tables)
 
 
 def learn_codec(
     engine: LocalEngine, prompts: Sequence[PromptPlan], progress: Callable[[str], Any] | None = None
 ) -> CodecTables:
-    """Learn the codec's tables, used from now on for what engines store that are started on this machine or with this
-    store. Raises as `ensure_codec`."""
+    """Learn the codec's tables from prompts. Raises `ModelError`."""
     import torch
 
     from lmcache_rag.codec.learning import learn
@@ -56,12 +64,7 @@ def learn_codec(
     model = bound_model()
     dtype = torch.float32 if model.device.type == "cpu" else model.shape.dtype
     rotations = [spec.rotation for spec in model.specs]
-    tables = learn(engine.model_folder, dtype, model.device, rotations, prompts, say)
-    own = machine_store()
-    if own is not None:
-        TableStore(own, engine.model_fingerprint).add(tables)
-    engine.tables.add(tables)
-    return tables
+    return learn(engine.model_folder, dtype, model.device, rotations, prompts, say)
 
 
 def prompts_for(engine: LocalEngine, texts: Iterable[str]) -> list[PromptPlan]:

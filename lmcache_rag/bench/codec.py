@@ -1,0 +1,216 @@
+"""What each codec makes of real KV: bytes, speed, and how far its errors move what the model says.
+
+For the latter nothing is blended. A question's passages are read in place by full prefill; their KV is coded and decoded
+in pieces of so many tokens; and the distributions of the gold answer's tokens behind it are compared with those behind
+the KV as it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lmcache_rag_kernels import Rotation, rotate
+from torch import Tensor
+
+from lmcache_rag.bench.questions import Question
+from lmcache_rag.bench.scores import kl_divergence, mean_interval
+from lmcache_rag.chunk_kv import chunk_key
+from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, pack, unpack
+from lmcache_rag.codec.learning import load_model, position_free
+from lmcache_rag.codec.tables import CodecTables
+from lmcache_rag.errors import ModelError
+from lmcache_rag.prompt import PromptFormat, PromptPlan, Tokenizer
+
+Row = dict[str, Any]
+
+_TIMED_QUESTIONS = 8
+"""Bytes and speed are measured on the passages of so many questions, one after another."""
+
+_REPEAT = 3
+_FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with the KV of its passages, position-free `[layers, 2, tokens, heads, size]`, in a cache of the whole
+    context, and the log-probabilities `[answer tokens, vocabulary]` behind it."""
+
+    plan: PromptPlan
+    answer: tuple[int, ...]
+    cache: Any
+    kv: Tensor
+    expected: np.ndarray
+
+
+class CodecBench:
+    """Measures on one model.
+
+    Args:
+        rotations: RoPE of each layer.
+        levels: of `codec.LEVELS`.
+        sizes: tokens per piece.
+        threads: for coding; the model always has all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rotations: Sequence[Rotation | None],
+        tables: CodecTables,
+        *,
+        levels: Sequence[str],
+        sizes: Sequence[int],
+        threads: int,
+    ) -> None:
+        self._model = load_model(folder, torch.float32, torch.device("cpu"))
+        self._rotations = rotations
+        self._tables = tables
+        self._codecs = {level: LEVELS[level].make(len(rotations), tables) for level in levels}
+        self._sizes = sizes
+        self._threads = threads
+
+    @torch.no_grad()
+    def rows(
+        self,
+        tokenizer: Tokenizer,
+        prompt: PromptFormat,
+        questions: Sequence[Question],
+        progress: Callable[[str], Any],
+    ) -> list[Row]:
+        """One row for each level and piece size."""
+        ways = [(level, size) for size in self._sizes for level in self._codecs]
+        kl: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+        top1: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+        sample: list[Tensor] = []
+        for number, question in enumerate(questions, start=1):
+            progress(f"question {number} of {len(questions)}")
+            asked = self._ask(tokenizer, prompt, question)
+            if number <= _TIMED_QUESTIONS:
+                sample.append(asked.kv)
+            for level, size in ways:
+                decoded = torch.cat(
+                    [_there_and_back(self._codecs[level], piece) for piece in asked.kv.split(size, 2)], 2
+                )
+                found = self._answer(asked, decoded)
+                kl[level, size].append(float(kl_divergence(asked.expected, found).mean()))
+                top1[level, size].append(float((asked.expected.argmax(1) == found.argmax(1)).mean()))
+        kv = torch.cat(sample, dim=2)
+        rows = []
+        for level, size in ways:
+            progress(f"speed of {level} at {size} tokens")
+            low, high = mean_interval(kl[level, size])
+            rows.append(
+                {
+                    "codec": level,
+                    "chunk_tokens": size,
+                    **self._coded(level, kv[:, :, : kv.shape[2] // size * size].split(size, 2)),
+                    "kl_mean": round(statistics.mean(kl[level, size]), 4),
+                    "kl_ci95": [round(low, 4), round(high, 4)],
+                    "top1": round(statistics.mean(top1[level, size]), 3),
+                    "tables_bytes": len(self._tables.to_bytes()) if LEVELS[level].learned else 0,
+                    "threads": self._threads,
+                    "n": len(questions),
+                }
+            )
+        return rows
+
+    def _ask(self, tokenizer: Tokenizer, prompt: PromptFormat, question: Question) -> _Asked:
+        from transformers import DynamicCache
+
+        plan = prompt.plan(tokenizer, question.passages, question.text)
+        start, end = plan.preamble_length, plan.segments[-1].end
+        cache = DynamicCache()
+        self._model(torch.tensor([plan.token_ids[:end]]), past_key_values=cache, logits_to_keep=1)
+        if len(cache.layers) != len(self._rotations):
+            raise ModelError("Transformers keeps this model's KV in another form: its codec cannot be measured.")
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        heads, size = tensors[0].shape[1], tensors[0].shape[3]
+        kv = position_free(tensors, self._rotations, start, end).unflatten(-1, (heads, size))
+        answer = tuple(tokenizer.encode(question.answer, add_special_tokens=False))
+        asked = _Asked(plan, answer, cache, kv, np.empty(0))
+        return _Asked(plan, answer, cache, kv, self._answer(asked, kv))
+
+    def _answer(self, asked: _Asked, kv: Tensor) -> np.ndarray:
+        """Log-probabilities of the gold answer's tokens behind this KV of the passages."""
+        start, end = asked.plan.preamble_length, asked.plan.segments[-1].end
+        positions = torch.arange(start, end)
+        for layer, rotation, (key, value) in zip(asked.cache.layers, self._rotations, kv, strict=True):
+            rotated = key if rotation is None else rotate(key, rotation, positions)
+            layer.keys[0, :, start:end] = rotated.transpose(0, 1)
+            layer.values[0, :, start:end] = value.transpose(0, 1)
+        read = torch.tensor([[*asked.plan.token_ids[end:], *asked.answer[:-1]]])
+        logits = self._model(read, past_key_values=asked.cache, logits_to_keep=len(asked.answer)).logits[0]
+        asked.cache.crop(end - asked.cache.get_seq_length())
+        return logits.double().log_softmax(-1).numpy()
+
+    def _coded(self, level: str, pieces: Sequence[Tensor]) -> Row:
+        """Bytes of whole objects, MB of float16 KV per second, and relative errors."""
+        codec = self._codecs[level]
+        layers, _, tokens, heads, size = pieces[0].shape
+        plain = _FLOAT16_BYTES * pieces[0].numel()
+        key, value = torch.empty(2, layers, tokens, heads, size)
+        encode_s, decode_s, coded_bytes = [], [], 0
+        wrong, whole = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            for piece in pieces:
+                best = [float("inf"), float("inf")]
+                for _ in range(_REPEAT):
+                    start = time.perf_counter()
+                    data = _object(codec, level, piece)
+                    written = time.perf_counter()
+                    stored = unpack(memoryview(data))
+                    codec.restore(stored.layers, tokens, 0, self._rotations, 0, key, value)
+                    best = [min(best[0], written - start), min(best[1], time.perf_counter() - written)]
+                encode_s.append(best[0])
+                decode_s.append(best[1])
+                coded_bytes += len(data)
+                error = _there_and_back(codec, piece) - piece
+                wrong += error.double().square().sum((0, 2, 3, 4))
+                whole += piece.double().square().sum((0, 2, 3, 4))
+        finally:
+            torch.set_num_threads(before)
+        k, v = (wrong / whole).sqrt().tolist()
+        return {
+            "bytes": round(coded_bytes / len(pieces)),
+            "ratio_vs_fp16": round(plain * len(pieces) / coded_bytes, 2),
+            "encode_mb_s": round(plain / statistics.median(encode_s) / 1e6),
+            "decode_mb_s": round(plain / statistics.median(decode_s) / 1e6),
+            "rel_l2_k": round(k, 4),
+            "rel_l2_v": round(v, 4),
+        }
+
+
+def _there_and_back(codec: Codec, kv: Tensor) -> Tensor:
+    shape = (kv.shape[2], kv.shape[3], kv.shape[4])
+    coded = [codec.encode_layer(index, layer) for index, layer in enumerate(kv)]
+    return torch.stack([codec.decode_layer(index, stream, shape, kv.dtype) for index, stream in enumerate(coded)])
+
+
+def _object(codec: Codec, level: str, kv: Tensor) -> bytearray:
+    """The stored object of a piece, with tokens that only serve to fill it."""
+    layers, _, tokens, heads, size = kv.shape
+    token_ids = np.arange(tokens, dtype=np.int32)
+    header = ObjectHeader(
+        namespace="default",
+        model="0" * 32,
+        key=chunk_key(token_ids),
+        variant="0" * 16,
+        codec=level,
+        tables="0" * 16 if LEVELS[level].learned else "",
+        tokens=tokens,
+        layers=layers,
+        kv_heads=heads,
+        head_size=size,
+        dtype="float32",
+    )
+    streams = [codec.encode_layer(index, layer) for index, layer in enumerate(kv)]
+    return bytearray(b"".join(pack(header, token_ids, streams)))
