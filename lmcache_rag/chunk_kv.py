@@ -84,6 +84,14 @@ class KVShape:
 
 
 @dataclass(frozen=True)
+class StoredLevel:
+    """A stored object of a chunk, at one level."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class KVScope:
     """Within which KV may be shared: one namespace and one model."""
 

@@ -1,8 +1,8 @@
 """What each codec makes of real KV: bytes, speed, and how far its errors move what the model says.
 
-For the latter nothing is blended. A question's passages are read in place by full prefill; their KV is coded and decoded
-in pieces of so many tokens; and the distributions of the gold answer's tokens behind it are compared with those behind
-the KV as it was.
+For the latter nothing is blended. A question's passages are read in place by full prefill; their KV is coded and
+decoded in pieces of so many tokens; and the distributions of the gold answer's tokens behind it are compared with those
+behind the KV as it was.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from rich.table import Table
 from lmcache_rag.codec import LEVELS
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import LmcacheRagError, PromptError
+from lmcache_rag.store.throttled import Throttle
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
 from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
@@ -96,7 +97,7 @@ def bench_ttft_command(
     """TTFT of full prefill, prefix cache, plain reuse and blending, and the cost of ingest."""
     from lmcache_rag.bench.ttft import bench_ttft
 
-    slow = {} if store_mb_s is None else {"read_bytes_per_s": 1e6 * store_mb_s, "never_slower": True}
+    slow = {} if store_mb_s is None else {"throttle": Throttle(1e6 * store_mb_s), "never_slower": True}
     with _bench_engine(**slow, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_ttft(
             engine,

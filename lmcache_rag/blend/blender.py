@@ -82,6 +82,14 @@ class Blender:
             self._keep_context(plan.token_ids[: plan.preamble.length])
         return report
 
+    def loading_s(self, plan: BlendPlan) -> float | None:
+        """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
+        if plan.ttft_goal_s is None:
+            return None
+        repaired = sum(segment.length for segment in plan.segments if not segment.exact)
+        question = len(plan.token_ids) - plan.end
+        return plan.ttft_goal_s - (plan.ratio * repaired + 2 * question) / self.prefill_tokens_per_s
+
     def _measure_prefill(self) -> float:
         tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
         positions = torch.arange(tokens, device=self.workspace.device)
@@ -143,7 +151,9 @@ class _Blend:
             self.required[: plan.preamble.length] = False
         loaded = {
             segment
-            for segment, kv in blender.loader.load(chunks, (plan.preamble, *plan.segments), plan.end)
+            for segment, kv in blender.loader.load(
+                chunks, (plan.preamble, *plan.segments), plan.end, blender.loading_s(plan)
+            )
             if self._placed(segment, kv)
         }
         self.segments = tuple(segment for segment in plan.segments if segment in loaded)
@@ -222,6 +232,8 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
+                    levels = self._report.levels
+                    levels[kv.level] = levels.get(kv.level, 0) + segment.length
                     self.required[segment.start : segment.end] = False
                 except CorruptObjectError:
                     reason = "corrupt"

@@ -12,7 +12,8 @@ from concurrent.futures import TimeoutError as NotDoneError
 
 from lmcache_rag.blend.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.blend.plan import PlannedSegment
-from lmcache_rag.chunk_kv import KVShape
+from lmcache_rag.blend.streaming import Stream
+from lmcache_rag.chunk_kv import KVShape, StoredLevel
 from lmcache_rag.store.chunks import ChunkStore, LoadedKV
 
 _AT_A_TIME = 4
@@ -22,7 +23,11 @@ _LARGE_BYTES = 1 << 20
 _PATIENCE_S = 0.25
 """Loading is not given up before, however little there is to compute."""
 
+_AT_A_TIME_CHOSEN = 2
+"""Where levels are chosen as the store's rate becomes known, fewer objects are chosen ahead."""
+
 _TOO_SLOW = "too slow"
+_CHEAPER = "cheaper to compute"
 
 _Read = Future[tuple[LoadedKV | str, float]]
 
@@ -42,15 +47,21 @@ class Loader:
         self._shape = shape
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._slow_until = -math.inf
+        self._last_rate = (0.0, -math.inf)
 
     def load(
-        self, chunks: ChunkStore, segments: Sequence[PlannedSegment], tokens: int
+        self,
+        chunks: ChunkStore,
+        segments: Sequence[PlannedSegment],
+        tokens: int,
+        seconds: float | None = None,
     ) -> Iterator[tuple[PlannedSegment, LoadedKV | str]]:
         """Each segment that names an object, in order, with what was read or why it cannot be used.
 
         Args:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
                 is read for a while: requests that were planned before this was known are not to wait again.
+            seconds: by when loading is to be done, where the segments have levels to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = None
@@ -59,7 +70,8 @@ class Loader:
             yield from ((segment, _TOO_SLOW) for segment in named)
             return
         deadline = start + self._patience_s(tokens)
-        reads = _Reads(chunks, self._shape, named)
+        stream = None if seconds is None else Stream(named, seconds, self._known_rate(), self._prefill_tokens_per_s)
+        reads = _Reads(chunks, self._shape, named, stream)
         size_bytes, ended = 0, start
         for segment, read in zip(named, reads.futures, strict=True):
             result, at = _result(read, deadline)
@@ -73,6 +85,12 @@ class Loader:
             yield segment, result
         if size_bytes >= _LARGE_BYTES or ended < self._slow_until:  # of what was given up, nothing was read
             self.bytes_per_s = max(1, size_bytes) / max(ended - start, 1e-6)
+            self._last_rate = (self.bytes_per_s, ended)
+
+    def _known_rate(self) -> float | None:
+        """How fast the store was lately."""
+        rate, at = self._last_rate
+        return rate if time.perf_counter() - at < REMEMBERED_S else None
 
     def _patience_s(self, tokens: int) -> float:
         if not self._prefill_tokens_per_s:
@@ -83,15 +101,20 @@ class Loader:
 class _Reads:
     """The reads of one plan, in threads that do not outlive the process: a read that hangs holds up nobody else."""
 
-    def __init__(self, chunks: ChunkStore, shape: KVShape, segments: Sequence[PlannedSegment]) -> None:
+    def __init__(
+        self, chunks: ChunkStore, shape: KVShape, segments: Sequence[PlannedSegment], stream: Stream | None
+    ) -> None:
         self.futures: list[_Read] = [Future() for _ in segments]
         self._chunks = chunks
         self._shape = shape
+        self._stream = stream
         self._waiting: queue.SimpleQueue[tuple[str, _Read]] = queue.SimpleQueue()
+        self._choosing = threading.Lock()
         self._room = threading.Semaphore(2 * _AT_A_TIME)  # objects that are read and not yet taken
+        at_a_time = _AT_A_TIME if stream is None else _AT_A_TIME_CHOSEN
         for segment, future in zip(segments, self.futures, strict=True):
             self._waiting.put((segment.name or "", future))
-        for _ in range(min(_AT_A_TIME, len(segments))):
+        for _ in range(min(at_a_time, len(segments))):
             threading.Thread(target=self._work, name="lmcache-rag-load", daemon=True).start()
 
     def taken(self) -> None:
@@ -109,15 +132,27 @@ class _Reads:
     def _work(self) -> None:
         while True:
             self._room.acquire()
+            with self._choosing:  # so that choices are made in the segments' order
+                try:
+                    name, future = self._waiting.get_nowait()
+                except queue.Empty:
+                    self._room.release()
+                    return
+                level = self._stream.choose() if self._stream is not None else None
             try:
-                name, future = self._waiting.get_nowait()
-            except queue.Empty:
-                self._room.release()
-                return
-            try:
-                future.set_result((self._chunks.load(name, self._shape), time.perf_counter()))
+                future.set_result((self._load(name, level), time.perf_counter()))
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                 future.set_exception(error)
+
+    def _load(self, name: str, level: StoredLevel | None) -> LoadedKV | str:
+        if self._stream is None:
+            return self._chunks.load(name, self._shape)
+        if level is None:
+            return _CHEAPER
+        try:
+            return self._chunks.load(level.name, self._shape)
+        finally:
+            self._stream.loaded(level)
 
 
 def _result(read: _Read, deadline: float) -> tuple[LoadedKV | str, float]:

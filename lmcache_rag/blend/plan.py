@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lmcache_rag.chunk_kv import StoredLevel
+
 
 @dataclass(frozen=True)
 class PlannedSegment:
@@ -14,6 +16,7 @@ class PlannedSegment:
         name: None where the chunk is to be computed, for `reason`.
         exact: the stored KV equals what full prefill would compute here.
         foreign: it was computed behind another preamble than the prompt's.
+        levels: where the answer has to begin in time: all levels of the object, by falling fidelity, to choose from.
     """
 
     start: int
@@ -23,6 +26,7 @@ class PlannedSegment:
     exact: bool = False
     foreign: bool = False
     reason: str = "absent"
+    levels: tuple[StoredLevel, ...] = ()
 
     @property
     def end(self) -> int:
@@ -38,6 +42,7 @@ class BlendPlan:
         preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
             plan its last `primer_tokens` are the primer.
         segments: ascending, not overlapping, none behind `end`.
+        ttft_goal_s: see `BlendOptions`.
         local_tokens: that many first tokens are in the paged cache already and are not written.
     """
 
@@ -49,5 +54,6 @@ class BlendPlan:
     end: int
     selector: str
     ratio: float
+    ttft_goal_s: float | None = None
     local_tokens: int = 0
     primer_tokens: int = 0

@@ -2,11 +2,12 @@
 
 from lmcache_rag.codec.base import Codec
 from lmcache_rag.codec.container import ObjectHeader, StoredObject, pack, peek_tokens, unpack
-from lmcache_rag.codec.levels import DEFAULT_LEVEL, LEVELS, Level, level_named
+from lmcache_rag.codec.levels import DEFAULT_LEVEL, LEVELS, LOSSLESS_LEVEL, Level, level_named
 
 __all__ = [
     "DEFAULT_LEVEL",
     "LEVELS",
+    "LOSSLESS_LEVEL",
     "Codec",
     "Level",
     "ObjectHeader",

@@ -30,7 +30,7 @@ class GroupedCodec(Codec):
         key, value = kv.detach().float().cpu()
         coded = [self._quantised(group) for group in (_runs(key), value)]
         parts = [ranges for ranges, _ in coded] + [self._narrow(steps) for _, steps in coded]
-        return memoryview(b"".join(part.contiguous().numpy().tobytes() for part in parts))
+        return memoryview(bytearray().join(part.contiguous().numpy().tobytes() for part in parts))
 
     def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape

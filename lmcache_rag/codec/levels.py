@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lmcache_rag.codec.tables import CodecTables
 
 DEFAULT_LEVEL: Final = "balanced"
+LOSSLESS_LEVEL: Final = "raw"
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Level:
         bits: typical length of a value of K or V; 0 where it is the model's own.
         make: the codec, for a model of so many layers.
         learned: whether it needs tables.
+        lossless: whether K and V come back bit by bit.
     """
 
     bits: float
     make: Callable[[int, CodecTables | None], Codec]
     learned: bool = False
+    lossless: bool = False
 
 
 def _raw() -> Callable[..., Codec]:
@@ -65,7 +68,7 @@ def _cachegen() -> Callable[..., Codec]:
 
 
 LEVELS: Final[dict[str, Level]] = {
-    "raw": Level(0, _raw()),
+    "raw": Level(0, _raw(), lossless=True),
     "q8": Level(8.6, _grouped(bits=8)),
     "high": Level(2.7, _transform(step=0.15), learned=True),
     "balanced": Level(2.0, _transform(step=0.26), learned=True),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
+from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
@@ -243,7 +243,7 @@ class Corpus:
         prefixes = self._database.kv_prefixes(path)
         names = [chunks.name_below(prefix, variant) for prefix in prefixes for variant in variants]
         if self._preamble:
-            names.append(chunks.name(self._preamble, NO_CONTEXT))
+            names.append(chunks.preamble_name(self._preamble))
         return all(map(self._engine.store.exists, names))
 
     def _split(self, document: Document) -> Pending:

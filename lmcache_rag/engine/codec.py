@@ -28,7 +28,8 @@ def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Calla
         ModelError: they cannot be learned from this model.
         StoreError: they cannot be kept.
     """
-    if not LEVELS[engine.settings.codec].learned or engine.tables.last() is not None:
+    levels = (engine.settings.codec, *engine.settings.extra_codecs)
+    if not any(LEVELS[level].learned for level in levels) or engine.tables.last() is not None:
         return
     own = machine_store()
     if own is None or TableStore(own, engine.model_fingerprint).last() is None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
-from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, variant_of
+from lmcache_rag.chunk_kv import KVScope, variant_of
 from lmcache_rag.codec import LEVELS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
 from lmcache_rag.engine.codec import ensure_codec
@@ -89,9 +89,11 @@ class LocalEngine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What one token's KV takes in the store, about."""
-        bits, uncoded = LEVELS[self.settings.codec].bits, 8 * self._shape.dtype.itemsize
-        return math.ceil(self._shape.bytes_per_token * (bits or uncoded) / uncoded)
+        """What one token's KV takes in the store, about, at all levels at which it is stored."""
+        uncoded = 8 * self._shape.dtype.itemsize
+        levels = {self.settings.codec, *self.settings.extra_codecs}
+        bits = sum(LEVELS[level].bits or uncoded for level in levels)
+        return math.ceil(self._shape.bytes_per_token * bits / uncoded)
 
     @property
     def tables(self) -> TableStore:
@@ -106,7 +108,7 @@ class LocalEngine:
     def chunk_store(self, namespace: str | None = None) -> ChunkStore:
         """The stored chunks that this engine uses and makes, by default in its own namespace."""
         scope = KVScope(namespace or self.settings.namespace, self._fingerprint)
-        return ChunkStore(self.store, scope, self.settings.codec)
+        return ChunkStore(self.store, scope, self.settings.codec, extra=self.settings.extra_codecs)
 
     def precompute(
         self,
@@ -152,12 +154,11 @@ class LocalEngine:
         self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int], stored: ChunkStore
     ) -> list[Sequence[int]]:
         """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's."""
-        exists = self.store.exists
         missing: list[Sequence[int]] = []
-        names = [stored.name(chunk, variant_of(preamble)), *([stored.name(preamble, NO_CONTEXT)] if preamble else [])]
-        if not all(map(exists, names)):
+        lacks_preamble = len(preamble) and not self.store.exists(stored.preamble_name(preamble))
+        if lacks_preamble or stored.missing(chunk, variant_of(preamble)):
             missing.append(())
-        if len(primer) and not exists(stored.name(chunk, variant_of(preamble, primer))):
+        if len(primer) and stored.missing(chunk, variant_of(preamble, primer)):
             missing.append(primer)
         return missing
 

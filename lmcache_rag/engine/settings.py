@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from lmcache_rag.codec import DEFAULT_LEVEL, level_named
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import DEFAULT_MODEL
+from lmcache_rag.store.throttled import Throttle
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
 
@@ -21,6 +22,7 @@ class EngineSettings(BaseSettings):
         model: Hugging Face id or folder.
         store: folder of the KV store; shared by every engine that names it.
         codec: the level of `codec.LEVELS` at which KV is stored: raw, q8, high, balanced, small, or another.
+        extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         namespace: whose KV: one namespace never sees another's.
         dtype: the model's compute type; `auto` is float32 on CPUs without native bfloat16, else the model's own.
         max_model_len: longest prompt and answer together; None takes the model's own limit.
@@ -28,7 +30,7 @@ class EngineSettings(BaseSettings):
         kv_cache_bytes: size of vLLM's paged KV cache; None lets vLLM decide (on CPUs: 2 GiB).
         block_tokens: tokens per block of the paged KV cache; None lets vLLM decide (on CPUs: 32).
         threads: CPU threads; None takes all cores that this process may use.
-        read_bytes_per_s: slows reading from the store down, to see what a slow one does.
+        throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
@@ -43,6 +45,7 @@ class EngineSettings(BaseSettings):
     model: str = DEFAULT_MODEL
     store: Path = Path(".lmcache-rag/kv")
     codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
+    extra_codecs: tuple[Annotated[str, AfterValidator(level_named)], ...] = ()
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
@@ -50,7 +53,7 @@ class EngineSettings(BaseSettings):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     block_tokens: int | None = Field(default=None, ge=8)
     threads: int | None = Field(default=None, ge=1)
-    read_bytes_per_s: float | None = Field(default=None, gt=0.0)
+    throttle: Throttle | None = None
     never_slower: bool = True
     forced_answers: bool = False
     primed: bool = True

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                         "store": str(settings.store),
                         "namespace": settings.namespace,
                         "codec": settings.codec,
-                        "read_bytes_per_s": settings.read_bytes_per_s,
+                        "extra_codecs": settings.extra_codecs,
+                        "throttle": asdict(settings.throttle) if settings.throttle is not None else None,
                         "never_slower": settings.never_slower,
                     },
                 ),

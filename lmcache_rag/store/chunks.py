@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from lmcache_rag_kernels import Rotation
-from torch import Tensor
 
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, chunk_key
-from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, StoredObject, pack, unpack
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredLevel, chunk_key
+from lmcache_rag.codec import LEVELS, LOSSLESS_LEVEL, Codec, ObjectHeader, StoredObject, pack, unpack
 from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.store.base import Store
-from lmcache_rag.store.tables import ModelCodecs
+
+if TYPE_CHECKING:
+    from lmcache_rag_kernels import Rotation
+    from torch import Tensor
+
+    from lmcache_rag.store.tables import ModelCodecs
 
 
 class LoadedKV:
@@ -29,6 +33,11 @@ class LoadedKV:
     def tokens(self) -> int:
         return self._stored.header.tokens
 
+    @property
+    def level(self) -> str:
+        """At which it was stored."""
+        return self._stored.header.codec
+
     def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
         """See `ChunkKV.place`. Raises `CorruptObjectError`."""
         self._codec.restore(self._stored.layers, self.tokens, offset, rotations, start, key, value)
@@ -39,27 +48,55 @@ class LoadedKV:
         return self._codec.decode_layer(index, self._stored.layers[index], shape, self._shape.dtype)
 
 
+def level_of(name: str) -> str:
+    """At which level the object of this name is."""
+    return name.rpartition("/")[2].split(".")[1]
+
+
+def _name(prefix: str, variant: str, level: str) -> str:
+    return f"{prefix}{variant}.{level}.v{FORMAT_VERSION}"
+
+
 class ChunkStore:
     """The chunks of one scope (namespace and model) in a store.
 
     Args:
-        level: at which KV is written; one of `codec.LEVELS`.
+        level: at which KV is written and preferred; one of `codec.LEVELS`.
+        extra: further levels at which chunks are written.
         codecs: of the model; without, KV can be listed and named, but not read or written.
     """
 
-    def __init__(self, store: Store, scope: KVScope, level: str, codecs: ModelCodecs | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        scope: KVScope,
+        level: str,
+        codecs: ModelCodecs | None = None,
+        extra: Sequence[str] = (),
+    ) -> None:
         self.store = store
         self.scope = scope
         self.level = level
+        self._levels = tuple(dict.fromkeys((level, *extra)))
         self._codecs = codecs
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
         return self.name_below(self.scope.chunk_prefix(token_ids), variant)
 
+    def missing(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> list[str]:
+        """The levels at which the variant of a chunk is to be written and is not."""
+        prefix = self.scope.chunk_prefix(token_ids)
+        return [level for level in self._levels if not self.store.exists(_name(prefix, variant, level))]
+
+    def preamble_name(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        """Where a preamble is kept: lossless, whatever the level of chunks, since all prompts share it, what a model
+        makes of its first tokens matters most, and vLLM's prefix cache may then keep it too."""
+        return _name(self.scope.chunk_prefix(token_ids), NO_CONTEXT, LOSSLESS_LEVEL)
+
     def name_below(self, prefix: str, variant: str) -> str:
         """The same, from what the names of all variants of the chunk start with."""
-        return f"{prefix}{variant}.{self.level}.v{FORMAT_VERSION}"
+        return _name(prefix, variant, self.level)
 
     def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
         """The readable variants of a chunk: variant -> object name. Of a variant's several levels it is the one that
@@ -72,19 +109,33 @@ class ChunkStore:
                 found.setdefault(variant, {})[level] = name
         return {variant: names[min(names, key=self._preference)] for variant, names in found.items()}
 
+    def save_preamble(self, preamble: ChunkKV) -> int:
+        """Store a preamble; returns its size in bytes. Raises `StoreError`."""
+        return self._save(preamble, NO_CONTEXT, LOSSLESS_LEVEL)
+
     def save(self, chunk: ChunkKV, variant: str) -> int:
-        """Store one variant of a chunk; returns its size in bytes. Raises `StoreError`."""
+        """Store one variant of a chunk where it is missing; returns the bytes written. Raises `StoreError`."""
+        return sum(self._save(chunk, variant, level) for level in self.missing(chunk.token_ids, variant))
+
+    def levels(self, name: str) -> list[StoredLevel]:
+        """All levels at which the variant of this name is stored, by falling fidelity."""
+        variant = name.rpartition(".v")[0].rpartition(".")[0]
+        names = (f"{variant}.{level}.v{FORMAT_VERSION}" for level in LEVELS)
+        sizes = ((name, self.store.size(name)) for name in names)
+        return [StoredLevel(name, size) for name, size in sizes if size is not None]
+
+    def _save(self, chunk: ChunkKV, variant: str, level: str) -> int:
         assert self._codecs is not None
         if not bool(chunk.kv.isfinite().all()):
             raise StoreError("The model computed KV that is no finite number: use another --dtype.")
-        codec, tables = self._codecs.for_writing(self.level)
+        codec, tables = self._codecs.for_writing(level)
         layers, _, tokens, kv_heads, head_size = chunk.kv.shape
         header = ObjectHeader(
             namespace=self.scope.namespace,
             model=self.scope.model,
             key=chunk_key(chunk.token_ids),
             variant=variant,
-            codec=self.level,
+            codec=level,
             tables=tables,
             tokens=tokens,
             layers=layers,
@@ -93,7 +144,7 @@ class ChunkStore:
             dtype=str(chunk.kv.dtype).removeprefix("torch."),
         )
         streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
-        return self.store.write(self.name(chunk.token_ids, variant), pack(header, chunk.token_ids, streams))
+        return self.store.write(header.name, pack(header, chunk.token_ids, streams))
 
     def load(self, name: str, shape: KVShape) -> LoadedKV | str:
         """The object `name`, or why it cannot be used. A corrupt object is deleted, so that it is computed again."""

@@ -12,7 +12,7 @@ from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import GRAM
 from lmcache_rag.store.disk import DiskStore
-from lmcache_rag.store.throttled import ThrottledStore
+from lmcache_rag.store.throttled import Throttle, ThrottledStore
 from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ class ConnectorConfig(BaseModel):
         clients_choose_namespace: whether requests may name another.
         clients_precompute: whether requests may store KV.
         codec: the level of `codec.LEVELS` at which KV is stored.
+        extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
-        read_bytes_per_s: slows reading from the store down, to see what a slow one does.
+        throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         max_blend_tokens: prompts whose reused part ends later are left to plain prefill; bounds the memory reserved.
     """
@@ -42,9 +43,10 @@ class ConnectorConfig(BaseModel):
     clients_choose_namespace: bool = True
     clients_precompute: bool = True
     codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
+    extra_codecs: tuple[Annotated[str, AfterValidator(level_named)], ...] = ()
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
-    read_bytes_per_s: float | None = Field(default=None, gt=0.0)
+    throttle: Throttle | None = None
     never_slower: bool = True
     max_blend_tokens: int = Field(default=32768, ge=1)
 
@@ -57,7 +59,7 @@ class ConnectorConfig(BaseModel):
     def open_store(self) -> Store:
         """The store that these settings name."""
         store = DiskStore(self.store)
-        return store if self.read_bytes_per_s is None else ThrottledStore(store, self.read_bytes_per_s)
+        return store if self.throttle is None else ThrottledStore(store, self.throttle)
 
     def workspace_tokens(self, max_model_len: int) -> int:
         """How many tokens a blend may span."""

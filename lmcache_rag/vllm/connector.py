@@ -79,6 +79,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._store,
             self._fingerprint,
             self._config.codec,
+            self._config.extra_codecs,
             workspace_tokens=self._workspace_tokens,
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             never_slower=self._config.never_slower,

@@ -12,10 +12,11 @@ from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR, Calibration
 from lmcache_rag.blend.cost import CostModel
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
+from lmcache_rag.codec import LEVELS
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.catalog import Catalog, Match
-from lmcache_rag.store.chunks import ChunkStore
+from lmcache_rag.store.chunks import ChunkStore, level_of
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.request import BlendOptions, ReuseReport
 
@@ -63,7 +64,9 @@ class Planner:
             report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
             return None
         namespace = options.namespace or self._config.namespace
-        chunks = ChunkStore(self._store, KVScope(namespace, self._model), self._config.codec)
+        chunks = ChunkStore(
+            self._store, KVScope(namespace, self._model), self._config.codec, extra=self._config.extra_codecs
+        )
         if options.mode == "precompute":
             plan = self._precompute(prompt, matches, chunks, options, report)
         else:
@@ -84,7 +87,10 @@ class Planner:
             report.reason = f"the primer's {options.primer_tokens} tokens do not fit before the segment"
             return None
         context, primer = prompt[:start], start - options.primer_tokens
-        name = chunks.variants(prompt[start:]).get(variant_of(context[:primer], context[primer:]))
+        variant = variant_of(context[:primer], context[primer:])
+        name = chunks.variants(prompt[start:]).get(variant)
+        if name is not None and chunks.missing(prompt[start:], variant) and not LEVELS[level_of(name)].lossless:
+            name = None  # what one level lost is not to be stored at another
         return BlendPlan(
             mode="precompute",
             namespace=chunks.scope.namespace,
@@ -103,7 +109,10 @@ class Planner:
         preamble, context = self._context(prompt, matches, chunks)
         ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
         segments = self._segments(prompt, matches, context, chunks)
-        if self._config.never_slower:
+        if options.ttft_goal_s is not None:
+            segments = [_with_levels(segment, chunks) for segment in segments]
+            preamble = _with_levels(preamble, chunks)
+        elif self._config.never_slower:
             segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
         while segments and segments[-1].name is None:
             report.miss(segments[-1].reason, segments.pop().length)
@@ -130,6 +139,7 @@ class Planner:
             end=end,
             selector=options.selector,
             ratio=ratio,
+            ttft_goal_s=options.ttft_goal_s,
         )
 
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
@@ -195,6 +205,10 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
     """Names everything that shapes a blend's KV, so that it is found again only by a request with the same plan."""
     shaped_by = (caller_salt, plan.namespace, plan.token_ids, plan.preamble, plan.segments, plan.selector, plan.ratio)
     return hashlib.blake2b(repr(shaped_by).encode(), digest_size=16).hexdigest()
+
+
+def _with_levels(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
+    return segment if segment.name is None else replace(segment, levels=tuple(chunks.levels(segment.name)))
 
 
 def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:

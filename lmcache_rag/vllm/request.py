@@ -33,6 +33,8 @@ class BlendOptions(BaseModel):
         target_kl: how far from full prefill the next-token distributions may be: mean KL divergence in nats. The
             model's calibration says which recompute ratio that takes.
         ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1, instead of a target.
+        ttft_goal_s: seconds from the start of the blend by when the answer should begin. Of each chunk the level of
+            highest fidelity is loaded that the store's bandwidth allows. None takes the store's own level.
         segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
             prompt by their tokens.
         primer_tokens: of a precompute request: how many tokens right before the segment are its primer; the tokens
@@ -46,6 +48,7 @@ class BlendOptions(BaseModel):
     selector: SelectorName = DEFAULT_SELECTOR
     target_kl: float = Field(default=DEFAULT_TARGET_KL, gt=0.0)
     ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+    ttft_goal_s: float | None = Field(default=None, gt=0.0)
     segments: tuple[tuple[int, int], ...] | None = None
     primer_tokens: int = Field(default=0, ge=0)
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
@@ -88,13 +91,15 @@ class ReuseReport(BaseModel):
         missed_tokens: in a segment that the store does not hold intact, or that is faster to compute, computed in full.
         unknown_tokens: in no segment, before or between segments, computed in full.
         vllm_tokens: left to vLLM's own prefill (the question, and what follows the last reusable chunk).
-        exact_tokens: of the reused, those whose KV equals full prefill (the preamble, the first chunk behind it).
+        exact_tokens: of the reused, those whose KV is full prefill's but for what the codec lost (the preamble, the
+            first chunk behind it).
         foreign_tokens: of the reused and recomputed, those computed behind another preamble than the prompt's.
         token_layers: what selecting and recomputing cost: layers run, summed over the tokens run; full prefill is all
             layers times `prompt_tokens`.
         stored_tokens: written to the store by this request.
         bytes_loaded: bytes read from the store.
         bytes_stored: bytes written to the store.
+        levels: codec -> tokens loaded that were stored with it.
         misses: reason -> tokens.
         phases_s: seconds per phase (`load`, `select`, `recompute`, `write`, `store`).
     """
@@ -118,6 +123,7 @@ class ReuseReport(BaseModel):
     stored_tokens: int = 0
     bytes_loaded: int = 0
     bytes_stored: int = 0
+    levels: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
     phases_s: dict[str, float] = Field(default_factory=dict)
 

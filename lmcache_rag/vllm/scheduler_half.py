@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lmcache_rag.blend.plan import BlendPlan
+from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
+from lmcache_rag.codec import LEVELS
+from lmcache_rag.store.chunks import level_of
 from lmcache_rag.vllm.metadata import BlendJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
 from lmcache_rag.vllm.planner import Planner, plan_digest
@@ -199,13 +201,19 @@ def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
 
 def exact_span(plan: BlendPlan) -> int:
     """How many of the prompt's first tokens get KV that equals full prefill's: the preamble, and an exact chunk that
-    follows it."""
-    end = plan.preamble.length
-    for segment in plan.segments:
-        if not segment.exact or segment.start != end:
+    follows it, where they were stored lossless."""
+    end = 0
+    for segment in (plan.preamble, *plan.segments):
+        if not segment.exact or not _is_lossless(segment) or segment.start != end:
             break
         end = segment.end
     return end
+
+
+def _is_lossless(segment: PlannedSegment) -> bool:
+    """Whether a segment's KV will be what was computed, whichever of its levels is loaded."""
+    names = [segment.name, *(level.name for level in segment.levels)]
+    return all(name is None or LEVELS[level_of(name)].lossless for name in names)
 
 
 def _provided(plan: BlendPlan) -> int:

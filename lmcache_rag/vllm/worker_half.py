@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blend.cost import Rates
-from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, variant_of
+from lmcache_rag.blend.plan import BlendPlan
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.chunks import ChunkStore
@@ -24,7 +27,8 @@ class WorkerHalf:
     """Runs where the model runs. Its memory, the workspace, is allocated here, at start-up.
 
     Args:
-        level: at which KV is stored.
+        level: at which KV is stored and preferred.
+        extra_levels: at which chunks are stored as well.
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
@@ -37,6 +41,7 @@ class WorkerHalf:
         store: Store,
         fingerprint: str,
         level: str,
+        extra_levels: Sequence[str],
         *,
         workspace_tokens: int,
         max_pass_tokens: int,
@@ -46,7 +51,7 @@ class WorkerHalf:
         self._model = model
         self._store = store
         self._fingerprint = fingerprint
-        self._level = level
+        self._levels = (level, extra_levels)
         self._codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
         self._block_tokens = block_tokens
         self._blender = Blender(
@@ -59,7 +64,8 @@ class WorkerHalf:
     def do(self, job: BlendJob) -> None:
         """Do one blend, and keep its report for the scheduler half."""
         plan = job.plan
-        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), self._level, self._codecs)
+        level, extra = self._levels
+        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), level, self._codecs, extra)
         report = self._blender.blend(plan, chunks)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
@@ -91,17 +97,17 @@ class WorkerHalf:
         plan = job.plan
         start, length = plan.segments[0].start, plan.segments[0].length
         preamble = start - plan.primer_tokens
-        parts = [(start, length, variant_of(plan.token_ids[:preamble], plan.token_ids[preamble:start]))]
-        if preamble:
-            parts.insert(0, (0, preamble, NO_CONTEXT))
-        for start, length, variant in parts:
-            token_ids = torch.tensor(plan.token_ids[start : start + length], dtype=torch.int32).numpy()
-            if variant in chunks.variants(token_ids):
-                continue
-            chunk = ChunkKV(token_ids, self._blender.workspace.take(start, length))
-            try:
-                report.bytes_stored += chunks.save(chunk, variant)
+        variant = variant_of(plan.token_ids[:preamble], plan.token_ids[preamble:start])
+        try:
+            if preamble and not self._store.exists(chunks.preamble_name(plan.token_ids[:preamble])):
+                report.bytes_stored += chunks.save_preamble(self._taken(plan, 0, preamble))
+                report.stored_tokens += preamble
+            if chunks.missing(plan.token_ids[start:], variant):
+                report.bytes_stored += chunks.save(self._taken(plan, start, length), variant)
                 report.stored_tokens += length
-            except StoreError as error:
-                report.reason = str(error)
-                return
+        except StoreError as error:
+            report.reason = str(error)
+
+    def _taken(self, plan: BlendPlan, start: int, length: int) -> ChunkKV:
+        token_ids = np.array(plan.token_ids[start : start + length], dtype=np.int32)
+        return ChunkKV(token_ids, self._blender.workspace.take(start, length))

@@ -16,7 +16,7 @@ from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
 from lmcache_rag.store import ChunkStore, DiskStore
 from lmcache_rag.store.chunks import LoadedKV
 from lmcache_rag.store.tables import ModelCodecs
-from lmcache_rag.store.throttled import ThrottledStore
+from lmcache_rag.store.throttled import Throttle, ThrottledStore
 from tests.helpers import chunk_store
 
 SHAPE = KVShape(8, 4, 32, torch.float32)
@@ -53,7 +53,7 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_read_that_hangs_holds_up_neither_the_next_plan_nor_the_end_of_the_process(tmp_path: Path) -> None:
     chunks, segments = stored(tmp_path, 6)
-    hanging = chunk_store(ThrottledStore(chunks.store, 1.0), chunks.scope, SHAPE)  # days
+    hanging = chunk_store(ThrottledStore(chunks.store, Throttle(1.0)), chunks.scope, SHAPE)  # days
     found = [kv for _, kv in Loader(SHAPE, prefill_tokens_per_s=1e9).load(hanging, segments, TOKENS)]
     assert found == ["too slow"] * 6
     started = [thread for thread in threading.enumerate() if thread.name == "lmcache-rag-load"]
@@ -89,7 +89,7 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
     size = chunks.store.size(segments[0].name or "")
     assert size is not None
     slow = chunk_store(
-        ThrottledStore(chunks.store, size / 0.2), chunks.scope, SHAPE
+        ThrottledStore(chunks.store, Throttle(size / 0.2)), chunks.scope, SHAPE
     )  # 0.2 s an object, 4 s all of them
     loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
     found = [kv for _, kv in loader.load(slow, segments, TOKENS)]

@@ -92,7 +92,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         cpu.restore(streams, transform, TOKENS, 0, [rotation(8)] * LAYERS, 40, key, value)
     with pytest.raises(ValueError, match=r"counts must be \[layers, 2\]"):
         cpu.restore(streams[:2], transform, TOKENS, 0, nothing[:2], START, key[:2], value[:2])
-    with pytest.raises(ValueError, match="mean must be|directions must be"):
+    with pytest.raises(ValueError, match="must be"):
         cpu.restore(streams, coded(2, 7)[1], TOKENS, 0, nothing, START, key, value)
     with pytest.raises(ValueError, match="lie in a row"):
         cpu.restore(streams, transform, TOKENS, 0, nothing, START, key.mT, value.mT)

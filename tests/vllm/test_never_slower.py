@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.store.throttled import Throttle
 from lmcache_rag.vllm.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, random_plan
 from tests.models import make_tiny
@@ -25,7 +26,7 @@ def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
     )
     with LocalEngine(settings) as engine:
         ingest(engine, plan)
-    with LocalEngine(settings.model_copy(update={"read_bytes_per_s": 200_000})) as engine:
+    with LocalEngine(settings.model_copy(update={"throttle": Throttle(200_000)})) as engine:
         expected, _ = answer(engine, plan, OFF)
         given_up, first = answer(engine, plan, REPAIR)
         assert first.reuse.misses["too slow"] >= 400

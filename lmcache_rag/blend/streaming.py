@@ -1,0 +1,84 @@
+"""Which level of each chunk to load when an answer has to begin in time: the adaptive streaming of CacheGen (Liu et al.
+2024, SIGCOMM, https://arxiv.org/abs/2310.07240)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from lmcache_rag.blend.plan import PlannedSegment
+from lmcache_rag.chunk_kv import StoredLevel
+
+_WINDOW = 3
+"""The store's rate is that of the last so many objects, so that a change is soon seen."""
+
+
+class Stream:
+    """One plan's loading. For each chunk in turn it takes the highest fidelity at which this chunk and all that follow
+    can still be loaded in time, and the lowest, or computing, where none can.
+
+    Args:
+        segments: with their levels, in the order of loading.
+        seconds: by when all is to be loaded.
+        bytes_per_s: how fast the store was when it was last read; None where nobody knows.
+        tokens_per_s: how fast tokens are computed.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[PlannedSegment],
+        seconds: float,
+        bytes_per_s: float | None,
+        tokens_per_s: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._waiting = deque(segments)
+        self._bytes_per_s = bytes_per_s
+        self._tokens_per_s = tokens_per_s
+        self._clock = clock
+        self._deadline = clock() + seconds
+        self._done: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=_WINDOW + 1)
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    def choose(self) -> StoredLevel | None:
+        """What to load of the next segment; None where computing it is faster."""
+        with self._lock:
+            segment = self._waiting.popleft()
+            chosen = self._best(segment)
+            if chosen is not None:
+                self._under_way += chosen.size_bytes
+            else:
+                self._deadline -= segment.length / self._tokens_per_s
+            return chosen
+
+    def loaded(self, level: StoredLevel) -> None:
+        """What was chosen is loaded."""
+        with self._lock:
+            self._under_way -= level.size_bytes
+            self._done.append((self._clock(), level.size_bytes))
+
+    def _best(self, segment: PlannedSegment) -> StoredLevel | None:
+        rate, left = self._rate(), self._deadline - self._clock()
+        if rate is None or not segment.levels:
+            return next((level for level in segment.levels if level.name == segment.name), None)
+        for place, level in enumerate(segment.levels):
+            following = sum(_size(other, place) for other in self._waiting)
+            if self._under_way + level.size_bytes + following <= rate * left:
+                return level
+        smallest = segment.levels[-1]
+        return smallest if smallest.size_bytes / rate < segment.length / self._tokens_per_s else None
+
+    def _rate(self) -> float | None:
+        """Bytes per second over the last objects, the wait for the next one included, so that a stall counts too."""
+        if len(self._done) == 1:
+            return self._bytes_per_s
+        start = self._done[0][0]
+        return sum(size for _, size in list(self._done)[1:]) / max(self._clock() - start, 1e-6)
+
+
+def _size(segment: PlannedSegment, place: int) -> int:
+    """Of the level at this place, or of the last one."""
+    return segment.levels[min(place, len(segment.levels) - 1)].size_bytes if segment.levels else 0
