@@ -179,6 +179,49 @@ def bench_fidelity_command(
     _write(rows, json_file)
 
 
+@bench_app.command("streaming")
+def bench_streaming_command(
+    chunks: Annotated[int, typer.Option(min=3, help="Chunks in the prompt.")] = 8,
+    chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens per chunk.")] = 360,
+    goal_s: Annotated[float, typer.Option(help="TTFT goal in seconds.")] = 1.0,
+    fast_mb_s: Annotated[float, typer.Option(help="The store's bandwidth at first, MB/s.")] = 50.0,
+    slow_mb_s: Annotated[float, typer.Option(help="Its bandwidth after a quarter of the chunks, MB/s.")] = 3.0,
+    extra_codecs: Annotated[str, typer.Option(help="Stored besides --codec, separated by commas.")] = "high,small",
+    ratio: Annotated[float, typer.Option(help="Recompute ratio.")] = 0.05,
+    repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
+    json_file: JsonOption = None,
+    model: ModelOption = None,
+    codec: CodecOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """TTFT with a goal where the store becomes slow in the middle of a request: levels chosen per chunk or not."""
+    from lmcache_rag.bench.streaming import bench_streaming, ingest_stream, prompt_to_stream
+    from lmcache_rag.engine import LocalEngine
+
+    options = given(model=model, codec=codec, dtype=dtype, threads=threads)
+    extra = tuple(name.strip() for name in extra_codecs.split(","))
+    rows = []
+    with _bench_engine(extra_codecs=extra, **options) as (engine, progress):
+        settings = engine.settings
+        plan = prompt_to_stream(engine, chunks, chunk_tokens)
+        chunk_bytes = ingest_stream(engine, plan)
+        engine.close()
+        fast, slow = 1e6 * fast_mb_s, 1e6 * slow_mb_s
+        throttles = {
+            f"{fast_mb_s:g} MB/s": Throttle(fast),
+            f"{fast_mb_s:g}, then {slow_mb_s:g} MB/s": Throttle(fast, slow, chunks // 4 * chunk_bytes),
+            f"{slow_mb_s:g} MB/s": Throttle(slow),
+        }
+        for name, throttle in throttles.items():
+            with LocalEngine(settings.model_copy(update={"throttle": throttle})) as throttled:
+                rows += bench_streaming(
+                    throttled, plan, goal_s=goal_s, ratio=ratio, repeat=repeat, bandwidth=name, progress=progress
+                )
+    _show(rows)
+    _write(rows, json_file)
+
+
 @bench_app.command("codec")
 def bench_codec_command(
     data: Annotated[Path, typer.Option(help="JSON list of objects with `question`, `answers` and `ctxs`.")],

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmcache_rag.bench.questions import Question
-from lmcache_rag.bench.scores import kl_divergence, mean_interval, rouge_l, token_f1
+from lmcache_rag.bench.scores import kl_divergence, log_probs, mean_interval, rouge_l, token_f1
 from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
@@ -97,7 +97,7 @@ def bench_fidelity(
         forced = Sampling(max_tokens=len(gold), ignore_eos=True, logprobs=-1, forced_token_ids=tuple(gold))
         greedy = Sampling(max_tokens=_ANSWER_TOKENS, stop=prompt.stop)
         salt = uuid.uuid4().hex
-        expected = _log_probs(engine.generate(plan, forced, _OFF, cache_salt=salt).logprobs)
+        expected = log_probs(engine.generate(plan, forced, _OFF, cache_salt=salt).logprobs)
         reference = engine.generate(plan, greedy, _OFF, cache_salt=salt).text
         _score(full, expected, expected, gold, reference, reference, question.answer)
         for way, own in zip(tried, scores, strict=True):
@@ -106,7 +106,7 @@ def bench_fidelity(
                 why = done.reuse.reason or done.reuse.misses
                 raise EngineError(f"Not all was reused for {question.text!r} ({why}): there is nothing to measure.")
             answer = engine.generate(plan, greedy, way.options, cache_salt=uuid.uuid4().hex).text
-            _score(own, expected, _log_probs(done.logprobs), gold, answer, reference, question.answer)
+            _score(own, expected, log_probs(done.logprobs), gold, answer, reference, question.answer)
             own.flops.append(done.reuse.token_layers / (engine.layers * len(plan.token_ids)))
             for name in ("reused_tokens", "recomputed_tokens"):
                 own.tokens[name].append(getattr(done.reuse, name))
@@ -137,14 +137,6 @@ def _ingest(
             errors += engine.precompute([], [chunk], primer=(), namespace=_ALONE).errors
         if errors:
             raise EngineError(errors[0])
-
-
-def _log_probs(rows: Sequence[dict[int, float]]) -> np.ndarray:
-    """`[tokens, vocabulary]`."""
-    found = np.full((len(rows), max(map(len, rows))), -np.inf, dtype=np.float64)
-    for index, row in enumerate(rows):
-        found[index, list(row)] = list(row.values())
-    return found
 
 
 def _score(

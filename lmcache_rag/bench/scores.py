@@ -40,6 +40,14 @@ def kl_divergence(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
     return np.sum(np.exp(reference) * (reference - found), axis=1)
 
 
+def log_probs(rows: Sequence[dict[int, float]]) -> np.ndarray:
+    """`[tokens, vocabulary]`, from each generated token's log-probabilities by token id."""
+    found = np.full((len(rows), max(map(len, rows))), -np.inf, dtype=np.float64)
+    for index, row in enumerate(rows):
+        found[index, list(row)] = list(row.values())
+    return found
+
+
 def mean_interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
     """95% confidence interval of the mean, by bootstrap over the values; the same values give the same interval."""
     data = np.asarray(values)

@@ -23,7 +23,7 @@ class Stream:
         segments: with their levels, in the order of loading.
         seconds: by when all is to be loaded.
         bytes_per_s: how fast the store was when it was last read; None where nobody knows.
-        tokens_per_s: how fast tokens are computed.
+        tokens_per_s: how fast tokens are computed; 0 where they are not to be.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Stream:
             chosen = self._best(segment)
             if chosen is not None:
                 self._under_way += chosen.size_bytes
-            else:
+            elif segment.levels:
                 self._deadline -= segment.length / self._tokens_per_s
             return chosen
 
@@ -69,7 +69,7 @@ class Stream:
             if self._under_way + level.size_bytes + following <= rate * left:
                 return level
         smallest = segment.levels[-1]
-        return smallest if smallest.size_bytes / rate < segment.length / self._tokens_per_s else None
+        return smallest if smallest.size_bytes * self._tokens_per_s < segment.length * rate else None
 
     def _rate(self) -> float | None:
         """Bytes per second over the last objects, the wait for the next one included, so that a stall counts too."""

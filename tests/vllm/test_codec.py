@@ -1,0 +1,135 @@
+"""Lossy levels inside vLLM: near the truth, kept apart from exact KV, and never garbage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.engine.codec import ensure_codec, keep_codec, learn_codec
+from lmcache_rag.store.throttled import Throttle
+from lmcache_rag.vllm.request import BlendOptions
+from tests.conftest import Engines
+from tests.helpers import OFF, answer, ingest, parts, random_plan
+from tests.models import make_tiny
+
+pytestmark = pytest.mark.usefixtures("no_engine")
+
+REUSE = BlendOptions(selector="none", ratio=0.0)
+GOAL = BlendOptions(selector="none", ratio=0.0, ttft_goal_s=0.6)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    folder = tmp_path_factory.mktemp("codec")
+    return EngineSettings(
+        model=str(make_tiny("llama", folder / "llama")),
+        store=folder / "kv",
+        codec="balanced",
+        extra_codecs=("small", "raw"),
+        dtype="float32",
+        kv_cache_bytes=64 << 20,
+        primed=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(
+    engines: Engines, settings: EngineSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalEngine]:
+    engines.close()
+    with pytest.MonkeyPatch.context() as patch, LocalEngine(settings) as started:
+        patch.setenv("LMCACHE_RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        keep_codec(started, learn_codec(started, [random_plan(seed, chunks=(200, 200)) for seed in range(8)]))
+        yield started
+
+
+@contextmanager
+def without_tables(store: Path) -> Iterator[None]:
+    tables = store / ".tables"
+    tables.rename(store / ".away")
+    try:
+        yield
+    finally:
+        shutil.rmtree(tables, ignore_errors=True)
+        (store / ".away").rename(tables)
+
+
+def test_where_there_are_no_tables_they_are_learned_once(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path))
+    monkeypatch.setattr("lmcache_rag.engine.codec.mixed", lambda own, built_in: [random_plan(1), *own[:1]])
+    with without_tables(engine.store.root):
+        ensure_codec(engine, ["w20 w30 w40 " * 300])
+        assert "once for this model" in capsys.readouterr().err
+        learned = engine.tables.last()
+        ensure_codec(engine)
+        again = engine.tables.last()
+        assert learned is not None and again is not None and again.digest == learned.digest
+        assert not capsys.readouterr().err
+
+
+def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None:
+    plan = random_plan(70, chunks=(200,))
+    ingest(engine, plan)
+    preamble, chunks, _ = parts(plan)
+    stored = engine.chunk_store()
+    [name] = stored.variants(chunks[0]).values()
+    sizes = {level.name.split(".")[-2]: level.size_bytes for level in stored.levels(name)}
+    assert list(sizes) == ["raw", "balanced", "small"]
+    assert sizes["raw"] > 5 * sizes["balanced"] > 5 * sizes["small"]
+    expected, _ = answer(engine, plan, OFF, tokens=1)
+    reused, done = answer(engine, plan, REUSE, tokens=1)
+    assert done.reuse.levels == {"balanced": sum(map(len, chunks)), "raw": len(preamble)}
+    assert float((reused - expected).abs().max()) < 0.7
+    elsewhere, _ = answer(engine, random_plan(75, chunks=(200,)), OFF, tokens=1)
+    assert float((elsewhere - expected).abs().max()) > 2.0
+
+
+def test_lossy_kv_is_never_found_by_exact_requests(engine: LocalEngine) -> None:
+    plan = random_plan(71, preamble=64, chunks=(200, 50))
+    ingest(engine, plan)
+    _, blended = answer(engine, plan, REUSE, salt="shared")
+    assert blended.reuse.exact_tokens == 264  # in place, but for what the codec lost
+    _, exact = answer(engine, plan, OFF, salt="shared")
+    assert exact.reuse.local_tokens == 64  # the preamble, which is stored lossless
+    again, third = answer(engine, plan, REUSE, salt="shared")
+    assert third.reuse.local_tokens >= 300 and "blended" in third.reuse.reason
+    assert torch.isfinite(again).all()
+
+
+def test_missing_tables_are_a_miss_with_a_reason(engine: LocalEngine, settings: EngineSettings) -> None:
+    plan = random_plan(72)
+    ingest(engine, plan)
+    for segment in plan.segments:
+        [name] = engine.chunk_store().variants(plan.token_ids[segment.start : segment.end]).values()
+        engine.store.delete([name.replace(".balanced.", ".raw."), name.replace(".balanced.", ".small.")])
+    engine.close()
+    with without_tables(settings.store), LocalEngine(settings) as other:
+        expected, _ = answer(other, plan, OFF)
+        found, done = answer(other, plan, REUSE)
+        assert done.reuse.misses == {"coded with tables that are missing": 257}
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("throttle", "level"),
+    [(None, "raw"), (Throttle(6e5), "balanced"), (Throttle(1e5), "small")],
+    ids=["fast", "slower", "slow"],
+)
+def test_a_goal_takes_the_level_that_is_in_time(
+    settings: EngineSettings, throttle: Throttle | None, level: str
+) -> None:
+    changes = {"throttle": throttle, "max_num_batched_tokens": 256, "never_slower": False}
+    with LocalEngine(settings.model_copy(update=changes)) as other:
+        plan = random_plan(73, chunks=(150,) * 5)
+        ingest(other, plan)
+        _, done = answer(other, plan, GOAL)
+        assert done.reuse.levels[level] >= 300, done.reuse
+        assert done.reuse.missed_tokens == 0
