@@ -185,7 +185,7 @@ def bench_streaming_command(
     chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens per chunk.")] = 360,
     goal_s: Annotated[float, typer.Option(help="TTFT goal in seconds.")] = 1.0,
     fast_mb_s: Annotated[float, typer.Option(help="The store's bandwidth at first, MB/s.")] = 50.0,
-    slow_mb_s: Annotated[float, typer.Option(help="Its bandwidth after a quarter of the chunks, MB/s.")] = 3.0,
+    slow_mb_s: Annotated[float, typer.Option(help="Its bandwidth after a quarter of the chunks, MB/s.")] = 8.0,
     extra_codecs: Annotated[str, typer.Option(help="Stored besides --codec, separated by commas.")] = "high,small",
     ratio: Annotated[float, typer.Option(help="Recompute ratio.")] = 0.05,
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,

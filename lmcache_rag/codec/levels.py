@@ -73,7 +73,7 @@ LEVELS: Final[dict[str, Level]] = {
     "high": Level(2.7, _transform(step=0.15), learned=True),
     "balanced": Level(2.0, _transform(step=0.26), learned=True),
     "q4": Level(4.6, _grouped(bits=4)),
-    "small": Level(1.1, _transform(step=0.6), learned=True),
+    "small": Level(1.0, _transform(step=0.7), learned=True),
     "cachegen": Level(4.5, _cachegen()),
 }
 """By falling fidelity."""
