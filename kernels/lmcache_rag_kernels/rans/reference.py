@@ -11,8 +11,8 @@ import numpy as np
 PROBABILITY_BITS = 12
 LANES = 16
 _SLOTS = 1 << PROBABILITY_BITS
-_LOWEST = 1 << 16
-_HEADER = 4 * (LANES + 2)
+LOWEST = 1 << 16
+HEADER_BYTES = 4 * (LANES + 2)
 
 
 def slot_table(frequencies: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarra
     columns, rows = symbols.shape
     count = frequencies.shape[1]
     starts = np.cumsum(frequencies, 1, dtype=np.uint64) - frequencies
-    states = np.full(LANES, _LOWEST, np.uint64)
+    states = np.full(LANES, LOWEST, np.uint64)
     words: list[np.ndarray] = []
     escapes: list[np.ndarray] = []
     for row in reversed(range(0, rows, LANES)):
@@ -70,14 +70,14 @@ def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarra
 def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbols: int, out: np.ndarray) -> bool:
     """Write the integers of a stream (uint8 `[bytes]`) to float32 `[columns, rows]`; False where it does not fit."""
     content = data.tobytes()
-    if len(content) < _HEADER:
+    if len(content) < HEADER_BYTES:
         return False
     states = np.frombuffer(content, "<u4", LANES).astype(np.uint32)
     word_count, escape_count = (int(size) for size in np.frombuffer(content, "<u4", 2, 4 * LANES))
-    if _HEADER + 2 * (word_count + escape_count) != len(content):
+    if HEADER_BYTES + 2 * (word_count + escape_count) != len(content):
         return False
-    words = np.frombuffer(content, "<u2", word_count, _HEADER).astype(np.uint32)
-    escapes = np.frombuffer(content, "<i2", escape_count, _HEADER + 2 * word_count)
+    words = np.frombuffer(content, "<u2", word_count, HEADER_BYTES).astype(np.uint32)
+    escapes = np.frombuffer(content, "<i2", escape_count, HEADER_BYTES + 2 * word_count)
     word = escape = 0
     for row in range(0, out.shape[1], LANES):
         for column, which in enumerate(distribution):
@@ -86,7 +86,7 @@ def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbol
             entry = slots[which, x & np.uint32(_SLOTS - 1)]
             symbol = entry >> np.uint32(24)
             x = (entry >> np.uint32(12) & np.uint32(0xFFF)) * (x >> np.uint32(12)) + (entry & np.uint32(0xFFF))
-            hungry = x < _LOWEST
+            hungry = x < LOWEST
             taken = words[word : word + int(hungry.sum())]
             escaped = symbol == symbols - 1
             raw = escapes[escape : escape + int(escaped.sum())]
@@ -97,4 +97,4 @@ def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbol
             target[:] = symbol.astype(np.float32) - (symbols - 2) // 2
             target[escaped] = raw
             word, escape = word + len(taken), escape + len(raw)
-    return bool((states == _LOWEST).all()) and (word, escape) == (word_count, escape_count)
+    return bool((states == LOWEST).all()) and (word, escape) == (word_count, escape_count)

@@ -15,7 +15,7 @@ from lmcache_rag_kernels.rope import Rotation
 __all__ = ["Transform", "restore"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transform:
     """How a model's K and V are coded, C being heads * head_size.
 
@@ -62,8 +62,17 @@ def restore(
         rotations: of each layer's K, for positions from `start` on.
         key, value: `[layers, length, heads, head_size]`, written; strided, but a token's channels lie in a row.
 
+    On CPUs C++ restores, on CUDA Triton; other devices, compute types on CPUs and interleaved rotations there take the
+    PyTorch reference.
+
     Returns:
         A layer whose stream does not fit; None where all was restored.
     """
     arguments = (streams, transform, tokens, offset, rotations, start, key, value)
-    return cpu.restore(*arguments) if cpu.fits(key, rotations) else reference.restore(*arguments)
+    if cpu.fits(key, rotations):
+        return cpu.restore(*arguments)
+    if key.is_cuda:
+        from lmcache_rag_kernels.restore import cuda
+
+        return cuda.restore(*arguments)
+    return reference.restore(*arguments)
