@@ -35,6 +35,7 @@ using DecodeGroup = bool (*)(Stream &, const Tables &, int rows, float *out, int
 
 #ifdef RANS_X86
 bool decode_avx512(Stream &, const Tables &, int rows, float *out, int64_t stride);
+bool decode_avx2(Stream &, const Tables &, int rows, float *out, int64_t stride);
 #endif
 bool decode_generic(Stream &, const Tables &, int rows, float *out, int64_t stride);
 

@@ -12,7 +12,7 @@
 
 #include <string.h>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,39 @@ inline bool step(Stream &in, const Tables &tables, const uint32_t *slots, uint32
     }
     return true;
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of hungry decoders among eight, which of the next words each of them takes.
+struct Taken {
+    int32_t of[256][8];
+    constexpr Taken() : of() {
+        for (int set = 0; set < 256; ++set)
+            for (int lane = 0, word = 0; lane < 8; ++lane) of[set][lane] = set >> lane & 1 ? word++ : 0;
+    }
+};
+constexpr Taken kTaken;
+
+// A step of eight decoders: their symbols.
+inline __m256i step_of_eight(const uint32_t *slots, __m256i active, __m256i &state, const uint16_t *&words) {
+    const __m256i low12 = _mm256_set1_epi32(0xfff);
+    const __m256i entry =
+        _mm256_i32gather_epi32(reinterpret_cast<const int *>(slots), _mm256_and_si256(state, low12), 4);
+    const __m256i next =
+        _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 12), low12),
+                                            _mm256_srli_epi32(state, kProbBits)),
+                         _mm256_and_si256(entry, low12));
+    state = _mm256_blendv_epi8(state, next, active);
+    const __m256i hungry =
+        _mm256_and_si256(active, _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), _mm256_setzero_si256()));
+    const int set = _mm256_movemask_ps(_mm256_castsi256_ps(hungry));
+    const __m256i ahead = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(words)));
+    const __m256i taken =
+        _mm256_permutevar8x32_epi32(ahead, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(kTaken.of[set])));
+    state = _mm256_blendv_epi8(state, _mm256_or_si256(_mm256_slli_epi32(state, 16), taken), hungry);
+    words += __builtin_popcount(set);
+    return _mm256_srli_epi32(entry, 24);
+}
+#endif
 
 }  // namespace
 
@@ -69,6 +102,30 @@ bool RANS_DECODE(Stream &in, const Tables &tables, int rows, float *out, int64_t
         }
     }
     _mm512_storeu_si512(in.states, state);
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32(rows);
+    const __m256i active[2] = {_mm256_cmpgt_epi32(count, lane),
+                               _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)))};
+    const __m256i largest = _mm256_set1_epi32(static_cast<int>((tables.symbols - 2) / 2));
+    const __m256i escaped = _mm256_set1_epi32(static_cast<int>(tables.symbols - 1));
+    __m256i state[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states)),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states + 8))};
+    for (; column < tables.columns && in.words_end - in.words >= kLanes; ++column) {
+        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
+        for (int half = 0; half < 2; ++half) {
+            float *target = out + column * stride + 8 * half;
+            const __m256i symbol = step_of_eight(slots, active[half], state[half], in.words);
+            _mm256_maskstore_ps(target, active[half], _mm256_cvtepi32_ps(_mm256_sub_epi32(symbol, largest)));
+            const __m256i out_of_range = _mm256_and_si256(active[half], _mm256_cmpeq_epi32(symbol, escaped));
+            unsigned left = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(out_of_range)));
+            for (; left != 0; left &= left - 1) {
+                if (in.escapes == in.escapes_end) return false;
+                target[__builtin_ctz(left)] = *in.escapes++;
+            }
+        }
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states), state[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states + 8), state[1]);
 #endif
     for (; column < tables.columns; ++column) {
         const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);

@@ -23,6 +23,7 @@ std::vector<std::pair<std::string, DecodeGroup>> decoders() {
     std::vector<std::pair<std::string, DecodeGroup>> found;
 #ifdef RANS_X86
     if (isa::avx512()) found.emplace_back("avx512", &decode_avx512);
+    if (isa::avx2()) found.emplace_back("avx2", &decode_avx2);
 #endif
     found.emplace_back("generic", &decode_generic);
     return found;

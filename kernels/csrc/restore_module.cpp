@@ -33,7 +33,7 @@ std::vector<Version> versions() {
     std::vector<Version> found;
 #ifdef RESTORE_X86
     if (isa::avx512()) found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512});
-    if (isa::avx2()) found.push_back({"avx2", &rans::decode_generic, &multiply_avx2});
+    if (isa::avx2()) found.push_back({"avx2", &rans::decode_avx2, &multiply_avx2});
 #endif
     found.push_back({"generic", &rans::decode_generic, &multiply_generic});
     return found;
