@@ -20,6 +20,7 @@ from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
+from lmcache_rag.codec import LEVELS
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.store.chunks import ChunkStore, LoadedKV
 from lmcache_rag.vllm.request import ReuseReport
@@ -147,6 +148,7 @@ class _Blend:
         self._report = report
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
+        self._lossy: set[PlannedSegment] = set()
         if plan.mode == "precompute" and plan.preamble.name is None and blender.place_context(plan):
             self.required[: plan.preamble.length] = False
         loaded = {
@@ -161,8 +163,9 @@ class _Blend:
             if segment.name is None:
                 self._miss(segment, segment.reason)
         self.candidates = ~self.required
+        everything = plan.ratio >= 1 or plan.selector == "all"
         for segment in (plan.preamble, *self.segments):
-            if segment.exact:
+            if segment.exact and not (everything and segment in self._lossy):
                 self.candidates[segment.start : segment.end] = False
         wanted = sum(
             min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)) * segment.length
@@ -232,6 +235,8 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
+                    if not LEVELS[kv.level].lossless:
+                        self._lossy.add(segment)
                     levels = self._report.levels
                     levels[kv.level] = levels.get(kv.level, 0) + segment.length
                     self.required[segment.start : segment.end] = False

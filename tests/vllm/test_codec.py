@@ -15,7 +15,7 @@ from lmcache_rag.engine.codec import ensure_codec, keep_codec, learn_codec
 from lmcache_rag.store.throttled import Throttle
 from lmcache_rag.vllm.request import BlendOptions
 from tests.conftest import Engines
-from tests.helpers import OFF, answer, ingest, parts, random_plan
+from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
 from tests.models import make_tiny
 
 pytestmark = pytest.mark.usefixtures("no_engine")
@@ -90,6 +90,16 @@ def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None
     assert float((reused - expected).abs().max()) < 0.7
     elsewhere, _ = answer(engine, random_plan(75, chunks=(200,)), OFF, tokens=1)
     assert float((elsewhere - expected).abs().max()) > 2.0
+
+
+def test_ratio_1_is_full_prefill_all_the_same(engine: LocalEngine) -> None:
+    plan = random_plan(74)
+    ingest(engine, plan)
+    expected, _ = answer(engine, plan, OFF)
+    for options in (BlendOptions(ratio=1.0), BlendOptions(selector="all")):
+        found, done = answer(engine, plan, options)
+        assert done.reuse.mode == "blend" and "balanced" in done.reuse.levels
+        torch.testing.assert_close(found, expected, atol=20 * noise(engine, plan), rtol=0)
 
 
 def test_lossy_kv_is_never_found_by_exact_requests(engine: LocalEngine) -> None:
