@@ -56,7 +56,6 @@ def index(
 ) -> None:
     """Index documents: find passages, compute the KV of each once, and store it. Run again, it does what changed."""
     from lmcache_rag.corpus import IndexSettings, Manifest, find_files, open_corpus, updating
-    from lmcache_rag.engine.codec import ensure_codec
 
     settings = IndexSettings.checked(
         model=model,
@@ -68,29 +67,29 @@ def index(
         prompt=prompt,
         primer=None if primer is None else _text_of(primer),
     )
+    engine = given(codec=codec, dtype=dtype, threads=threads)
     if Manifest.read(folder) is None:
         find_files(paths)  # fails before anything is started or made
     try:
         with (
             updating(folder),
             err.status("Starting vLLM") as status,
-            open_corpus(folder, settings, create=True, **given(codec=codec, dtype=dtype, threads=threads)) as (
-                engine,
-                corpus,
-            ),
+            open_corpus(folder, settings, create=True, **engine) as (_, corpus),
         ):
             status.stop()
             plan = corpus.plan_update(paths)
             free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
             err.print(
                 f"{len(plan.pending)} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
-                f"{plan.tokens} tokens to read, up to {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
+                f"{plan.tokens} tokens to read, about {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
             )
-            with err.status("") as learning:
-                ensure_codec(engine, plan.texts, learning.update)
             with _progress() as progress:
                 task = progress.add_task("tokens", total=plan.tokens)
-                report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))
+                report = corpus.update(
+                    plan,
+                    lambda tokens: progress.advance(task, tokens),
+                    lambda note: progress.update(task, description=note),
+                )
     except KeyboardInterrupt:
         err.print("Interrupted: what was done so far is kept. Run the command again to go on.")
         raise typer.Exit(130) from None

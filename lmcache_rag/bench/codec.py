@@ -25,7 +25,7 @@ from lmcache_rag.chunk_kv import chunk_key
 from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, pack, unpack
 from lmcache_rag.codec.learning import load_model, position_free
 from lmcache_rag.codec.tables import CodecTables
-from lmcache_rag.errors import ModelError
+from lmcache_rag.errors import ModelError, PromptError
 from lmcache_rag.prompt import PromptFormat, PromptPlan, Tokenizer
 
 Row = dict[str, Any]
@@ -102,6 +102,8 @@ class CodecBench:
                 kl[level, size].append(float(kl_divergence(asked.expected, found).mean()))
                 top1[level, size].append(float((asked.expected.argmax(1) == found.argmax(1)).mean()))
         kv = torch.cat(sample, dim=2)
+        if kv.shape[2] < max(self._sizes):
+            raise PromptError(f"chunk-tokens: the first questions' passages have {kv.shape[2]} tokens, choose less.")
         rows = []
         for level, size in ways:
             progress(f"speed of {level} at {size} tokens")

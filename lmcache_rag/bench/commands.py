@@ -64,15 +64,12 @@ def calibrate(
     kept = None if store is None else DiskStore(store)
     with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         if LEVELS[engine.settings.codec].learned:
-            prompts = prompts_for(engine, texts)
-            if not prompts:
-                raise PromptError(f"{calibration} has too little text to learn from: give several thousand words.")
-            tables = learn_codec(engine, prompts, progress)
+            tables = learn_codec(engine, prompts_for(engine, texts), progress)
             keep_codec(engine, tables)
             if kept is not None:
                 TableStore(kept, engine.model_fingerprint).add(tables)
         curve = measure(engine, model_format(engine.tokenizer), asked, margin, progress)
-        path = curve.write(cache_folder(), engine.model_fingerprint)
+        path = curve.write(cache_folder(), engine.model_fingerprint, engine.settings.codec)
     _show([{"ratio": ratio, "kl_mean": kl} for ratio, kl in curve.points])
     ratio = curve.ratio_for(DEFAULT_TARGET_KL)
     out.print(f"The default target, {DEFAULT_TARGET_KL}, takes r={ratio:g}. Kept in {path}", highlight=False)

@@ -87,9 +87,10 @@ class Blender:
         """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
         if plan.ttft_goal_s is None:
             return None
-        repaired = sum(segment.length for segment in plan.segments if not segment.exact)
-        question = len(plan.token_ids) - plan.end
-        return plan.ttft_goal_s - (plan.ratio * repaired + 2 * question) / self.prefill_tokens_per_s
+        named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
+        computed = plan.end - sum(segment.length for segment in named) + 2.0 * (len(plan.token_ids) - plan.end)
+        computed += sum(_share(plan, segment) * segment.length for segment in named if not segment.exact)
+        return plan.ttft_goal_s - computed / self.prefill_tokens_per_s
 
     def _measure_prefill(self) -> float:
         tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
@@ -167,10 +168,7 @@ class _Blend:
         for segment in (plan.preamble, *self.segments):
             if segment.exact and not (everything and segment in self._lossy):
                 self.candidates[segment.start : segment.end] = False
-        wanted = sum(
-            min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)) * segment.length
-            for segment in self.segments
-        )
+        wanted = sum(_share(plan, segment) * segment.length for segment in self.segments)
         self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
 
     def recompute(self, recomputed: Tensor) -> None:
@@ -249,6 +247,11 @@ class _Blend:
     def _miss(self, segment: PlannedSegment, reason: str) -> None:
         self._missed[segment.start : segment.end] = True
         self._report.miss(reason, max(0, segment.end - max(segment.start, self._plan.local_tokens)))
+
+
+def _share(plan: BlendPlan, segment: PlannedSegment) -> float:
+    """Of a segment's tokens that may be recomputed."""
+    return min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0))
 
 
 @contextmanager

@@ -58,9 +58,9 @@ class Calibration(BaseModel):
         return 1.0
 
     @classmethod
-    def read(cls, cache: Path, fingerprint: str) -> Calibration:
-        """The model's own, else what holds for the default model."""
-        path = _path(cache, fingerprint)
+    def read(cls, cache: Path, fingerprint: str, codec: str) -> Calibration:
+        """The model's own with this codec, else what holds for the default model."""
+        path = _path(cache, fingerprint, codec)
         try:
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError:
@@ -69,9 +69,9 @@ class Calibration(BaseModel):
             _log.warning("%s cannot be used (%s): run `lmcache-rag calibrate` again.", path, error)
             return ASSUMED
 
-    def write(self, cache: Path, fingerprint: str) -> Path:
-        """Keep it for the model; returns the file."""
-        path = _path(cache, fingerprint)
+    def write(self, cache: Path, fingerprint: str, codec: str) -> Path:
+        """Keep it for the model with this codec; returns the file."""
+        path = _path(cache, fingerprint, codec)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(self.model_dump_json(indent=2) + "\n")
@@ -96,5 +96,5 @@ def calibration_of(rows: Iterable[tuple[float, float]], questions: int) -> Calib
         raise ModelError(f"The model cannot be calibrated: it was measured at {points}.") from error
 
 
-def _path(cache: Path, fingerprint: str) -> Path:
-    return cache / _FOLDER / f"{fingerprint}.json"
+def _path(cache: Path, fingerprint: str, codec: str) -> Path:
+    return cache / _FOLDER / f"{fingerprint}.{codec}.json"

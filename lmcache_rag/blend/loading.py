@@ -70,7 +70,10 @@ class Loader:
             yield from ((segment, _TOO_SLOW) for segment in named)
             return
         deadline = start + self._patience_s(tokens)
-        stream = None if seconds is None else Stream(named, seconds, self._known_rate(), self._prefill_tokens_per_s)
+        stream = None
+        if seconds is not None:
+            in_time = min(seconds, self._patience_s(tokens))
+            stream = Stream(named, in_time, self._known_rate(), self._prefill_tokens_per_s)
         reads = _Reads(chunks, self._shape, named, stream)
         size_bytes, ended = 0, start
         for segment, read in zip(named, reads.futures, strict=True):
@@ -138,7 +141,11 @@ class _Reads:
                 except queue.Empty:
                     self._room.release()
                     return
-                level = self._stream.choose() if self._stream is not None else None
+                try:
+                    level = self._stream.choose() if self._stream is not None else None
+                except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
+                    future.set_exception(error)
+                    continue
             try:
                 future.set_result((self._load(name, level), time.perf_counter()))
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
@@ -149,10 +156,12 @@ class _Reads:
             return self._chunks.load(name, self._shape)
         if level is None:
             return _CHEAPER
+        found: LoadedKV | str = ""
         try:
-            return self._chunks.load(level.name, self._shape)
+            found = self._chunks.load(level.name, self._shape)
         finally:
-            self._stream.loaded(level)
+            self._stream.loaded(level, found.size_bytes if isinstance(found, LoadedKV) else 0)
+        return found
 
 
 def _result(read: _Read, deadline: float) -> tuple[LoadedKV | str, float]:

@@ -54,11 +54,11 @@ class Stream:
                 self._deadline -= segment.length / self._tokens_per_s
             return chosen
 
-    def loaded(self, level: StoredLevel) -> None:
-        """What was chosen is loaded."""
+    def loaded(self, level: StoredLevel, size_bytes: int) -> None:
+        """What was chosen is loaded: so many bytes, none where that failed."""
         with self._lock:
             self._under_way -= level.size_bytes
-            self._done.append((self._clock(), level.size_bytes))
+            self._done.append((self._clock(), size_bytes))
 
     def _best(self, segment: PlannedSegment) -> StoredLevel | None:
         rate, left = self._rate(), self._deadline - self._clock()
@@ -69,7 +69,8 @@ class Stream:
             if self._under_way + level.size_bytes + following <= rate * left:
                 return level
         smallest = segment.levels[-1]
-        return smallest if smallest.size_bytes * self._tokens_per_s < segment.length * rate else None
+        faster = smallest.size_bytes * self._tokens_per_s < segment.length * rate
+        return smallest if faster or not self._tokens_per_s else None
 
     def _rate(self) -> float | None:
         """Bytes per second over the last objects, the wait for the next one included, so that a stall counts too."""

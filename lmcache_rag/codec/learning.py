@@ -42,7 +42,23 @@ def learn(
     Raises:
         ModelError: Hugging Face's version of the model cannot be loaded, or has its KV in another form.
     """
-    model = load_model(folder, dtype, device)
+    try:
+        with torch.enable_grad():
+            return _learn(load_model(folder, dtype, device), device, rotations, prompts, progress)
+    except RuntimeError as error:  # of which running out of memory is one
+        raise ModelError(
+            f"The codec's tables could not be learned ({error}): give the engine less memory, or use --codec q8, which "
+            "has none."
+        ) from error
+
+
+def _learn(
+    model: Any,
+    device: torch.device,
+    rotations: Sequence[Rotation | None],
+    prompts: Sequence[PromptPlan],
+    progress: Callable[[int], Any] | None,
+) -> CodecTables:
     draw = torch.Generator(device).manual_seed(0)
     stride = max(1, sum(plan.segments[-1].end for plan in prompts) // _KEPT_TOKENS)
     kept: list[Tensor] = []
@@ -57,7 +73,10 @@ def learn(
         if progress is not None:
             progress(number)
     if fisher is None:
-        raise ModelError("The codec's tables are learned from prompts, and there is none.")
+        raise ModelError(
+            "There is too little text to learn the codec's tables from, or the model's context is too short for it: "
+            "give several thousand words, raise max_model_len, or use --codec q8, which has no tables."
+        )
     return learn_tables(torch.cat(kept, dim=2), fisher.cpu())
 
 
@@ -69,7 +88,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"The codec's tables cannot be learned, since transformers does not load {folder} ({error}): "
             "use --codec q8, which has none."

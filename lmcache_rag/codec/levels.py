@@ -19,7 +19,7 @@ class Level:
     """A codec with its setting.
 
     Attributes:
-        bits: typical length of a value of K or V; 0 where it is the model's own.
+        bits: length of a value of K or V, rather more than usual; 0 where it is the model's own.
         make: the codec, for a model of so many layers.
         learned: whether it needs tables.
         lossless: whether K and V come back bit by bit.
@@ -70,11 +70,11 @@ def _cachegen() -> Callable[..., Codec]:
 LEVELS: Final[dict[str, Level]] = {
     "raw": Level(0, _raw(), lossless=True),
     "q8": Level(8.6, _grouped(bits=8)),
-    "high": Level(2.7, _transform(step=0.15), learned=True),
-    "balanced": Level(2.0, _transform(step=0.26), learned=True),
+    "high": Level(3.3, _transform(step=0.15), learned=True),
+    "balanced": Level(2.5, _transform(step=0.26), learned=True),
     "q4": Level(4.6, _grouped(bits=4)),
-    "small": Level(1.0, _transform(step=0.7), learned=True),
-    "cachegen": Level(4.5, _cachegen()),
+    "small": Level(1.4, _transform(step=0.7), learned=True),
+    "cachegen": Level(4.2, _cachegen()),
 }
 """By falling fidelity."""
 

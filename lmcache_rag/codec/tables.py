@@ -19,7 +19,7 @@ from lmcache_rag_kernels.rans import Distributions
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.errors import CorruptObjectError, ModelError
 
 SCALES = np.geomspace(0.06, 40.0, 48)
 """The distributions are those of coordinates whose mean size is so many steps. Smaller ones are not stored at all."""
@@ -28,6 +28,9 @@ _EDGES = np.sqrt(SCALES[1:] * SCALES[:-1])
 _LARGEST = 126
 _SHRINKAGE = 0.2
 """The share of the identity in F: its small eigenvalues cannot be estimated well, and must not be taken for nothing."""
+
+_FLOOR = 1e-6
+"""Of F, whose mean over all layers is 1: a layer that answers do not look at has none of its own."""
 
 _LEARNED_STEPS = (0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 _PRIOR = 20.0
@@ -98,10 +101,15 @@ def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
     Args:
         kv: `[layers, 2, tokens, C]`, RoPE taken off K.
         fisher: `[layers, 2, C, C]`: mean of g g' over tokens, g being the gradient of a log-probability by a row of kv.
+
+    Raises:
+        ModelError: kv or fisher are not finite numbers, or all of fisher is 0.
     """
     layers, _, _, width = kv.shape
     mean = kv.float().mean(2)
     unit = fisher.double().diagonal(dim1=-2, dim2=-1).mean()
+    if not (unit > 0 and unit.isfinite() and bool(kv.isfinite().all())):
+        raise ModelError("The codec's tables cannot be learned from KV or gradients that are no numbers or all 0.")
     backward = np.empty((layers, 2, width, width), np.float16)
     size = torch.empty_like(mean)
     counts = np.zeros((len(SCALES), 2 * _LARGEST + 2))
@@ -114,7 +122,12 @@ def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
             size[layer, part] = coordinates.abs().mean(0).clamp(min=1e-12)
             for step in _LEARNED_STEPS:
                 counts += _count(quantise(coordinates, step), size[layer, part].numpy() / step)
-    return CodecTables(mean.numpy(), backward, size.numpy(), _distributions(counts))
+    tables = CodecTables(mean.numpy(), backward, size.numpy(), _distributions(counts))
+    try:
+        _check(tables)
+    except ValueError as error:
+        raise ModelError(f"The codec's tables cannot be learned ({error}): use --codec q8, which has none.") from error
+    return tables
 
 
 def quantise(coordinates: Tensor, step: float) -> Tensor:
@@ -130,7 +143,7 @@ def quantise(coordinates: Tensor, step: float) -> Tensor:
 def _axes(x: np.ndarray, fisher: np.ndarray) -> np.ndarray:
     """`backward` of one layer's K or V: the directions, by falling size."""
     width = len(fisher)
-    metric = (1 - _SHRINKAGE) * fisher + _SHRINKAGE * np.trace(fisher) / width * np.eye(width)
+    metric = (1 - _SHRINKAGE) * fisher + (_SHRINKAGE * np.trace(fisher) / width + _FLOOR) * np.eye(width)
     values, vectors = np.linalg.eigh(metric)
     values = np.sqrt(np.maximum(values, values[-1] * 1e-9))
     root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T

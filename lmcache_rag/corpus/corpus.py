@@ -148,8 +148,17 @@ class Corpus:
         needed = tokens * self._engine.kv_bytes_per_token * (2 if self.primer else 1)
         return UpdatePlan(pending, gone, report, tokens, needed, stored.store.free_bytes())
 
-    def update(self, plan: UpdatePlan, progress: Callable[[int], Any] | None = None) -> UpdateReport:
+    def update(
+        self,
+        plan: UpdatePlan,
+        progress: Callable[[int], Any] | None = None,
+        learning: Callable[[str], Any] | None = None,
+    ) -> UpdateReport:
         """Carry a plan out, document by document, so that an interruption loses at most the one under way.
+
+        Args:
+            progress: gets the tokens of each passage done.
+            learning: is told how far learning the codec is, where that comes first, and "tokens" when it is done.
 
         Raises:
             CorpusError: the KV would not fit the disk, or could not be stored; documents done so far are indexed.
@@ -159,9 +168,11 @@ class Corpus:
                 f"The KV of the new passages needs up to {plan.needed_bytes / 1e9:.1f} GB, and only "
                 f"{plan.free_bytes / 1e9:.1f} GB are free: free some space, or name another folder with --store."
             )
-        ensure_codec(self._engine, plan.texts)
-        report = plan.report
-        known = self._database.documents()
+        report, known = plan.report, self._database.documents()
+        if plan.pending:
+            ensure_codec(self._engine, plan.texts, learning)
+            if learning is not None:
+                learning("tokens")
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
@@ -241,10 +252,9 @@ class Corpus:
         if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
             variants.add(variant_of(self._preamble, self.primer))
         prefixes = self._database.kv_prefixes(path)
-        names = [chunks.name_below(prefix, variant) for prefix in prefixes for variant in variants]
-        if self._preamble:
-            names.append(chunks.preamble_name(self._preamble))
-        return all(map(self._engine.store.exists, names))
+        if self._preamble and chunks.preamble(self._preamble) is None:
+            return False
+        return not any(chunks.missing_below(prefix, variant) for prefix in prefixes for variant in variants)
 
     def _split(self, document: Document) -> Pending:
         manifest, tokenizer = self.manifest, self._engine.tokenizer

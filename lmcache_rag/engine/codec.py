@@ -29,12 +29,19 @@ def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Calla
         StoreError: they cannot be kept.
     """
     levels = (engine.settings.codec, *engine.settings.extra_codecs)
-    if not any(LEVELS[level].learned for level in levels) or engine.tables.last() is not None:
+    if not any(LEVELS[level].learned for level in levels):
         return
-    own = machine_store()
-    if own is None or TableStore(own, engine.model_fingerprint).last() is None:
-        prompts = mixed(prompts_for(engine, texts), prompts_for(engine, built_in_texts()))
-        keep_codec(engine, learn_codec(engine, prompts, progress))
+    with engine.learning:
+        if engine.codec_ready:
+            return
+        if engine.tables.last() is None:
+            own = machine_store()
+            tables = None if own is None else TableStore(own, engine.model_fingerprint).last()
+            if tables is None:
+                prompts = mixed(prompts_for(engine, texts), prompts_for(engine, built_in_texts()))
+                tables = learn_codec(engine, prompts, progress)
+            keep_codec(engine, tables)
+        engine.codec_ready = True
 
 
 def keep_codec(engine: LocalEngine, tables: CodecTables) -> None:

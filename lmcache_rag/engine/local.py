@@ -32,6 +32,10 @@ from lmcache_rag.vllm.request import BlendOptions
 class LocalEngine:
     """A vLLM engine with our worker and connector. One at a time in a process; close it before starting another.
 
+    Attributes:
+        learning: held while the codec's tables are looked for or learned.
+        codec_ready: whether they are there.
+
     Raises:
         EngineError: vLLM is missing or does not start, or an engine runs in this process already.
         ModelError: the model cannot be found, or its KV cannot be blended.
@@ -43,6 +47,8 @@ class LocalEngine:
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
+        self.learning = threading.Lock()
+        self.codec_ready = False
         with LocalEngine._start_lock:
             if LocalEngine._running is not None:
                 raise EngineError(

@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.codec import peek_tokens
+from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
 
@@ -78,11 +79,15 @@ class Catalog:
         generation = self._store.generation(self._scope.prefix)
         if generation == self._generation:
             return
-        names = {name.rpartition("/")[0]: name for name in self._store.list(self._scope.prefix)}
+        names: dict[str, list[str]] = {}
+        for name in self._store.list(self._scope.prefix):
+            if name.endswith(f".v{FORMAT_VERSION}"):
+                names.setdefault(name.rpartition("/")[0], []).append(name)
         for key in self._chunks.keys() - names.keys():
             self._remove(key)
         for key in names.keys() - self._chunks.keys():
-            token_ids = self._peek(names[key])
+            found = (self._peek(name) for name in names[key])
+            token_ids = next((token_ids for token_ids in found if token_ids is not None), None)
             if token_ids is not None:
                 self._add(key, token_ids)
         self._generation = generation

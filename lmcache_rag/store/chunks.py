@@ -82,11 +82,14 @@ class ChunkStore:
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
-        return self.name_below(self.scope.chunk_prefix(token_ids), variant)
+        return _name(self.scope.chunk_prefix(token_ids), variant, self.level)
 
     def missing(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> list[str]:
         """The levels at which the variant of a chunk is to be written and is not."""
-        prefix = self.scope.chunk_prefix(token_ids)
+        return self.missing_below(self.scope.chunk_prefix(token_ids), variant)
+
+    def missing_below(self, prefix: str, variant: str) -> list[str]:
+        """The same, from what the names of all variants of the chunk start with."""
         return [level for level in self._levels if not self.store.exists(_name(prefix, variant, level))]
 
     def preamble_name(self, token_ids: Sequence[int] | np.ndarray) -> str:
@@ -94,9 +97,10 @@ class ChunkStore:
         makes of its first tokens matters most, and vLLM's prefix cache may then keep it too."""
         return _name(self.scope.chunk_prefix(token_ids), NO_CONTEXT, LOSSLESS_LEVEL)
 
-    def name_below(self, prefix: str, variant: str) -> str:
-        """The same, from what the names of all variants of the chunk start with."""
-        return _name(prefix, variant, self.level)
+    def preamble(self, token_ids: Sequence[int] | np.ndarray) -> str | None:
+        """The name of a preamble's object; None where there is none."""
+        name = self.preamble_name(token_ids)
+        return name if len(token_ids) and self.store.exists(name) else None
 
     def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
         """The readable variants of a chunk: variant -> object name. Of a variant's several levels it is the one that

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import logging
+from collections.abc import Iterable
 
 from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec.base import Codec
@@ -12,6 +13,8 @@ from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.model import cache_folder
 from lmcache_rag.store.base import Store
 from lmcache_rag.store.disk import DiskStore
+
+_log = logging.getLogger(__name__)
 
 _FOLDER = ".tables"
 """No namespace's name begins with a dot."""
@@ -27,34 +30,35 @@ class TableStore:
 
     def add(self, tables: CodecTables) -> None:
         """Keep tables, from now on the last ones. Raises `StoreError`."""
-        names = self._names()
-        if names and names[-1].endswith(f".{tables.digest}"):
+        last, names = self.last(), self._names()
+        if last is not None and last.digest == tables.digest:
             return
         number = int(names[-1].rpartition("/")[2].partition(".")[0]) + 1 if names else 1
         self._store.write(f"{self._prefix}{number:06}.{tables.digest}", [tables.to_bytes()])
 
     def last(self) -> CodecTables | None:
-        """The tables to code with. Raises `StoreError`."""
-        names = self._names()
-        return self._read(names[-1]) if names else None
+        """The tables to code with; damaged ones are passed over. Raises `StoreError`."""
+        return self._first_readable(reversed(self._names()))
 
     def named(self, digest: str) -> CodecTables | None:
-        """The tables of this digest. Raises `StoreError`."""
-        name = next((name for name in self._names() if name.endswith(f".{digest}")), None)
-        return None if name is None else self._read(name)
+        """The tables of this digest; None where they are missing or damaged. Raises `StoreError`."""
+        return self._first_readable(name for name in self._names() if name.endswith(f".{digest}"))
 
     def _names(self) -> list[str]:
         names = self._store.list(self._prefix)
         return sorted(name for name in names if name.rpartition("/")[2].partition(".")[0].isdigit())
 
-    def _read(self, name: str) -> CodecTables | None:
-        data = self._store.read(name)
-        if data is None:
-            return None
-        tables = CodecTables.from_bytes(bytes(data))
-        if not name.endswith(f".{tables.digest}"):
-            raise CorruptObjectError(f"{name} holds other codec tables than its name says.")
-        return tables
+    def _first_readable(self, names: Iterable[str]) -> CodecTables | None:
+        for name in names:
+            data = self._store.read(name)
+            try:
+                tables = CodecTables.from_bytes(bytes(data or b""))
+            except CorruptObjectError as error:
+                _log.warning("%s is passed over (%s)", name, error)
+                continue
+            if name.endswith(f".{tables.digest}"):
+                return tables
+        return None
 
 
 def machine_store() -> Store | None:
@@ -66,7 +70,7 @@ def machine_store() -> Store | None:
 
 
 class ModelCodecs:
-    """The codecs of one model, made once and used by several threads.
+    """The codecs of one model, made once and used by several threads, none of which waits for another.
 
     Args:
         own: this machine's; tables that the store lacks are copied from there.
@@ -76,9 +80,8 @@ class ModelCodecs:
         self._tables = TableStore(store, model)
         self._own = TableStore(own, model) if own is not None else None
         self._shape = shape
-        self._lock = threading.Lock()
-        self._known: dict[str, CodecTables] = {}
         self._made: dict[tuple[str, str], Codec] = {}
+        self._known: dict[str, CodecTables] = {}
         self._last = ""
 
     def for_writing(self, level: str) -> tuple[Codec, str]:
@@ -87,30 +90,27 @@ class ModelCodecs:
         Raises:
             StoreError: it needs tables, and there are none.
         """
-        if not LEVELS[level].learned:
-            return self._codec(level, ""), ""
-        with self._lock:
-            if not self._last:
-                self._last = self._find_last()
-        return self._codec(level, self._last), self._last
+        digest = ""
+        if LEVELS[level].learned:
+            self._last = self._last or self._find_last()
+            digest = self._last
+        return self._codec(level, digest), digest
 
     def for_reading(self, level: str, digest: str) -> Codec | None:
         """The codec of an object; None where its tables are missing. Raises `StoreError`."""
-        if LEVELS[level].learned:
-            with self._lock:
-                if digest not in self._known:
-                    tables = self._tables.named(digest)
-                    if tables is None:
-                        return None
-                    self._keep(tables)
+        if LEVELS[level].learned and digest not in self._known:
+            tables = self._tables.named(digest)
+            if tables is None and self._own is not None:
+                tables = self._copied(self._own.named(digest))
+            if tables is None:
+                return None
+            self._keep(tables)
         return self._codec(level, digest)
 
     def _find_last(self) -> str:
         tables = self._tables.last()
         if tables is None and self._own is not None:
-            tables = self._own.last()
-            if tables is not None:
-                self._tables.add(tables)
+            tables = self._copied(self._own.last())
         if tables is None:
             raise StoreError(
                 "This model's KV codec has no tables yet: run `lmcache-rag calibrate` with the same --model and "
@@ -118,6 +118,11 @@ class ModelCodecs:
             )
         self._keep(tables)
         return tables.digest
+
+    def _copied(self, tables: CodecTables | None) -> CodecTables | None:
+        if tables is not None:
+            self._tables.add(tables)
+        return tables
 
     def _keep(self, tables: CodecTables) -> None:
         layers, _, width = tables.mean.shape
@@ -127,7 +132,6 @@ class ModelCodecs:
 
     def _codec(self, level: str, digest: str) -> Codec:
         key = (level, digest)
-        with self._lock:
-            if key not in self._made:
-                self._made[key] = LEVELS[level].make(self._shape.layers, self._known.get(digest))
-            return self._made[key]
+        if key not in self._made:
+            self._made.setdefault(key, LEVELS[level].make(self._shape.layers, self._known.get(digest)))
+        return self._made[key]

@@ -55,7 +55,7 @@ class BlendConnector(KVConnectorBase_V1):
                     self._fingerprint,
                     self._config,
                     self._workspace_tokens,
-                    Calibration.read(cache_folder(), self._fingerprint),
+                    Calibration.read(cache_folder(), self._fingerprint, self._config.codec),
                 ),
                 automatic=self._config.automatic,
                 unsupported=self._unsupported,

@@ -11,7 +11,7 @@ import numpy as np
 from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR, Calibration
 from lmcache_rag.blend.cost import CostModel
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
-from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, best_variant, variant_of
+from lmcache_rag.chunk_kv import KVScope, best_variant, variant_of
 from lmcache_rag.codec import LEVELS
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store.base import Store
@@ -87,15 +87,14 @@ class Planner:
             report.reason = f"the primer's {options.primer_tokens} tokens do not fit before the segment"
             return None
         context, primer = prompt[:start], start - options.primer_tokens
-        variant = variant_of(context[:primer], context[primer:])
-        name = chunks.variants(prompt[start:]).get(variant)
-        if name is not None and chunks.missing(prompt[start:], variant) and not LEVELS[level_of(name)].lossless:
+        name = chunks.variants(prompt[start:]).get(variant_of(context[:primer], context[primer:]))
+        if name is not None and not LEVELS[level_of(name)].lossless:
             name = None  # what one level lost is not to be stored at another
         return BlendPlan(
             mode="precompute",
             namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
-            preamble=PlannedSegment(0, start, name=chunks.variants(context).get(NO_CONTEXT), exact=True),
+            preamble=PlannedSegment(0, start, name=chunks.preamble(context), exact=True),
             segments=(PlannedSegment(start, length, name=name),),
             end=len(prompt),
             selector="none",
@@ -173,13 +172,12 @@ class Planner:
         """
         first = matches[0]
         if len(matches) > 1 and first.start == first.offset == 0:
-            name = chunks.variants(first.chunk).get(NO_CONTEXT)
+            name = chunks.preamble(first.chunk)
             if name is not None:
                 matches.pop(0)
                 return PlannedSegment(0, first.length, name=name, exact=True), first.chunk
         preamble = prompt[: max(0, first.start - first.offset)]
-        name = chunks.variants(preamble).get(NO_CONTEXT) if len(preamble) else None
-        return PlannedSegment(0, len(preamble), name=name, exact=True), preamble
+        return PlannedSegment(0, len(preamble), name=chunks.preamble(preamble), exact=True), preamble
 
     def _segments(
         self, prompt: np.ndarray, matches: list[Match], context: np.ndarray, chunks: ChunkStore
@@ -203,7 +201,16 @@ class Planner:
 
 def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
     """Names everything that shapes a blend's KV, so that it is found again only by a request with the same plan."""
-    shaped_by = (caller_salt, plan.namespace, plan.token_ids, plan.preamble, plan.segments, plan.selector, plan.ratio)
+    shaped_by = (
+        caller_salt,
+        plan.namespace,
+        plan.token_ids,
+        plan.preamble,
+        plan.segments,
+        plan.selector,
+        plan.ratio,
+        plan.ttft_goal_s,
+    )
     return hashlib.blake2b(repr(shaped_by).encode(), digest_size=16).hexdigest()
 
 

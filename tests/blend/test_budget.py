@@ -42,11 +42,12 @@ def test_impossible_points(points: tuple) -> None:
 
 
 def test_it_is_kept_by_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = CURVE.write(tmp_path, "abc")
-    assert Calibration.read(tmp_path, "abc") == CURVE
-    assert Calibration.read(tmp_path, "another") == ASSUMED
+    path = CURVE.write(tmp_path, "abc", "raw")
+    assert Calibration.read(tmp_path, "abc", "raw") == CURVE
+    assert Calibration.read(tmp_path, "abc", "small") == ASSUMED
+    assert Calibration.read(tmp_path, "another", "raw") == ASSUMED
     path.write_text("{")
-    assert Calibration.read(tmp_path, "abc") == ASSUMED
+    assert Calibration.read(tmp_path, "abc", "raw") == ASSUMED
     assert "calibrate` again" in caplog.text
 
 

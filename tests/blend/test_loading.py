@@ -98,3 +98,31 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
     assert [kv for _, kv in loader.load(chunks, segments, TOKENS)] == ["too slow"] * 20  # nobody waits again
     patient = Loader(SHAPE, prefill_tokens_per_s=TOKENS / 100)  # computing would take 100 s
     assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments[:4], TOKENS))
+
+
+def test_a_goal_is_cut_to_the_patience_so_that_nothing_is_given_up(tmp_path: Path) -> None:
+    codecs = ModelCodecs(DiskStore(tmp_path), "model", SHAPE)
+    chunks = ChunkStore(DiskStore(tmp_path), KVScope("default", "model"), "q4", codecs, extra=("raw",))
+    segments = []
+    for number in range(10):
+        token_ids = np.arange(TOKENS, dtype=np.int32) + number
+        chunks.save(ChunkKV(token_ids, torch.randn(8, 2, TOKENS, 4, 32)), NO_CONTEXT)
+        name = chunks.name(token_ids, NO_CONTEXT)
+        levels = tuple(chunks.levels(name))
+        segments.append(PlannedSegment(number * TOKENS, TOKENS, name=name, levels=levels))
+    raw, q4 = (level.size_bytes for level in segments[0].levels)
+    tokens = 10 * TOKENS
+    loader = Loader(SHAPE, prefill_tokens_per_s=tokens / 2.0)  # loading is given up after half of 2 s
+    slow = ThrottledStore(chunks.store, Throttle(10 * raw / 2.0))  # all of `raw` takes 2 s
+    throttled = ChunkStore(slow, chunks.scope, "q4", codecs, extra=("raw",))
+    found = [kv for _, kv in loader.load(throttled, segments, tokens, seconds=1.9)]
+    assert all(isinstance(kv, LoadedKV) for kv in found)
+    levels = [kv.level for kv in found if isinstance(kv, LoadedKV)]
+    assert "q4" in levels and raw > 3 * q4
+
+
+def test_an_error_in_choosing_reaches_whoever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, segments = stored(tmp_path, 1)
+    monkeypatch.setattr("lmcache_rag.blend.streaming.Stream.choose", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(Loader(SHAPE, 0.0).load(chunks, segments, TOKENS, seconds=1.0))

@@ -33,7 +33,7 @@ class Store:
             chosen.append("computed" if level is None else level.name.partition(".")[2])
             if level is not None:
                 self.now += level.size_bytes / bytes_per_s
-                self.stream.loaded(level)
+                self.stream.loaded(level, level.size_bytes)
         return chosen
 
 

@@ -47,14 +47,14 @@ def test_what_comes_back_is_near_what_went_in(level: str, tokens: int, tables: C
     codec = LEVELS[level].make(LAYERS, tables)
     decoded = there_and_back(codec, kv)
     assert decoded.shape == kv.shape and decoded.dtype == kv.dtype
-    limit = {"raw": 0.0, "q8": 0.01}.get(level, 0.5)
-    assert float((decoded - kv).norm() / kv.norm()) <= limit
+    wrong = (decoded - kv).norm() / (kv - sample(4000, 2).mean(2, keepdim=True)).norm()
+    assert float(wrong) <= {"raw": 0.0, "q8": 0.02, "q4": 0.25, "high": 0.1, "balanced": 0.15}.get(level, 0.45)
 
 
 def test_levels_are_in_the_order_of_their_fidelity(tables: CodecTables) -> None:
     kv = sample(256, 2)
     learned = [error(LEVELS[level].make(LAYERS, tables), kv) for level in ("high", "balanced", "small")]
-    assert learned == sorted(learned)
+    assert learned == sorted(set(learned))
     raw, q8, q4 = (error(LEVELS[level].make(LAYERS, tables), kv) for level in ("raw", "q8", "q4"))
     assert raw == 0 < q8 < q4 < 0.25
 

@@ -11,6 +11,7 @@ import torch
 
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
 from lmcache_rag.store import Catalog, ChunkStore, DiskStore
+from lmcache_rag.store.tables import ModelCodecs
 from tests.helpers import chunk_store
 
 SHAPE = KVShape(layers=1, kv_heads=1, head_size=2, dtype=torch.float32)
@@ -116,3 +117,16 @@ def test_long_chunk_needs_a_longer_look(chunks: ChunkStore) -> None:
     chunk = tokens(1, 20_000)
     save(chunks, chunk)
     assert found(Catalog(chunks.store, SCOPE), [1001, *chunk[19_000:], 1002]) == [(1, 1000, 19_000)]
+
+
+def test_a_chunk_of_which_one_object_is_damaged_is_found_by_another(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    chunks = ChunkStore(store, SCOPE, "raw", ModelCodecs(store, SCOPE.model, SHAPE), extra=("q8", "q4"))
+    token_ids = tokens(1, 100)
+    save(chunks, token_ids)
+    names = sorted(store.list(SCOPE.prefix))
+    assert len(names) == 3
+    for name in (names[0], names[2]):
+        store.write(name, [b"damaged"])
+    store.write(names[1].replace(".v2", ".v1"), [b"of an older release"])
+    assert found(Catalog(store, SCOPE), token_ids) == [(0, 100, 0)]

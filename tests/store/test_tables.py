@@ -88,17 +88,23 @@ def test_missing_tables_are_a_miss_with_a_reason(store: DiskStore) -> None:
     assert store.exists(name)  # whoever has the tables can still use it
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
-def test_damaged_tables_are_a_miss_with_a_reason(store: DiskStore, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "other", "empty", "gone"])
+def test_damaged_tables_are_a_miss_until_they_are_there_again(store: DiskStore, tmp_path: Path, damage: str) -> None:
     TableStore(store, SCOPE.model).add(tables(1))
     chunks_of(store).save(chunk(), VARIANT)
+    name = chunks_of(store).name(TOKENS, VARIANT)
     path = next((store.root / ".tables").rglob("0*"))
-    content = {"cut": path.read_bytes()[:-9], "other": tables(3).to_bytes(), "empty": b""}[damage]
-    path.write_bytes(content)
-    found = chunks_of(store).load(chunks_of(store).name(TOKENS, VARIANT), SHAPE)
-    assert found == "coded with tables that cannot be read"
-    with pytest.raises(CorruptObjectError):
-        TableStore(store, SCOPE.model).last()
+    content = {"cut": path.read_bytes()[:-9], "other": tables(3).to_bytes(), "empty": b""}
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[damage])
+    assert chunks_of(store).load(name, SHAPE) == "coded with tables that are missing"
+    assert TableStore(store, SCOPE.model).last() is None
+    own = DiskStore(tmp_path / "own")
+    TableStore(own, SCOPE.model).add(tables(1))
+    assert isinstance(chunks_of(store, own=own).load(name, SHAPE), LoadedKV)
+    assert isinstance(chunks_of(store).load(name, SHAPE), LoadedKV)  # the store has them again
 
 
 def test_tables_of_another_shape_are_refused(store: DiskStore) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmcache_rag.codec import unpack
 from lmcache_rag.engine import EngineSettings, LocalEngine
 from lmcache_rag.engine.codec import ensure_codec, keep_codec, learn_codec
 from lmcache_rag.store.throttled import Throttle
@@ -114,7 +115,39 @@ def test_lossy_kv_is_never_found_by_exact_requests(engine: LocalEngine) -> None:
     assert torch.isfinite(again).all()
 
 
-def test_missing_tables_are_a_miss_with_a_reason(engine: LocalEngine, settings: EngineSettings) -> None:
+def test_a_preamble_is_never_made_from_lossy_kv(engine: LocalEngine) -> None:
+    """A chunk that was computed alone has the name of a preamble, but for its level."""
+    plan = random_plan(76, preamble=150, chunks=(60,))
+    preamble, chunks, _ = parts(plan)
+    assert not engine.precompute([], [preamble]).errors
+    stored = engine.chunk_store()
+    name = stored.preamble_name(preamble)
+    computed = engine.store.read(name)
+    assert computed is not None
+    before = unpack(computed).layers
+    engine.store.delete([name])
+    assert not engine.precompute(preamble, chunks).errors
+    again = engine.store.read(name)
+    assert again is not None
+    for was, found in zip(before, unpack(again).layers, strict=True):
+        numbers = (torch.frombuffer(bytearray(layer), dtype=torch.float32) for layer in (was, found))
+        torch.testing.assert_close(*numbers, atol=1e-4, rtol=1e-4)
+
+
+def test_requests_with_different_goals_do_not_share_blends(engine: LocalEngine) -> None:
+    plan = random_plan(77, chunks=(200, 200))
+    ingest(engine, plan)
+    answer(engine, plan, REUSE, salt="goals")
+    _, same = answer(engine, plan, REUSE, salt="goals")
+    assert same.reuse.local_tokens >= 400
+    _, other = answer(engine, plan, GOAL, salt="goals")
+    assert other.reuse.local_tokens <= plan.preamble_length
+
+
+def test_missing_tables_are_a_miss_with_a_reason(
+    engine: LocalEngine, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path))
     plan = random_plan(72)
     ingest(engine, plan)
     for segment in plan.segments:

@@ -74,5 +74,6 @@ def restore(
     if key.is_cuda:
         from lmcache_rag_kernels.restore import cuda
 
-        return cuda.restore(*arguments)
+        if cuda.fits(key, rotations):
+            return cuda.restore(*arguments)
     return reference.restore(*arguments)

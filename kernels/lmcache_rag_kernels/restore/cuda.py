@@ -26,6 +26,12 @@ _BLOCK_TOKENS = 16
 _BLOCK_COORDINATES = 32
 
 
+def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
+    """Whether it is for tensors like these."""
+    kinds = {(rotation.rotary_dim, rotation.interleaved) for rotation in rotations if rotation is not None}
+    return key.is_cuda and len(kinds) <= 1
+
+
 def restore(
     streams: Sequence[memoryview],
     transform: Transform,
@@ -120,12 +126,8 @@ def _angles(
     """Cosines and sines of each different rotation, float32 `[rotations, 2, length, half]`, and which one a layer has
     (int32, -1 for none).
 
-    Raises:
-        ValueError: rotations of different sizes.
     """
     different = list({id(rotation): rotation for rotation in rotations if rotation is not None}.values())
-    if len({rotation.rotary_dim for rotation in different}) > 1:
-        raise ValueError("layers whose rotations are of different sizes")
     rows = slice(start, start + length)
     turns = [torch.stack([rotation.cos[rows], rotation.sin[rows]]).to(device) for rotation in different]
     index = {id(rotation): number for number, rotation in enumerate(different)}
@@ -175,7 +177,7 @@ def _place(
     tokens, offset, length, heads, size, half, key_layer, key_token, value_layer, value_token,
     INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COORDINATES: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.program_id(0) // 2
+    layer = (tl.program_id(0) // 2).to(tl.int64)  # times a stride, it may take more than 32 bits
     part = tl.program_id(0) % 2
     head = tl.program_id(1)
     token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
