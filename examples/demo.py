@@ -33,7 +33,11 @@ def main() -> None:
         out.print(f"{len(plan.pending)} documents to read, {plan.tokens} tokens, {plan.report.unchanged} unchanged")
         with Progress(console=out) as progress:
             task = progress.add_task("precomputing KV", total=plan.tokens)
-            report = corpus.update(plan, lambda tokens: progress.advance(task, tokens))
+            report = corpus.update(
+                plan,
+                lambda tokens: progress.advance(task, tokens),
+                lambda note: progress.update(task, description=note),
+            )
         out.print(f"{report.chunks_computed} passages computed, {report.bytes_stored / 1e6:.0f} MB stored\n")
 
         sampling = Sampling(max_tokens=32, stop=corpus.manifest.prompt.stop)

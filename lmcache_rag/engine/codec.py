@@ -22,7 +22,7 @@ def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Calla
 
     Args:
         texts: to learn from, together with built-in ones; texts like those that will be stored make KV smaller.
-        progress: is told how far it is; without, a line on standard error says that it is done.
+        progress: is told how far it is; without, a line on standard error says that it takes minutes.
 
     Raises:
         ModelError: they cannot be learned from this model.

@@ -131,7 +131,7 @@ class LocalEngine:
         Raises:
             PromptError: a chunk does not fit behind the preamble.
         """
-        ensure_codec(self)
+        ensure_codec(self, (self._tokenizer.decode(list(chunk)) for chunk in chunks))
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
