@@ -60,6 +60,7 @@ class Blender:
         self._max_pass_tokens = max_pass_tokens
         self._context: ChunkKV | None = None
         self.token_layers = 0
+        self._slower_s = 0.0  # than `_computing_s` said, the last time
         self.prefill_tokens_per_s = self._measure_prefill()
         self.loader = Loader(shape, self.prefill_tokens_per_s if never_slower else 0.0)
 
@@ -79,6 +80,7 @@ class Blender:
                 recomputed[selected] = True
             state.recompute(recomputed)
         state.count(recomputed)
+        self._slower_s = max(0.0, report.phases_s["select"] + report.phases_s["recompute"] - self._computing_s(plan))
         if plan.mode == "precompute" and plan.preamble.name is None and plan.preamble.length:
             self._keep_context(plan.token_ids[: plan.preamble.length])
         return report
@@ -87,10 +89,14 @@ class Blender:
         """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
         if plan.ttft_goal_s is None:
             return None
+        return plan.ttft_goal_s - self._computing_s(plan) - self._slower_s
+
+    def _computing_s(self, plan: BlendPlan) -> float:
+        """How long computing takes at the rate of a plain prefill; the question is computed twice."""
         named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
         computed = plan.end - sum(segment.length for segment in named) + 2.0 * (len(plan.token_ids) - plan.end)
         computed += sum(_share(plan, segment) * segment.length for segment in named if not segment.exact)
-        return plan.ttft_goal_s - computed / self.prefill_tokens_per_s
+        return computed / self.prefill_tokens_per_s
 
     def _measure_prefill(self) -> float:
         tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
