@@ -56,17 +56,6 @@ void check_frequencies(In<uint16_t, 2> frequencies) {
     }
 }
 
-// 2^64 / f, rounded up, for each frequency f: a division by f is then a multiplication, exact for 32-bit numbers
-// (Granlund and Montgomery 1994). Frequency 1 has no such number.
-const uint64_t *reciprocals() {
-    static const std::vector<uint64_t> found = [] {
-        std::vector<uint64_t> of(kSlots + 1, 0);
-        for (uint64_t f = 2; f <= kSlots; ++f) of[f] = UINT64_MAX / f + 1;
-        return of;
-    }();
-    return found.data();
-}
-
 nb::bytes encode(In<int16_t, 2> symbols, In<uint8_t, 1> distribution, In<uint16_t, 2> frequencies) {
     const int64_t columns = symbols.shape(0), rows = symbols.shape(1), count = frequencies.shape(1);
     check(distribution.shape(0) == symbols.shape(0), "distribution must have one element per column");
@@ -77,14 +66,13 @@ nb::bytes encode(In<int16_t, 2> symbols, In<uint8_t, 1> distribution, In<uint16_
     {
         nb::gil_scoped_release unlocked;
         const int64_t largest = (count - 2) / 2;
-        const uint64_t *reciprocal = reciprocals();
         std::vector<uint32_t> starts(frequencies.shape(0) * count);
         for (size_t d = 0; d < frequencies.shape(0); ++d)
             for (int64_t s = 0, at = 0; s < count; at += frequencies(d, s++)) starts[d * count + s] = at;
         // Decoding runs forwards, so encoding runs backwards: words and escapes come out last first.
-        std::vector<uint16_t> words(rows * columns);
+        std::vector<uint16_t> words;
         std::vector<int16_t> escapes;
-        uint16_t *const words_end = words.data() + words.size(), *word = words_end;
+        words.reserve(rows * columns / 8 + 64);
         uint32_t states[kLanes];
         for (uint32_t &state : states) state = kLowest;
         for (int64_t row = (rows - 1) / kLanes * kLanes; row >= 0; row -= kLanes) {
@@ -100,25 +88,21 @@ nb::bytes encode(In<int16_t, 2> symbols, In<uint8_t, 1> distribution, In<uint16_
                         escapes.push_back(value);
                     }
                     const uint32_t f = frequency[s];
-                    uint32_t x = states[lane];
+                    uint32_t &x = states[lane];
                     if (static_cast<uint64_t>(x) >= static_cast<uint64_t>(f) << (32 - kProbBits)) {
-                        *--word = static_cast<uint16_t>(x);
+                        words.push_back(static_cast<uint16_t>(x));
                         x >>= 16;
                     }
-                    const uint32_t quotient =
-                        f == 1 ? x : static_cast<uint32_t>((static_cast<unsigned __int128>(x) * reciprocal[f]) >> 64);
-                    states[lane] = (quotient << kProbBits) + (x - quotient * f) + start[s];
+                    x = ((x / f) << kProbBits) + x % f + start[s];
                 }
             }
         }
-        const int64_t word_count = words_end - word;
-        stream.resize(kHeader + 2 * (word_count + escapes.size()));
+        stream.resize(kHeader + 2 * (words.size() + escapes.size()));
         std::memcpy(stream.data(), states, sizeof states);
-        const uint32_t sizes[2] = {static_cast<uint32_t>(word_count), static_cast<uint32_t>(escapes.size())};
+        const uint32_t sizes[2] = {static_cast<uint32_t>(words.size()), static_cast<uint32_t>(escapes.size())};
         std::memcpy(stream.data() + sizeof states, sizes, sizeof sizes);
         uint8_t *at = stream.data() + kHeader;
-        if (word_count > 0) std::memcpy(at, word, 2 * word_count);
-        at += 2 * word_count;
+        for (auto word = words.rbegin(); word != words.rend(); ++word, at += 2) std::memcpy(at, &*word, 2);
         for (auto value = escapes.rbegin(); value != escapes.rend(); ++value, at += 2) std::memcpy(at, &*value, 2);
     }
     return nb::bytes(reinterpret_cast<const char *>(stream.data()), stream.size());
