@@ -60,6 +60,25 @@ def test_settings_from_the_environment(
     assert run("ask", "w20", "--index", folder, "--max-tokens", 2).exit_code == 0  # the index knows its compute type
 
 
+def test_the_default_codec_is_learned_at_the_first_index_and_used(
+    tmp_path: Path, model: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LMCACHE_RAG_CODEC")
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "index"
+    options = ["--index", folder, "--chunk-tokens", 40, "--dtype", "float32"]
+    first = run("index", documents, "--model", model, *options)
+    assert first.exit_code == 0, first.output
+    assert len(list((folder / "kv" / ".tables").rglob("000001.*"))) == 1
+    assert len(list((tmp_path / "cache" / "codec").rglob("000001.*"))) == 1
+    again = run("index", documents, *options)
+    assert "2 unchanged; 0 passages computed" in " ".join(again.output.split())
+    reuse = json.loads(run("ask", "w20 w30", "--index", folder, "--json", "--max-tokens", 2).stdout)["reuse"]
+    assert reuse["mode"] == "blend" and reuse["levels"]["balanced"] > 0 and reuse["missed_tokens"] == 0
+    assert "made with another codec" in error_of(run("index", documents, "--codec", "small", *options))
+    assert "there is no codec 'zip'" in error_of(run("index", documents, "--codec", "zip", *options))
+
+
 def test_index_then_ask(tmp_path: Path, model: Path, documents: Path) -> None:
     folder = tmp_path / "index"
     options = ["--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]

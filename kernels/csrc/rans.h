@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace rans {
 
@@ -19,14 +18,10 @@ struct Tables {
     int64_t symbols;                 // of a distribution: -largest ... largest, and the escape
 };
 
-// One coded matrix, decoded in groups of kLanes rows, each column by column.
+// What is left of one coded matrix, decoded in groups of kLanes rows, each column by column.
 struct Stream {
-    bool open(const uint8_t *data, int64_t size);  // false where its lengths do not fit
-    bool ended() const;  // whether it was decoded to its end: without words or escapes left, in the final state
-
-    std::vector<uint16_t> body;  // aligned, which `data` need not be
-    const uint16_t *words = nullptr, *words_end = nullptr;
-    const int16_t *escapes = nullptr, *escapes_end = nullptr;
+    const uint16_t *words, *words_end;
+    const int16_t *escapes, *escapes_end;
     uint32_t states[kLanes];
 };
 
@@ -38,8 +33,5 @@ bool decode_avx512(Stream &, const Tables &, int rows, float *out, int64_t strid
 bool decode_avx2(Stream &, const Tables &, int rows, float *out, int64_t stride);
 #endif
 bool decode_generic(Stream &, const Tables &, int rows, float *out, int64_t stride);
-
-// In a stream: states, number of words, number of escapes, words, escapes; all little-endian.
-constexpr int64_t kHeader = 4 * (kLanes + 2);
 
 }  // namespace rans

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "rans.h"
+#include "rans_stream.h"
 
 namespace nb = nanobind;
 
@@ -117,7 +117,7 @@ bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> sl
     const DecodeGroup decode_group = decoder_named(isa);
 
     nb::gil_scoped_release unlocked;
-    Stream stream;
+    OpenStream stream;
     if (!stream.open(data.data(), data.shape(0))) return false;
     const Tables tables{distribution.data(), static_cast<int64_t>(distribution.shape(0)), slots.data(), symbols};
     const int64_t rows = out.shape(1);

@@ -15,7 +15,7 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "rans.h"
+#include "rans_stream.h"
 #include "restore.h"
 
 namespace nb = nanobind;
@@ -90,7 +90,7 @@ struct Scratch {
 };
 
 bool restore_layer(const Layer &layer, const Shape &shape, const Version &version, Scratch &scratch) {
-    rans::Stream stream;
+    rans::OpenStream stream;
     if (!stream.open(layer.data, layer.size)) return false;
     const int64_t channels = shape.heads * shape.size, end = shape.offset + shape.length;
     scratch.coordinates.resize(kGroup * layer.tables.columns);

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.bench.scores import kl_divergence, mean_interval
-from lmcache_rag.chunk_kv import chunk_key
-from lmcache_rag.codec import LEVELS, Codec, ObjectHeader, pack, unpack
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
+from lmcache_rag.codec import LEVELS, Codec, unpack
 from lmcache_rag.codec.learning import load_model, position_free
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.errors import ModelError, PromptError
 from lmcache_rag.prompt import PromptFormat, PromptPlan, Tokenizer
+from lmcache_rag.store.chunks import coded
+from lmcache_rag.vllm.request import DEFAULT_NAMESPACE
 
 Row = dict[str, Any]
 
@@ -34,19 +36,20 @@ _TIMED_QUESTIONS = 8
 """Bytes and speed are measured on the passages of so many questions, one after another."""
 
 _REPEAT = 3
+"""Of each piece the best of so many counts, and over the pieces the median."""
+
 _FLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True)
 class _Asked:
     """A question with the KV of its passages, position-free `[layers, 2, tokens, heads, size]`, in a cache of the whole
-    context, and the log-probabilities `[answer tokens, vocabulary]` behind it."""
+    context."""
 
     plan: PromptPlan
     answer: tuple[int, ...]
     cache: Any
     kv: Tensor
-    expected: np.ndarray
 
 
 class CodecBench:
@@ -84,26 +87,31 @@ class CodecBench:
         questions: Sequence[Question],
         progress: Callable[[str], Any],
     ) -> list[Row]:
-        """One row for each level and piece size."""
+        """One row for each level and piece size.
+
+        Raises:
+            PromptError: a piece is longer than the passages that speed is measured on.
+        """
+        plans = [prompt.plan(tokenizer, question.passages, question.text) for question in questions]
+        tokens = sum(plan.segments[-1].end - plan.preamble_length for plan in plans[:_TIMED_QUESTIONS])
+        if tokens < max(self._sizes):
+            raise PromptError(f"chunk-tokens: the first questions' passages have {tokens} tokens, choose less.")
         ways = [(level, size) for size in self._sizes for level in self._codecs]
         kl: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
         top1: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
         sample: list[Tensor] = []
-        for number, question in enumerate(questions, start=1):
+        for number, (plan, question) in enumerate(zip(plans, questions, strict=True), start=1):
             progress(f"question {number} of {len(questions)}")
-            asked = self._ask(tokenizer, prompt, question)
+            asked = self._ask(plan, tokenizer.encode(question.answer, add_special_tokens=False))
+            expected = self._answer(asked, asked.kv)
             if number <= _TIMED_QUESTIONS:
                 sample.append(asked.kv)
             for level, size in ways:
-                decoded = torch.cat(
-                    [_there_and_back(self._codecs[level], piece) for piece in asked.kv.split(size, 2)], 2
-                )
-                found = self._answer(asked, decoded)
-                kl[level, size].append(float(kl_divergence(asked.expected, found).mean()))
-                top1[level, size].append(float((asked.expected.argmax(1) == found.argmax(1)).mean()))
+                decoded = [_there_and_back(self._codecs[level], piece) for piece in asked.kv.split(size, dim=2)]
+                found = self._answer(asked, torch.cat(decoded, dim=2))
+                kl[level, size].append(float(kl_divergence(expected, found).mean()))
+                top1[level, size].append(float((expected.argmax(1) == found.argmax(1)).mean()))
         kv = torch.cat(sample, dim=2)
-        if kv.shape[2] < max(self._sizes):
-            raise PromptError(f"chunk-tokens: the first questions' passages have {kv.shape[2]} tokens, choose less.")
         rows = []
         for level, size in ways:
             progress(f"speed of {level} at {size} tokens")
@@ -123,10 +131,9 @@ class CodecBench:
             )
         return rows
 
-    def _ask(self, tokenizer: Tokenizer, prompt: PromptFormat, question: Question) -> _Asked:
+    def _ask(self, plan: PromptPlan, answer: Sequence[int]) -> _Asked:
         from transformers import DynamicCache
 
-        plan = prompt.plan(tokenizer, question.passages, question.text)
         start, end = plan.preamble_length, plan.segments[-1].end
         cache = DynamicCache()
         self._model(torch.tensor([plan.token_ids[:end]]), past_key_values=cache, logits_to_keep=1)
@@ -135,9 +142,7 @@ class CodecBench:
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         heads, size = tensors[0].shape[1], tensors[0].shape[3]
         kv = position_free(tensors, self._rotations, start, end).unflatten(-1, (heads, size))
-        answer = tuple(tokenizer.encode(question.answer, add_special_tokens=False))
-        asked = _Asked(plan, answer, cache, kv, np.empty(0))
-        return _Asked(plan, answer, cache, kv, self._answer(asked, kv))
+        return _Asked(plan, tuple(answer), cache, kv)
 
     def _answer(self, asked: _Asked, kv: Tensor) -> np.ndarray:
         """Log-probabilities of the gold answer's tokens behind this KV of the passages."""
@@ -157,6 +162,7 @@ class CodecBench:
         codec = self._codecs[level]
         layers, _, tokens, heads, size = pieces[0].shape
         plain = _FLOAT16_BYTES * pieces[0].numel()
+        tables = self._tables.digest if LEVELS[level].learned else ""
         key, value = torch.empty(2, layers, tokens, heads, size)
         encode_s, decode_s, coded_bytes = [], [], 0
         wrong, whole = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -167,7 +173,7 @@ class CodecBench:
                 best = [float("inf"), float("inf")]
                 for _ in range(_REPEAT):
                     start = time.perf_counter()
-                    data = _object(codec, level, piece)
+                    data = _object(codec, level, tables, piece)
                     written = time.perf_counter()
                     stored = unpack(memoryview(data))
                     codec.restore(stored.layers, tokens, 0, self._rotations, 0, key, value)
@@ -197,22 +203,8 @@ def _there_and_back(codec: Codec, kv: Tensor) -> Tensor:
     return torch.stack([codec.decode_layer(index, stream, shape, kv.dtype) for index, stream in enumerate(coded)])
 
 
-def _object(codec: Codec, level: str, kv: Tensor) -> bytearray:
+def _object(codec: Codec, level: str, tables: str, kv: Tensor) -> bytearray:
     """The stored object of a piece, with tokens that only serve to fill it."""
-    layers, _, tokens, heads, size = kv.shape
-    token_ids = np.arange(tokens, dtype=np.int32)
-    header = ObjectHeader(
-        namespace="default",
-        model="0" * 32,
-        key=chunk_key(token_ids),
-        variant="0" * 16,
-        codec=level,
-        tables="0" * 16 if LEVELS[level].learned else "",
-        tokens=tokens,
-        layers=layers,
-        kv_heads=heads,
-        head_size=size,
-        dtype="float32",
-    )
-    streams = [codec.encode_layer(index, layer) for index, layer in enumerate(kv)]
-    return bytearray(b"".join(pack(header, token_ids, streams)))
+    chunk = ChunkKV(np.arange(kv.shape[2], dtype=np.int32), kv)
+    _, parts = coded(chunk, KVScope(DEFAULT_NAMESPACE, "0" * 32), NO_CONTEXT, level, codec, tables)
+    return bytearray().join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.prompt import PromptPlan, completion_format
+from lmcache_rag.store.throttled import PAUSE_S
 from lmcache_rag.vllm.request import BlendOptions
 
 Row = dict[str, Any]
@@ -61,6 +63,7 @@ def bench_streaming(
     for turn in range(repeat + 1):  # the first turn warms up, and teaches the loader the store's first rate
         for mode, options in modes.items():
             progress(f"{bandwidth}: repeat {turn} of {repeat}, {mode}")
+            time.sleep(2 * PAUSE_S)  # the store begins each request at its first rate
             done = engine.generate(plan, _ONE_TOKEN, options, cache_salt=next(salts))
             if turn:
                 answers[mode].append(done)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR
+from lmcache_rag.blend.budget import share_of
 from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
@@ -95,7 +95,8 @@ class Blender:
         """How long computing takes at the rate of a plain prefill; the question is computed twice."""
         named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
         computed = plan.end - sum(segment.length for segment in named) + 2.0 * (len(plan.token_ids) - plan.end)
-        computed += sum(_share(plan, segment) * segment.length for segment in named if not segment.exact)
+        repaired = [segment for segment in named if not segment.exact]
+        computed += sum(share_of(plan.ratio, foreign=segment.foreign) * segment.length for segment in repaired)
         return computed / self.prefill_tokens_per_s
 
     def _measure_prefill(self) -> float:
@@ -174,7 +175,7 @@ class _Blend:
         for segment in (plan.preamble, *self.segments):
             if segment.exact and not (everything and segment in self._lossy):
                 self.candidates[segment.start : segment.end] = False
-        wanted = sum(_share(plan, segment) * segment.length for segment in self.segments)
+        wanted = sum(share_of(plan.ratio, foreign=segment.foreign) * segment.length for segment in self.segments)
         self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
 
     def recompute(self, recomputed: Tensor) -> None:
@@ -253,11 +254,6 @@ class _Blend:
     def _miss(self, segment: PlannedSegment, reason: str) -> None:
         self._missed[segment.start : segment.end] = True
         self._report.miss(reason, max(0, segment.end - max(segment.start, self._plan.local_tokens)))
-
-
-def _share(plan: BlendPlan, segment: PlannedSegment) -> float:
-    """Of a segment's tokens that may be recomputed."""
-    return min(1.0, plan.ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0))
 
 
 @contextmanager

@@ -18,6 +18,12 @@ _FOLDER = "calibrations"
 FOREIGN_BUDGET_FACTOR = 2.0
 """KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
 
+
+def share_of(ratio: float, *, foreign: bool) -> float:
+    """Which share of a chunk's tokens is recomputed."""
+    return min(1.0, ratio * (FOREIGN_BUDGET_FACTOR if foreign else 1.0))
+
+
 _log = logging.getLogger(__name__)
 
 

@@ -28,7 +28,8 @@ _ANCHOR_LEVELS = 127
 
 class CacheGenCodec(Codec):
     """A stream is, for K and then V: a scale for anchors and one for differences (float32); then each channel's
-    distribution for anchors and for differences (uint8), K's before V's; then what `rans` wrote of all.
+    distribution for anchors (uint8), K's before V's, and for differences; then the length of what `rans` wrote of the
+    anchors (uint32), that, and what it wrote of the differences.
 
     Args:
         layers: how many the model has.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -62,8 +61,8 @@ def read_texts(path: Path) -> list[str]:
 def mixed(own: Sequence[PromptPlan], built_in: Sequence[PromptPlan], count: int = PROMPTS) -> list[PromptPlan]:
     """Half of each, more of the built-in ones where there are few of one's own: tables learned from few texts suit
     no others."""
-    taken = list(own[: count // 2])
-    return taken + list(islice(cycle(built_in), count - len(taken))) if built_in else taken
+    taken = own[: count // 2]
+    return [*taken, *built_in[: count - len(taken)]]
 
 
 def _passages(texts: Iterable[str]) -> Iterator[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.codec import LEVELS
 from lmcache_rag.codec.texts import built_in_texts, learning_prompts, mixed
+from lmcache_rag.errors import StoreError
 from lmcache_rag.prompt import PromptPlan, model_format
 from lmcache_rag.store.tables import TableStore, machine_store
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lmcache_rag.codec.tables import CodecTables
@@ -45,11 +49,15 @@ def ensure_codec(engine: LocalEngine, texts: Iterable[str] = (), progress: Calla
 
 
 def keep_codec(engine: LocalEngine, tables: CodecTables) -> None:
-    """Keep tables for what engines store that are started on this machine or with this store. Raises `StoreError`."""
+    """Keep tables for what engines store that are started on this machine or with this store. Raises `StoreError`
+    where the store cannot be written to; that this machine's folder cannot is only noted."""
+    engine.tables.add(tables)
     own = machine_store()
     if own is not None:
-        TableStore(own, engine.model_fingerprint).add(tables)
-    engine.tables.add(tables)
+        try:
+            TableStore(own, engine.model_fingerprint).add(tables)
+        except StoreError as error:
+            _log.warning("the codec's tables are kept in this store only (%s)", error)
 
 
 def learn_codec(

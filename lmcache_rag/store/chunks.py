@@ -57,6 +57,32 @@ def _name(prefix: str, variant: str, level: str) -> str:
     return f"{prefix}{variant}.{level}.v{FORMAT_VERSION}"
 
 
+def coded(
+    chunk: ChunkKV, scope: KVScope, variant: str, level: str, codec: Codec, tables: str
+) -> tuple[ObjectHeader, list[bytes | memoryview]]:
+    """The object of a variant of a chunk: its header, and its parts, to be written one after another.
+
+    Args:
+        tables: digest of the codec's tables.
+    """
+    layers, _, tokens, kv_heads, head_size = chunk.kv.shape
+    header = ObjectHeader(
+        namespace=scope.namespace,
+        model=scope.model,
+        key=chunk_key(chunk.token_ids),
+        variant=variant,
+        codec=level,
+        tables=tables,
+        tokens=tokens,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        dtype=str(chunk.kv.dtype).removeprefix("torch."),
+    )
+    streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
+    return header, pack(header, chunk.token_ids, streams)
+
+
 class ChunkStore:
     """The chunks of one scope (namespace and model) in a store.
 
@@ -133,22 +159,8 @@ class ChunkStore:
         if not bool(chunk.kv.isfinite().all()):
             raise StoreError("The model computed KV that is no finite number: use another --dtype.")
         codec, tables = self._codecs.for_writing(level)
-        layers, _, tokens, kv_heads, head_size = chunk.kv.shape
-        header = ObjectHeader(
-            namespace=self.scope.namespace,
-            model=self.scope.model,
-            key=chunk_key(chunk.token_ids),
-            variant=variant,
-            codec=level,
-            tables=tables,
-            tokens=tokens,
-            layers=layers,
-            kv_heads=kv_heads,
-            head_size=head_size,
-            dtype=str(chunk.kv.dtype).removeprefix("torch."),
-        )
-        streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
-        return self.store.write(header.name, pack(header, chunk.token_ids, streams))
+        header, parts = coded(chunk, self.scope, variant, level, codec, tables)
+        return self.store.write(header.name, parts)
 
     def load(self, name: str, shape: KVShape) -> LoadedKV | str:
         """The object `name`, or why it cannot be used. A corrupt object is deleted, so that it is computed again."""

@@ -65,7 +65,8 @@ def machine_store() -> Store | None:
     """Where this machine keeps the tables that it learned, whichever store they are used with; None where it cannot."""
     try:
         return DiskStore(cache_folder() / "codec")
-    except StoreError:
+    except StoreError as error:
+        _log.warning("codec tables are not kept on this machine (%s)", error)
         return None
 
 

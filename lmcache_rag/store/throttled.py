@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lmcache_rag.store.base import Store
 
-_PAUSE_S = 0.5
+PAUSE_S = 0.5
 """A read so long after the last one begins anew."""
 
 
@@ -41,7 +41,7 @@ class ThrottledStore:
 
     def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
         with self._lock:
-            if time.monotonic() - self._ended > _PAUSE_S:
+            if time.monotonic() - self._ended > PAUSE_S:
                 self._since_pause = 0
             data = self._store.read(name, limit_bytes)
             time.sleep(self._seconds(len(data or b"")))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR, Calibration
+from lmcache_rag.blend.budget import Calibration, share_of
 from lmcache_rag.blend.cost import CostModel
 from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.chunk_kv import KVScope, best_variant, variant_of
@@ -144,8 +144,8 @@ class Planner:
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""
         size = self._store.size(segment.name) if segment.name is not None else None
-        share = 0.0 if segment.exact else ratio * (FOREIGN_BUDGET_FACTOR if segment.foreign else 1.0)
-        if size is None or self.cost.worth_loading(size, segment.length, min(1.0, share), among):
+        share = 0.0 if segment.exact else share_of(ratio, foreign=segment.foreign)
+        if size is None or self.cost.worth_loading(size, segment.length, share, among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 
