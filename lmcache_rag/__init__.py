@@ -7,8 +7,8 @@ Importing this package imports neither torch nor vllm; `LocalEngine` does when i
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.errors import LmcacheRagError
-from lmcache_rag.prompt import PromptFormat, PromptPlan, Segment
-from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Segment
+from lmcache_rag.request import BlendOptions, ReuseReport
 
 if TYPE_CHECKING:
     from lmcache_rag.corpus import Corpus
@@ -21,8 +21,8 @@ __all__ = [
     "EngineSettings",
     "LmcacheRagError",
     "LocalEngine",
+    "MarkedPrompt",
     "PromptFormat",
-    "PromptPlan",
     "ReuseReport",
     "Sampling",
     "Segment",

@@ -84,7 +84,7 @@ class KVShape:
 
 
 @dataclass(frozen=True)
-class StoredLevel:
+class StoredForm:
     """A stored object of a chunk, at one level."""
 
     name: str

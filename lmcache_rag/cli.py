@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmcache_rag import __version__
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
+from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
-from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."

@@ -34,7 +34,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class PromptPlan:
+class MarkedPrompt:
     """A prompt's tokens and where its parts lie: preamble, segments, and the rest."""
 
     token_ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class PromptPlan:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def assemble(cls, preamble: Sequence[int], chunks: Sequence[Sequence[int]], rest: Sequence[int]) -> PromptPlan:
+    def assemble(cls, preamble: Sequence[int], chunks: Sequence[Sequence[int]], rest: Sequence[int]) -> MarkedPrompt:
         """Concatenate the token ids of preamble, chunks and rest."""
         token_ids = list(preamble)
         segments = []
@@ -99,9 +99,9 @@ class PromptFormat(BaseModel):
         """Token ids of what follows the last chunk."""
         return tokenizer.encode(self.question.replace("{question}", question), add_special_tokens=False)
 
-    def plan(self, tokenizer: Tokenizer, texts: Sequence[str], question: str) -> PromptPlan:
+    def plan(self, tokenizer: Tokenizer, texts: Sequence[str], question: str) -> MarkedPrompt:
         """The prompt for `question` over `texts`."""
-        return PromptPlan.assemble(
+        return MarkedPrompt.assemble(
             self.preamble_ids(tokenizer),
             [self.chunk_ids(tokenizer, text) for text in texts],
             self.question_ids(tokenizer, question),

@@ -7,12 +7,13 @@ import uuid
 
 import torch
 
+from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope, KVShape
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
-from lmcache_rag.prompt import PromptPlan
-from lmcache_rag.store import ChunkStore, Store
-from lmcache_rag.store.tables import ModelCodecs
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.tables import ModelCodecs
+from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.request import BlendOptions
 
 OFF = BlendOptions(mode="off")
 
@@ -28,31 +29,31 @@ def chunk_store(store: Store, scope: KVScope, shape: KVShape, level: str = "raw"
 
 def random_plan(
     seed: int, *, preamble: int = 21, chunks: tuple[int, ...] = (90, 47, 120), rest: int = 13
-) -> PromptPlan:
+) -> MarkedPrompt:
     """A prompt of random tokens of a tiny model."""
     draw = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
         return [draw.randrange(4, 380) for _ in range(count)]
 
-    return PromptPlan.assemble(tokens(preamble), [tokens(count) for count in chunks], tokens(rest))
+    return MarkedPrompt.assemble(tokens(preamble), [tokens(count) for count in chunks], tokens(rest))
 
 
-def parts(plan: PromptPlan) -> tuple[list[int], list[list[int]], list[int]]:
+def parts(plan: MarkedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
     """Preamble, chunks and rest of a plan, as token ids."""
     ids = list(plan.token_ids)
     chunks = [ids[segment.start : segment.end] for segment in plan.segments]
     return ids[: plan.preamble_length], chunks, ids[plan.segments[-1].end :]
 
 
-def ingest(engine: LocalEngine, plan: PromptPlan) -> None:
+def ingest(engine: LocalEngine, plan: MarkedPrompt) -> None:
     """Precompute all chunks of a plan behind its preamble."""
     preamble, chunks, _ = parts(plan)
     assert not engine.precompute(preamble, chunks).errors
 
 
 def answer(
-    engine: LocalEngine, plan: PromptPlan, options: BlendOptions, salt: str | None = None, tokens: int = 4
+    engine: LocalEngine, plan: MarkedPrompt, options: BlendOptions, salt: str | None = None, tokens: int = 4
 ) -> tuple[torch.Tensor, Completion]:
     """Log-probabilities `[tokens, vocabulary]` of a greedy answer, and all of it; by default with a fresh salt."""
     salt = salt or uuid.uuid4().hex
@@ -62,7 +63,7 @@ def answer(
     return torch.stack(rows), done
 
 
-def noise(engine: LocalEngine, plan: PromptPlan, tokens: int = 4) -> float:
+def noise(engine: LocalEngine, plan: MarkedPrompt, tokens: int = 4) -> float:
     """vLLM's own difference between computing a prompt whole and in two parts."""
     salt = uuid.uuid4().hex
     cold, _ = answer(engine, plan, OFF, tokens=tokens)

@@ -7,7 +7,7 @@ from jinja2.exceptions import TemplateError
 from pydantic import ValidationError
 
 from lmcache_rag.errors import PromptError
-from lmcache_rag.prompt import PromptFormat, PromptPlan, Segment, chat_format, completion_format
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Segment, chat_format, completion_format
 
 
 class Letters:
@@ -18,7 +18,7 @@ class Letters:
 
 
 def test_assemble() -> None:
-    plan = PromptPlan.assemble([1, 2], [[3, 4, 5], [6]], [7, 8])
+    plan = MarkedPrompt.assemble([1, 2], [[3, 4, 5], [6]], [7, 8])
     assert plan.token_ids == (1, 2, 3, 4, 5, 6, 7, 8)
     assert plan.preamble_length == 2
     assert plan.segments == (Segment(2, 3), Segment(5, 1))

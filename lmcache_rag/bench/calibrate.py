@@ -9,10 +9,10 @@ from typing import Any
 
 from lmcache_rag.bench.fidelity import bench_fidelity, ways
 from lmcache_rag.bench.questions import Question
-from lmcache_rag.blend.budget import Calibration, calibration_of
 from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.plan.budget import Calibration, calibration_of
 from lmcache_rag.prompt import PromptFormat
-from lmcache_rag.vllm.request import DEFAULT_SELECTOR
+from lmcache_rag.request import DEFAULT_SELECTOR
 
 BUILT_IN_MARGIN = 2.0
 """Divergence over the built-in questions is counted so many times: over real ones that take several passages together

@@ -22,13 +22,13 @@ from torch import Tensor
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.bench.scores import kl_divergence, mean_interval
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
-from lmcache_rag.codec import LEVELS, Codec, unpack
-from lmcache_rag.codec.learning import load_model, position_free
+from lmcache_rag.codec import CODECS, Codec, unpack
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.errors import ModelError, PromptError
-from lmcache_rag.prompt import PromptFormat, PromptPlan, Tokenizer
-from lmcache_rag.store.chunks import coded
-from lmcache_rag.vllm.request import DEFAULT_NAMESPACE
+from lmcache_rag.learn.tables import load_model, position_free
+from lmcache_rag.library.chunks import coded
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer
+from lmcache_rag.request import DEFAULT_NAMESPACE
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ class _Asked:
     """A question with the KV of its passages, position-free `[layers, 2, tokens, heads, size]`, in a cache of the whole
     context."""
 
-    plan: PromptPlan
+    plan: MarkedPrompt
     answer: tuple[int, ...]
     cache: Any
     kv: Tensor
@@ -57,7 +57,7 @@ class CodecBench:
 
     Args:
         rotations: RoPE of each layer.
-        levels: of `codec.LEVELS`.
+        levels: of `codec.CODECS`.
         sizes: tokens per piece.
         threads: for coding; the model always has all.
     """
@@ -75,7 +75,7 @@ class CodecBench:
         self._model = load_model(folder, torch.float32, torch.device("cpu"))
         self._rotations = rotations
         self._tables = tables
-        self._codecs = {level: LEVELS[level].make(len(rotations), tables) for level in levels}
+        self._codecs = {level: CODECS[level].make(len(rotations), tables) for level in levels}
         self._sizes = sizes
         self._threads = threads
 
@@ -124,14 +124,14 @@ class CodecBench:
                     "kl_mean": round(statistics.mean(kl[level, size]), 4),
                     "kl_ci95": [round(low, 4), round(high, 4)],
                     "top1": round(statistics.mean(top1[level, size]), 3),
-                    "tables_bytes": len(self._tables.to_bytes()) if LEVELS[level].learned else 0,
+                    "tables_bytes": len(self._tables.to_bytes()) if CODECS[level].learned else 0,
                     "threads": self._threads,
                     "n": len(questions),
                 }
             )
         return rows
 
-    def _ask(self, plan: PromptPlan, answer: Sequence[int]) -> _Asked:
+    def _ask(self, plan: MarkedPrompt, answer: Sequence[int]) -> _Asked:
         from transformers import DynamicCache
 
         start, end = plan.preamble_length, plan.segments[-1].end
@@ -162,7 +162,7 @@ class CodecBench:
         codec = self._codecs[level]
         layers, _, tokens, heads, size = pieces[0].shape
         plain = _FLOAT16_BYTES * pieces[0].numel()
-        tables = self._tables.digest if LEVELS[level].learned else ""
+        tables = self._tables.digest if CODECS[level].learned else ""
         key, value = torch.empty(2, layers, tokens, heads, size)
         encode_s, decode_s, coded_bytes = [], [], 0
         wrong, whole = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.table import Table
 
-from lmcache_rag.codec import LEVELS
+from lmcache_rag.blobs.throttled import Throttle
+from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import LmcacheRagError, PromptError
-from lmcache_rag.store.throttled import Throttle
+from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
-from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
@@ -48,12 +48,11 @@ def calibrate(
     from lmcache_rag.bench.calibrate import BUILT_IN_MARGIN, default_questions
     from lmcache_rag.bench.calibrate import calibrate as measure
     from lmcache_rag.bench.questions import read_questions
-    from lmcache_rag.codec.texts import built_in_texts, read_texts
-    from lmcache_rag.engine.codec import keep_codec, learn_codec, prompts_for
+    from lmcache_rag.blobs.disk import DiskStore
+    from lmcache_rag.learn.texts import built_in_texts, read_texts
+    from lmcache_rag.library.tables import TableStore
     from lmcache_rag.model import cache_folder
     from lmcache_rag.prompt import model_format
-    from lmcache_rag.store import DiskStore
-    from lmcache_rag.store.tables import TableStore
 
     if data is None:
         asked, margin = default_questions(questions), BUILT_IN_MARGIN
@@ -63,9 +62,9 @@ def calibrate(
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     kept = None if store is None else DiskStore(store)
     with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
-        if LEVELS[engine.settings.codec].learned:
-            tables = learn_codec(engine, prompts_for(engine, texts), progress)
-            keep_codec(engine, tables)
+        if CODECS[engine.settings.codec].learned:
+            tables = engine.codec.learn(engine.codec.prompts(texts), progress)
+            engine.codec.keep(tables)
             if kept is not None:
                 TableStore(kept, engine.model_fingerprint).add(tables)
         curve = measure(engine, model_format(engine.tokenizer), asked, margin, progress)
@@ -225,7 +224,7 @@ def bench_codec_command(
     calibration: Annotated[
         Optional[Path], typer.Option(help="Text to learn the tables from, not that of --data; a built-in one else.")
     ] = None,
-    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = ",".join(LEVELS),
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = ",".join(CODECS),
     chunk_tokens: Annotated[str, typer.Option(help="Tokens per chunk, separated by commas.")] = "16,64,256,1024",
     passages: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 4,
     words: Annotated[int, typer.Option(min=8, help="Words per passage.")] = 150,
@@ -237,8 +236,7 @@ def bench_codec_command(
     """What each codec makes of real KV: bytes, speed, and how far its errors move what the model says."""
     from lmcache_rag.bench.codec import CodecBench
     from lmcache_rag.bench.questions import read_questions
-    from lmcache_rag.codec.texts import built_in_texts, read_texts
-    from lmcache_rag.engine.codec import learn_codec, prompts_for
+    from lmcache_rag.learn.texts import built_in_texts, read_texts
     from lmcache_rag.prompt import model_format
     from lmcache_rag.vllm.worker import bound_model
 
@@ -248,7 +246,7 @@ def bench_codec_command(
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     with _bench_engine(model=model, dtype="float32") as (engine, progress):
         rotations = [spec.rotation for spec in bound_model().specs]
-        tables = learn_codec(engine, prompts_for(engine, texts), progress)
+        tables = engine.codec.learn(engine.codec.prompts(texts), progress)
         bench = CodecBench(engine.model_folder, rotations, tables, levels=levels, sizes=sizes, threads=threads)
         rows = bench.rows(engine.tokenizer, model_format(engine.tokenizer), questions, progress)
     _show(rows)

@@ -19,13 +19,13 @@ import numpy as np
 
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.bench.scores import kl_divergence, log_probs, mean_interval, rouge_l, token_f1
-from lmcache_rag.blend.budget import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.primer import choose_primer, primer_ids
-from lmcache_rag.prompt import PromptFormat, PromptPlan
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.learn.primer import choose_primer, primer_ids
+from lmcache_rag.plan.budget import FOREIGN_BUDGET_FACTOR
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat
+from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
 
@@ -119,7 +119,7 @@ def bench_fidelity(
 
 def _ingest(
     engine: LocalEngine,
-    plans: Sequence[PromptPlan],
+    plans: Sequence[MarkedPrompt],
     primer: Sequence[int],
     *,
     seed: int,

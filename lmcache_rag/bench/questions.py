@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from lmcache_rag.errors import LmcacheRagError
-from lmcache_rag.vllm.request import first_problem
+from lmcache_rag.request import first_problem
 
 
 class DataError(LmcacheRagError):

@@ -10,12 +10,12 @@ from typing import Any
 
 from lmcache_rag.bench.scores import kl_divergence, log_probs
 from lmcache_rag.bench.text import token_runs
+from lmcache_rag.blobs.throttled import PAUSE_S
 from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
-from lmcache_rag.prompt import PromptPlan, completion_format
-from lmcache_rag.store.throttled import PAUSE_S
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt, completion_format
+from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
 
@@ -24,16 +24,16 @@ _WITH_LOGPROBS = Sampling(max_tokens=1, ignore_eos=True, logprobs=-1)
 _QUESTION = "What does the documentation say about the with statement?"
 
 
-def prompt_to_stream(engine: LocalEngine, chunks: int, chunk_tokens: int) -> PromptPlan:
+def prompt_to_stream(engine: LocalEngine, chunks: int, chunk_tokens: int) -> MarkedPrompt:
     """A prompt over chunks of Python's documentation."""
     form = completion_format()
     runs = token_runs(engine.tokenizer, chunks, chunk_tokens)
-    return PromptPlan.assemble(
+    return MarkedPrompt.assemble(
         form.preamble_ids(engine.tokenizer), runs, form.question_ids(engine.tokenizer, _QUESTION)
     )
 
 
-def ingest_stream(engine: LocalEngine, plan: PromptPlan) -> int:
+def ingest_stream(engine: LocalEngine, plan: MarkedPrompt) -> int:
     """Store the prompt's chunks; returns the bytes of one of them at the engine's own level."""
     chunks = [list(plan.token_ids[segment.start : segment.end]) for segment in plan.segments]
     preamble = plan.token_ids[: plan.preamble_length]
@@ -44,7 +44,7 @@ def ingest_stream(engine: LocalEngine, plan: PromptPlan) -> int:
 
 def bench_streaming(
     engine: LocalEngine,
-    plan: PromptPlan,
+    plan: MarkedPrompt,
     *,
     goal_s: float,
     ratio: float,

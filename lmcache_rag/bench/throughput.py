@@ -21,8 +21,8 @@ from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.prompt import PromptPlan, completion_format
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt, completion_format
+from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ def bench_throughput(
         raise EngineError(errors[0])
     draw = random.Random(seed)  # noqa: S311
     plans = [
-        PromptPlan.assemble(
+        MarkedPrompt.assemble(
             preamble,
             draw.sample(runs, passages),
             prompt_format.question_ids(engine.tokenizer, f"What is said about topic {number}?"),
@@ -70,7 +70,7 @@ def bench_throughput(
             progress(f"{mode}, {callers} at a time")
             shared = uuid.uuid4().hex
 
-            def ask(plan: PromptPlan, mode: str = mode, shared: str = shared) -> Completion:
+            def ask(plan: MarkedPrompt, mode: str = mode, shared: str = shared) -> Completion:
                 salt = uuid.uuid4().hex if mode == "full" else shared
                 return engine.generate(plan, sampling, BlendOptions() if mode == "blend" else _OFF, cache_salt=salt)
 
@@ -85,9 +85,9 @@ def bench_throughput(
 
 
 def _closed_loop(
-    plans: Sequence[PromptPlan], callers: int, ask: Callable[[PromptPlan], Completion]
+    plans: Sequence[MarkedPrompt], callers: int, ask: Callable[[MarkedPrompt], Completion]
 ) -> list[Completion]:
-    waiting: queue.SimpleQueue[PromptPlan] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[MarkedPrompt] = queue.SimpleQueue()
     for plan in plans:
         waiting.put(plan)
     done: list[Completion] = []

@@ -20,8 +20,8 @@ from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.prompt import PromptPlan, completion_format
-from lmcache_rag.vllm.request import BlendOptions, SelectorName
+from lmcache_rag.prompt import MarkedPrompt, completion_format
+from lmcache_rag.request import BlendOptions, SelectorName
 
 Row = dict[str, Any]
 
@@ -49,7 +49,7 @@ def bench_ttft(
     prompt_format = completion_format()
     preamble = prompt_format.preamble_ids(engine.tokenizer)
     runs = token_runs(engine.tokenizer, chunks, chunk_tokens)
-    plan = PromptPlan.assemble(preamble, runs, prompt_format.question_ids(engine.tokenizer, _QUESTION))
+    plan = MarkedPrompt.assemble(preamble, runs, prompt_format.question_ids(engine.tokenizer, _QUESTION))
     engine.precompute(preamble, runs)
     modes: list[tuple[str, str, float, BlendOptions]] = [
         ("full", "", 1.0, _OFF),

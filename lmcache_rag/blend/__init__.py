@@ -1,17 +1,14 @@
 """Blending: stored chunk KV is put together, and a few well-chosen tokens are recomputed. Pure torch, no vLLM."""
 
 from lmcache_rag.blend.blender import Blender, PassRunner
-from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS, Selection, Selector
 from lmcache_rag.blend.workspace import LayerSpec, Workspace
 
 __all__ = [
     "SELECTORS",
-    "BlendPlan",
     "Blender",
     "LayerSpec",
     "PassRunner",
-    "PlannedSegment",
     "Selection",
     "Selector",
     "Workspace",

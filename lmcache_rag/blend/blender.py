@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcache_rag.blend.budget import share_of
 from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
-from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
-from lmcache_rag.codec import LEVELS
+from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.store.chunks import ChunkStore, LoadedKV
-from lmcache_rag.vllm.request import ReuseReport
+from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.plan.budget import share_of
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
+from lmcache_rag.request import ReuseReport
 
 _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many."""
@@ -240,7 +240,7 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
-                    if not LEVELS[kv.level].lossless:
+                    if not CODECS[kv.level].lossless:
                         self._lossy.add(segment)
                     levels = self._report.levels
                     levels[kv.level] = levels.get(kv.level, 0) + segment.length

@@ -16,8 +16,8 @@ from lmcache_rag_kernels import rotate
 from torch import Tensor
 
 from lmcache_rag.blend.passes import Observer
-from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.plan.plan import PlannedSegment
 
 _FIRST_LAYER = 4 / 15
 """Share of the depth in which nothing is carried over: what reused KV lacks there hardly matters. Tokens are compared

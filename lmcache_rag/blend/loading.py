@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
 
-from lmcache_rag.blend.cost import GIVE_UP_SHARE, REMEMBERED_S
-from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.streaming import Stream
-from lmcache_rag.chunk_kv import KVShape, StoredLevel
-from lmcache_rag.store.chunks import ChunkStore, LoadedKV
+from lmcache_rag.chunk_kv import KVShape, StoredForm
+from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
+from lmcache_rag.plan.plan import PlannedSegment
 
 _AT_A_TIME = 4
 _LARGE_BYTES = 1 << 20
@@ -151,7 +151,7 @@ class _Reads:
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                 future.set_exception(error)
 
-    def _load(self, name: str, level: StoredLevel | None) -> LoadedKV | str:
+    def _load(self, name: str, level: StoredForm | None) -> LoadedKV | str:
         if self._stream is None:
             return self._chunks.load(name, self._shape)
         if level is None:

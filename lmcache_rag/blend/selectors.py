@@ -1,7 +1,7 @@
 """Selectors: which tokens of the reused chunks are recomputed, given how many.
 
 Each is one small class behind one method; to add one, write it here and name it in `SELECTORS` and in
-`lmcache_rag.vllm.request.SelectorName`. All tests and benchmarks then pick it up.
+`lmcache_rag.request.SelectorName`. All tests and benchmarks then pick it up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from lmcache_rag.blend.plan import PlannedSegment
+from lmcache_rag.plan.plan import PlannedSegment
 
 
 class Selection(Protocol):

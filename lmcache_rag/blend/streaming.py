@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from lmcache_rag.blend.plan import PlannedSegment
-from lmcache_rag.chunk_kv import StoredLevel
+from lmcache_rag.chunk_kv import StoredForm
+from lmcache_rag.plan.plan import PlannedSegment
 
 _WINDOW = 3
 """The store's rate is that of the last so many objects, so that a change is soon seen."""
@@ -43,7 +43,7 @@ class Stream:
         self._under_way = 0
         self._lock = threading.Lock()
 
-    def choose(self) -> StoredLevel | None:
+    def choose(self) -> StoredForm | None:
         """What to load of the next segment; None where computing it is faster."""
         with self._lock:
             segment = self._waiting.popleft()
@@ -54,13 +54,13 @@ class Stream:
                 self._deadline -= segment.length / self._tokens_per_s
             return chosen
 
-    def loaded(self, level: StoredLevel, size_bytes: int) -> None:
+    def loaded(self, level: StoredForm, size_bytes: int) -> None:
         """What was chosen is loaded: so many bytes, none where that failed."""
         with self._lock:
             self._under_way -= level.size_bytes
             self._done.append((self._clock(), size_bytes))
 
-    def _best(self, segment: PlannedSegment) -> StoredLevel | None:
+    def _best(self, segment: PlannedSegment) -> StoredForm | None:
         rate, left = self._rate(), self._deadline - self._clock()
         if rate is None or not segment.levels:
             return next((level for level in segment.levels if level.name == segment.name), None)

@@ -2,17 +2,17 @@
 
 from lmcache_rag.codec.base import Codec
 from lmcache_rag.codec.container import ObjectHeader, StoredObject, pack, peek_tokens, unpack
-from lmcache_rag.codec.levels import DEFAULT_LEVEL, LEVELS, LOSSLESS_LEVEL, Level, level_named
+from lmcache_rag.codec.registry import CODECS, DEFAULT_CODEC, LOSSLESS_CODEC, NamedCodec, codec_named
 
 __all__ = [
-    "DEFAULT_LEVEL",
-    "LEVELS",
-    "LOSSLESS_LEVEL",
+    "CODECS",
+    "DEFAULT_CODEC",
+    "LOSSLESS_CODEC",
     "Codec",
-    "Level",
+    "NamedCodec",
     "ObjectHeader",
     "StoredObject",
-    "level_named",
+    "codec_named",
     "pack",
     "peek_tokens",
     "unpack",

@@ -17,11 +17,10 @@ from lmcache_rag.corpus.documents import Document, absolute, find_files, read_do
 from lmcache_rag.corpus.embedder import Embedder
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.corpus.splitter import split
-from lmcache_rag.engine.codec import ensure_codec
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.primer import choose_primer, primer_ids
-from lmcache_rag.prompt import PromptPlan
+from lmcache_rag.learn.primer import choose_primer, primer_ids
+from lmcache_rag.prompt import MarkedPrompt
 
 OWN_STORE = Path("kv")
 """Folder of the KV store within an index that has one of its own."""
@@ -170,7 +169,7 @@ class Corpus:
             )
         report, known = plan.report, self._database.documents()
         if plan.pending:
-            ensure_codec(self._engine, plan.texts, learning)
+            self._engine.codec.ensure(plan.texts, learning)
             if learning is not None:
                 learning("tokens")
         with writing(self.folder):
@@ -225,7 +224,7 @@ class Corpus:
                 hits.append(Hit(*passage, score))
         return hits
 
-    def prompt(self, question: str, hits: Sequence[Hit]) -> PromptPlan:
+    def prompt(self, question: str, hits: Sequence[Hit]) -> MarkedPrompt:
         """The prompt for a question over the passages found for it."""
         return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lmcache_rag.codec import DEFAULT_LEVEL
+from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.prompt import PromptFormat
-from lmcache_rag.vllm.request import first_problem
+from lmcache_rag.request import first_problem
 
 _FILE = "manifest.json"
 _VERSION = 2
@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     tokenizer_fingerprint: str
     namespace: str
     store: Path
-    codec: str = DEFAULT_LEVEL
+    codec: str = DEFAULT_CODEC
     prompt: PromptFormat
     primer: str | None = None
     primer_tokens: int | None = None

@@ -16,7 +16,7 @@ from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
-from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
 
 class IndexSettings(BaseModel):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmcache_rag.engine.settings import Sampling
-from lmcache_rag.prompt import PromptPlan, Tokenizer
-from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+from lmcache_rag.prompt import MarkedPrompt, Tokenizer
+from lmcache_rag.request import BlendOptions, ReuseReport
 
-Prompt = PromptPlan | Sequence[int] | str
+Prompt = MarkedPrompt | Sequence[int] | str
 """A plan (its segments are known), token ids, or text (stored chunks are found in it)."""
 
 

@@ -13,28 +13,28 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
+from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVScope, variant_of
-from lmcache_rag.codec import LEVELS
+from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
-from lmcache_rag.engine.codec import ensure_codec
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.engine.start import start_vllm
 from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.learn.codec import CodecLearning, LearnedModel
+from lmcache_rag.learn.primer import default_primer, primer_ids
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
-from lmcache_rag.primer import default_primer, primer_ids
-from lmcache_rag.prompt import PromptPlan, Tokenizer
-from lmcache_rag.store import ChunkStore, DiskStore
-from lmcache_rag.store.tables import TableStore
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt, Tokenizer
+from lmcache_rag.request import BlendOptions
 
 
 class LocalEngine:
     """A vLLM engine with our worker and connector. One at a time in a process; close it before starting another.
 
     Attributes:
-        learning: held while the codec's tables are looked for or learned.
-        codec_ready: whether they are there.
+        codec: the tables of the model's KV codec.
 
     Raises:
         EngineError: vLLM is missing or does not start, or an engine runs in this process already.
@@ -47,8 +47,6 @@ class LocalEngine:
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
-        self.learning = threading.Lock()
-        self.codec_ready = False
         with LocalEngine._start_lock:
             if LocalEngine._running is not None:
                 raise EngineError(
@@ -98,13 +96,8 @@ class LocalEngine:
         """What one token's KV takes in the store, about, at all levels at which it is stored."""
         uncoded = 8 * self._shape.dtype.itemsize
         levels = {self.settings.codec, *self.settings.extra_codecs}
-        bits = sum(LEVELS[level].bits or uncoded for level in levels)
+        bits = sum(CODECS[level].bits or uncoded for level in levels)
         return math.ceil(self._shape.bytes_per_token * bits / uncoded)
-
-    @property
-    def tables(self) -> TableStore:
-        """The codec's tables of this model, in the store."""
-        return TableStore(self.store, self._fingerprint)
 
     @property
     def layers(self) -> int:
@@ -131,7 +124,7 @@ class LocalEngine:
         Raises:
             PromptError: a chunk does not fit behind the preamble.
         """
-        ensure_codec(self, (self._tokenizer.decode(list(chunk)) for chunk in chunks))
+        self.codec.ensure(self._tokenizer.decode(list(chunk)) for chunk in chunks)
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
@@ -274,6 +267,8 @@ class LocalEngine:
         self.close()
 
     def _read_properties(self) -> None:
+        import torch
+
         from lmcache_rag.vllm.config import fingerprint_of
         from lmcache_rag.vllm.worker import bound_model
 
@@ -285,7 +280,23 @@ class LocalEngine:
         self._fingerprint = fingerprint_of(engine.vllm_config)
         primer = default_primer() if self.settings.primed else ""
         self._primer = primer_ids(self._tokenizer, primer, self._max_model_len // 4)
-        self._shape = bound_model().shape
+        model = bound_model()
+        self._shape = model.shape
+        settings = self.settings
+        self.codec = CodecLearning(
+            LearnedModel(
+                name=settings.model,
+                folder=self.model_folder,
+                fingerprint=self._fingerprint,
+                tokenizer=self._tokenizer,
+                longest=self._max_model_len,
+                dtype=torch.float32 if model.device.type == "cpu" else model.shape.dtype,
+                device=model.device,
+                rotations=[spec.rotation for spec in model.specs],
+            ),
+            (settings.codec, *settings.extra_codecs),
+            TableStore(self.store, self._fingerprint),
+        )
 
     def _check_forced(self, token_ids: Sequence[int]) -> None:
         if token_ids and not self.settings.forced_answers:
@@ -302,7 +313,7 @@ class LocalEngine:
         deliver: Callable[[Delta | BaseException], Any],
     ) -> Request:
         segments = None
-        if isinstance(prompt, PromptPlan):
+        if isinstance(prompt, MarkedPrompt):
             token_ids = list(prompt.token_ids)
             segments = tuple((segment.start, segment.length) for segment in prompt.segments) or None
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.engine.base import Completion, Delta
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError, PromptError
-from lmcache_rag.vllm.request import BlendOptions, ReuseReport
+from lmcache_rag.request import BlendOptions, ReuseReport
 
 if TYPE_CHECKING:
     from vllm import LLMEngine

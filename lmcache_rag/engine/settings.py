@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from lmcache_rag.codec import DEFAULT_LEVEL, level_named
+from lmcache_rag.blobs.throttled import Throttle
+from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import DEFAULT_MODEL
-from lmcache_rag.store.throttled import Throttle
-from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
 
 class EngineSettings(BaseSettings):
@@ -21,7 +21,7 @@ class EngineSettings(BaseSettings):
     Attributes:
         model: Hugging Face id or folder.
         store: folder of the KV store; shared by every engine that names it.
-        codec: the level of `codec.LEVELS` at which KV is stored: raw, q8, high, balanced, small, or another.
+        codec: the level of `codec.CODECS` at which KV is stored: raw, q8, high, balanced, small, or another.
         extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         namespace: whose KV: one namespace never sees another's.
         dtype: the model's compute type; `auto` is float32 on CPUs without native bfloat16, else the model's own.
@@ -44,8 +44,8 @@ class EngineSettings(BaseSettings):
 
     model: str = DEFAULT_MODEL
     store: Path = Path(".lmcache-rag/kv")
-    codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
-    extra_codecs: tuple[Annotated[str, AfterValidator(level_named)], ...] = ()
+    codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
+    extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, ge=1)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lmcache_rag.codec import DEFAULT_LEVEL, level_named
+from lmcache_rag.blobs.base import Store
+from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
+from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
-from lmcache_rag.store.base import Store
-from lmcache_rag.store.catalog import GRAM
-from lmcache_rag.store.disk import DiskStore
-from lmcache_rag.store.throttled import Throttle, ThrottledStore
-from lmcache_rag.vllm.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
+from lmcache_rag.records.catalog import GRAM
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +27,7 @@ class ConnectorConfig(BaseModel):
         namespace: of requests that name none.
         clients_choose_namespace: whether requests may name another.
         clients_precompute: whether requests may store KV.
-        codec: the level of `codec.LEVELS` at which KV is stored.
+        codec: the level of `codec.CODECS` at which KV is stored.
         extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
@@ -42,8 +42,8 @@ class ConnectorConfig(BaseModel):
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     clients_choose_namespace: bool = True
     clients_precompute: bool = True
-    codec: Annotated[str, AfterValidator(level_named)] = DEFAULT_LEVEL
-    extra_codecs: tuple[Annotated[str, AfterValidator(level_named)], ...] = ()
+    codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
+    extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True
     min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
     throttle: Throttle | None = None

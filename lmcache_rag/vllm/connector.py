@@ -12,13 +12,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_rag.blend.budget import Calibration
 from lmcache_rag.model import cache_folder
+from lmcache_rag.plan.budget import Calibration
+from lmcache_rag.plan.planner import Planner
+from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
 from lmcache_rag.vllm.metadata import StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
-from lmcache_rag.vllm.planner import Planner
-from lmcache_rag.vllm.request import ReuseReport
 from lmcache_rag.vllm.scheduler_half import SchedulerHalf
 from lmcache_rag.vllm.worker_half import WorkerHalf
 

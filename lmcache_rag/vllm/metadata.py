@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from lmcache_rag.blend.cost import Rates
-from lmcache_rag.blend.plan import BlendPlan
+from lmcache_rag.plan.cost import Rates
+from lmcache_rag.plan.plan import BlendPlan
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lmcache_rag.blend.plan import BlendPlan, PlannedSegment
-from lmcache_rag.codec import LEVELS
-from lmcache_rag.store.chunks import level_of
+from lmcache_rag.codec import CODECS
+from lmcache_rag.library.chunks import codec_of
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
+from lmcache_rag.plan.planner import Planner, plan_digest
+from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
 from lmcache_rag.vllm.metadata import BlendJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
-from lmcache_rag.vllm.planner import Planner, plan_digest
-from lmcache_rag.vllm.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -213,7 +213,7 @@ def exact_span(plan: BlendPlan) -> int:
 def _is_lossless(segment: PlannedSegment) -> bool:
     """Whether a segment's KV will be what was computed, whichever of its levels is loaded."""
     names = [segment.name, *(level.name for level in segment.levels)]
-    return all(name is None or LEVELS[level_of(name)].lossless for name in names)
+    return all(name is None or CODECS[codec_of(name)].lossless for name in names)
 
 
 def _provided(plan: BlendPlan) -> int:

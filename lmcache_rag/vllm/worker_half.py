@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from lmcache_rag.blend.blender import Blender
-from lmcache_rag.blend.cost import Rates
-from lmcache_rag.blend.plan import BlendPlan
+from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, variant_of
 from lmcache_rag.errors import StoreError
-from lmcache_rag.store.base import Store
-from lmcache_rag.store.chunks import ChunkStore
-from lmcache_rag.store.tables import ModelCodecs, machine_store
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.tables import ModelCodecs, machine_store
+from lmcache_rag.plan.cost import Rates
+from lmcache_rag.plan.plan import BlendPlan
+from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.metadata import BlendJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
-from lmcache_rag.vllm.request import ReuseReport
 
 
 class WorkerHalf:

@@ -11,7 +11,7 @@ from lmcache_rag.bench.questions import Question
 from lmcache_rag.engine import LocalEngine, Sampling
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.prompt import PromptFormat
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, random_plan
 
 FORM = PromptFormat(preamble="w10 w11 w12 w13", chunk=" {text} ", question=" w14 {question} w15")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_rag.blend import Blender, BlendPlan, LayerSpec, PlannedSegment, Workspace
+from lmcache_rag.blend import Blender, LayerSpec, Workspace
 from lmcache_rag.blend.passes import Pass
+from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
-from lmcache_rag.store import DiskStore
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from tests.helpers import chunk_store
 
 LAYERS, TOKENS, QUESTION = 12, 40, 3

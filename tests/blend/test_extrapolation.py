@@ -6,8 +6,9 @@ import pytest
 import torch
 from lmcache_rag_kernels import rotate
 
-from lmcache_rag.blend import LayerSpec, PlannedSegment, Workspace
+from lmcache_rag.blend import LayerSpec, Workspace
 from lmcache_rag.blend.extrapolation import Extrapolation
+from lmcache_rag.plan.plan import PlannedSegment
 from tests.blend.test_workspace import rotation
 
 LAYERS, TOKENS = 6, 64

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_rag.blend import PlannedSegment
 from lmcache_rag.blend.loading import Loader
+from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
-from lmcache_rag.store import ChunkStore, DiskStore
-from lmcache_rag.store.chunks import LoadedKV
-from lmcache_rag.store.tables import ModelCodecs
-from lmcache_rag.store.throttled import Throttle, ThrottledStore
+from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.tables import ModelCodecs
+from lmcache_rag.plan.plan import PlannedSegment
 from tests.helpers import chunk_store
 
 SHAPE = KVShape(8, 4, 32, torch.float32)

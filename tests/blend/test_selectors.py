@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lmcache_rag.blend import SELECTORS, PlannedSegment
+from lmcache_rag.blend import SELECTORS
+from lmcache_rag.plan.plan import PlannedSegment
 
 SEGMENTS = (PlannedSegment(4, 10, exact=True), PlannedSegment(14, 20), PlannedSegment(34, 10))
 END = 44

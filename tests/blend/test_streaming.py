@@ -3,16 +3,16 @@ faster."""
 
 from __future__ import annotations
 
-from lmcache_rag.blend.plan import PlannedSegment
 from lmcache_rag.blend.streaming import Stream
-from lmcache_rag.chunk_kv import StoredLevel
+from lmcache_rag.chunk_kv import StoredForm
+from lmcache_rag.plan.plan import PlannedSegment
 
 HIGH, BALANCED, SMALL = 300, 200, 100
 
 
 def segment(number: int) -> PlannedSegment:
     sizes = {"high": HIGH, "balanced": BALANCED, "small": SMALL}
-    levels = tuple(StoredLevel(f"{number}.{level}", size) for level, size in sizes.items())
+    levels = tuple(StoredForm(f"{number}.{level}", size) for level, size in sizes.items())
     return PlannedSegment(number * 10, 10, name=f"{number}.balanced", levels=levels)
 
 

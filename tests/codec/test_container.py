@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_rag.chunk_kv import ChunkKV, chunk_key
-from lmcache_rag.codec import LEVELS, ObjectHeader, pack, peek_tokens, unpack
+from lmcache_rag.codec import CODECS, ObjectHeader, pack, peek_tokens, unpack
 from lmcache_rag.errors import CorruptObjectError
 
 SHAPE = (3, 2, 7, 2, 16)
-RAW = LEVELS["raw"].make(SHAPE[0], None)
+RAW = CODECS["raw"].make(SHAPE[0], None)
 
 
 def packed(dtype: torch.dtype = torch.float32) -> tuple[bytes, ChunkKV]:

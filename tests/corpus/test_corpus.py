@@ -12,7 +12,7 @@ from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport,
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.primer import default_primer
+from lmcache_rag.learn.primer import default_primer
 from lmcache_rag.prompt import PromptFormat, completion_format
 
 FORM = PromptFormat(preamble="w4 w5 w6 w7 ", chunk=" {text} ", question=" w8 {question} w9")

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import EngineError, PromptError
-from lmcache_rag.vllm.request import ReuseReport
+from lmcache_rag.request import ReuseReport
 from tests.integrations.words import word_vector
 
 

@@ -14,8 +14,8 @@ from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
 from lmcache_rag.codec import pack, unpack
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.errors import PromptError
-from lmcache_rag.prompt import PromptPlan
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
 
 REUSE = BlendOptions(selector="none", ratio=0.0)
@@ -125,7 +125,7 @@ def test_another_preamble_gets_a_larger_budget_and_is_reported(llama: LocalEngin
     plan = random_plan(17)
     ingest(llama, plan)
     _, chunks, rest = parts(plan)
-    other = PromptPlan.assemble(list(range(50, 80)), chunks, rest)
+    other = MarkedPrompt.assemble(list(range(50, 80)), chunks, rest)
     _, done = answer(llama, other, REPAIR)
     total = sum(map(len, chunks))
     assert done.reuse.foreign_tokens == total
@@ -138,7 +138,7 @@ def test_own_variant_is_preferred(llama: LocalEngine) -> None:
     plan = random_plan(18)
     ingest(llama, plan)
     _, chunks, rest = parts(plan)
-    other = PromptPlan.assemble(list(range(50, 80)), chunks, rest)
+    other = MarkedPrompt.assemble(list(range(50, 80)), chunks, rest)
     ingest(llama, other)
     for prompt in (plan, other):
         _, done = answer(llama, prompt, REUSE)
@@ -165,8 +165,8 @@ def test_automatic_parts_are_exact_where_everything_is_recomputed(llama: LocalEn
     plan = random_plan(20, chunks=(150, 120))
     ingest(llama, plan)
     _, chunks, rest = parts(plan)
-    prompt = PromptPlan.assemble([9, 8, 7], [[*chunks[1][30:], 5, *chunks[0][:100], *rest]], [])
-    prompt = PromptPlan(prompt.token_ids, 3, ())
+    prompt = MarkedPrompt.assemble([9, 8, 7], [[*chunks[1][30:], 5, *chunks[0][:100], *rest]], [])
+    prompt = MarkedPrompt(prompt.token_ids, 3, ())
     tolerance = 20 * noise(llama, prompt)
     expected, _ = answer(llama, prompt, OFF)
     found, done = answer(llama, prompt, BlendOptions(selector="all"))
@@ -183,7 +183,7 @@ def test_blended_kv_never_reaches_exact_requests(llama: LocalEngine) -> None:
     assert float((reused - exact).abs().max()) > 0.01, "the blend must differ for this test to mean anything"
     found, _ = answer(llama, plan, OFF, "salt")
     torch.testing.assert_close(found, exact, atol=20 * noise(llama, plan), rtol=0)
-    longer = PromptPlan.assemble(list(plan.token_ids), [[5] * 40], [6])
+    longer = MarkedPrompt.assemble(list(plan.token_ids), [[5] * 40], [6])
     expected, _ = answer(llama, longer, OFF)
     found, _ = answer(llama, longer, OFF, "salt")
     torch.testing.assert_close(found, expected, atol=20 * noise(llama, plan), rtol=0)

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.codec import unpack
 from lmcache_rag.engine import EngineSettings, LocalEngine
-from lmcache_rag.engine.codec import ensure_codec, keep_codec, learn_codec
-from lmcache_rag.store.throttled import Throttle
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.request import BlendOptions
 from tests.conftest import Engines
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
 from tests.models import make_tiny
@@ -46,7 +45,7 @@ def engine(
     engines.close()
     with pytest.MonkeyPatch.context() as patch, LocalEngine(settings) as started:
         patch.setenv("LMCACHE_RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        keep_codec(started, learn_codec(started, [random_plan(seed, chunks=(200, 200)) for seed in range(8)]))
+        started.codec.keep(started.codec.learn([random_plan(seed, chunks=(200, 200)) for seed in range(8)]))
         yield started
 
 
@@ -65,13 +64,13 @@ def test_where_there_are_no_tables_they_are_learned_once(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path))
-    monkeypatch.setattr("lmcache_rag.engine.codec.mixed", lambda own, built_in: [random_plan(1), *own[:1]])
+    monkeypatch.setattr("lmcache_rag.learn.codec.mixed", lambda own, built_in: [random_plan(1), *own[:1]])
     with without_tables(engine.store.root):
-        ensure_codec(engine, ["w20 w30 w40 " * 300])
+        engine.codec.ensure(["w20 w30 w40 " * 300])
         assert "once for this model" in capsys.readouterr().err
-        learned = engine.tables.last()
-        ensure_codec(engine)
-        again = engine.tables.last()
+        learned = engine.codec.tables.last()
+        engine.codec.ensure()
+        again = engine.codec.tables.last()
         assert learned is not None and again is not None and again.digest == learned.digest
         assert not capsys.readouterr().err
 

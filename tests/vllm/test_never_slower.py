@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.engine import EngineSettings, LocalEngine
-from lmcache_rag.store.throttled import Throttle
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, random_plan
 from tests.models import make_tiny
 

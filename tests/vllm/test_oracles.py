@@ -7,7 +7,7 @@ import torch
 
 from lmcache_rag.blend import SELECTORS
 from lmcache_rag.engine import LocalEngine
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
 from tests.vllm.hf_reference import HFReference
 

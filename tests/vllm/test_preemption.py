@@ -9,7 +9,7 @@ import pytest
 
 from lmcache_rag.engine import Completion, EngineSettings, LocalEngine, Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.request import BlendOptions
 from tests.helpers import ingest, random_plan
 from tests.models import make_tiny
 

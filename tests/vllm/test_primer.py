@@ -7,8 +7,8 @@ import torch
 
 from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.engine import LocalEngine, Sampling
-from lmcache_rag.prompt import PromptPlan
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.request import BlendOptions
 from tests.helpers import answer, noise, parts, random_plan
 from tests.vllm.hf_reference import HFReference
 
@@ -77,7 +77,7 @@ def test_a_primed_variant_of_another_preamble_comes_before_an_unprimed_one(llama
     plan = random_plan(64)
     preamble, chunks, rest = parts(plan)
     llama.precompute(preamble, chunks, primer=PRIMER)
-    elsewhere = PromptPlan.assemble(list(range(50, 80)), chunks, rest)
+    elsewhere = MarkedPrompt.assemble(list(range(50, 80)), chunks, rest)
     before = llama.generate(elsewhere, options=REUSE, cache_salt="before").reuse
     assert before.foreign_tokens == sum(map(len, chunks))
     store = llama.chunk_store()
@@ -92,7 +92,10 @@ def test_primed_chunks_are_found_without_being_marked(llama: LocalEngine) -> Non
     llama.precompute(preamble, chunks, primer=PRIMER)
     marked, _ = answer(llama, plan, REUSE, tokens=1)
     found, done = answer(
-        llama, PromptPlan(plan.token_ids, plan.preamble_length, ()), BlendOptions(selector="none", ratio=0.0), tokens=1
+        llama,
+        MarkedPrompt(plan.token_ids, plan.preamble_length, ()),
+        BlendOptions(selector="none", ratio=0.0),
+        tokens=1,
     )
     assert done.reuse.foreign_tokens == 0
     assert torch.equal(found, marked)

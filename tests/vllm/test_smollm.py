@@ -10,18 +10,18 @@ import torch
 
 from lmcache_rag.bench.text import token_runs
 from lmcache_rag.engine import LocalEngine, Sampling
-from lmcache_rag.prompt import PromptPlan, completion_format
-from lmcache_rag.vllm.request import BlendOptions
+from lmcache_rag.prompt import MarkedPrompt, completion_format
+from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise
 from tests.vllm.hf_reference import HFReference
 
 FORM = completion_format()
 
 
-def prompt(engine: LocalEngine, chunks: int = 3, length: int = 200) -> PromptPlan:
+def prompt(engine: LocalEngine, chunks: int = 3, length: int = 200) -> MarkedPrompt:
     question = FORM.question_ids(engine.tokenizer, "What is a generator expression?")
     runs = token_runs(engine.tokenizer, chunks, length)
-    return PromptPlan.assemble(FORM.preamble_ids(engine.tokenizer), runs, question)
+    return MarkedPrompt.assemble(FORM.preamble_ids(engine.tokenizer), runs, question)
 
 
 def test_recomputing_everything_is_full_prefill(smollm: LocalEngine) -> None:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, SkipValidation
 from langchain_lmcache_rag.prompts import plain_text, turns_of
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
 from lmcache_rag.prompt import chat_text
-from lmcache_rag.vllm.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
+from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine

@@ -27,7 +27,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble_of
 
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
-from lmcache_rag.vllm.request import (
+from lmcache_rag.request import (
     DEFAULT_SELECTOR,
     DEFAULT_TARGET_KL,
     BlendOptions,

@@ -1,0 +1,1 @@
+"""What is learned once per model: codec tables and primers."""

@@ -1,0 +1,1 @@
+"""Chunk KV: saved, opened and deleted over records and blobs."""

@@ -1,0 +1,59 @@
+"""What one blend is to do: which stored objects lie where in the prompt, and how they are repaired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lmcache_rag.chunk_kv import StoredForm
+
+
+@dataclass(frozen=True)
+class PlannedSegment:
+    """Tokens `start` to `start + length` of the prompt, which are tokens `offset` on of the stored object `name`.
+
+    Attributes:
+        name: None where the chunk is to be computed, for `reason`.
+        exact: the stored KV equals what full prefill would compute here.
+        foreign: it was computed behind another preamble than the prompt's.
+        levels: where the answer has to begin in time: all levels of the object, by falling fidelity, to choose from.
+    """
+
+    start: int
+    length: int
+    offset: int = 0
+    name: str | None = None
+    exact: bool = False
+    foreign: bool = False
+    reason: str = "absent"
+    levels: tuple[StoredForm, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class BlendPlan:
+    """One prompt's blend. K and V of positions 0 to `end` result; vLLM computes the rest.
+
+    Attributes:
+        token_ids: the whole prompt, the part behind `end` included.
+        preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
+            plan its last `primer_tokens` are the primer.
+        segments: ascending, not overlapping, none behind `end`.
+        ttft_goal_s: see `BlendOptions`.
+        local_tokens: that many first tokens are in the paged cache already and are not written.
+    """
+
+    mode: Literal["blend", "precompute"]
+    namespace: str
+    token_ids: tuple[int, ...]
+    preamble: PlannedSegment
+    segments: tuple[PlannedSegment, ...]
+    end: int
+    selector: str
+    ratio: float
+    ttft_goal_s: float | None = None
+    local_tokens: int = 0
+    primer_tokens: int = 0

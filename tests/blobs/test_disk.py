@@ -1,0 +1,90 @@
+"""The disk store: whole objects or none, whatever happens to the writer or the disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.errors import StoreError
+
+NAME = "default/model/ab/abcd/0000.raw.v1"
+
+
+def test_write_read_list_delete(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "kv")
+    assert store.read(NAME) is None
+    assert store.write(NAME, [b"one", memoryview(b"two")]) == 6
+    assert store.exists(NAME)
+    read = store.read(NAME)
+    assert read is not None and bytes(read) == b"onetwo"
+    first = store.read(NAME, limit_bytes=4)
+    assert first is not None and bytes(first) == b"onet"
+    assert list(store.list("default/model/")) == [NAME]
+    store.delete([NAME, "default/model/never/there"])
+    assert not store.exists(NAME)
+    assert list(store.list("default/")) == []
+
+
+def test_generation_changes_when_chunks_come_and_go(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    seen = [store.generation("default/model/")]
+    store.write(NAME, [b"x"])
+    seen.append(store.generation("default/model/"))
+    assert store.generation("default/model/") == seen[-1]
+    time.sleep(0.02)
+    store.delete([NAME])
+    seen.append(store.generation("default/model/"))
+    assert len(set(seen)) == 3
+
+
+def test_a_killed_writer_leaves_no_object(tmp_path: Path) -> None:
+    script = (
+        "import sys; from lmcache_rag.blobs.disk import DiskStore\n"
+        "def parts():\n    yield b'x' * (1 << 20)\n    print('writing', flush=True); sys.stdin.read()\n"
+        f"DiskStore({str(tmp_path)!r}).write({NAME!r}, parts())"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    store = DiskStore(tmp_path)
+    assert not store.exists(NAME)
+    assert list(store.list("default/")) == []
+    leftover = list((tmp_path / ".unfinished").iterdir())
+    assert len(leftover) == 1
+    os.utime(leftover[0], (0, 0))
+    DiskStore(tmp_path)
+    assert not list((tmp_path / ".unfinished").iterdir())
+
+
+def test_full_disk(full_disk: Path) -> None:
+    store = DiskStore(full_disk)
+    store.write(NAME, [b"x" * 1000])
+    with pytest.raises(StoreError, match="the disk is full"):
+        store.write("default/model/cd/cdef/0000.raw.v1", [b"x" * (2 << 20)])
+    assert list(store.list("default/")) == [NAME]
+    assert not list((full_disk / ".unfinished").iterdir())
+    read = store.read(NAME)
+    assert read is not None and len(read) == 1000
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written to"):
+        DiskStore(tmp_path / "file" / "kv")
+
+
+def test_folder_without_write_permission(tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(StoreError, match="cannot be written to"):
+        DiskStore(folder)

@@ -1,0 +1,99 @@
+"""Every level: what comes back is near what went in, nearer at a higher level, and wrong bytes are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcache_rag.codec import CODECS, Codec, codec_named
+from lmcache_rag.codec.tables import CodecTables, learn_tables
+from lmcache_rag.errors import CorruptObjectError
+
+LAYERS, HEADS, SIZE = 3, 2, 8
+UNLEARNED = [level for level in CODECS if not CODECS[level].learned]
+
+
+def sample(tokens: int, seed: int) -> torch.Tensor:
+    """KV `[layers, 2, tokens, heads, size]` of channels that differ in mean and spread."""
+    draw = torch.Generator().manual_seed(seed)
+    channels = torch.Generator().manual_seed(9)
+    mean = 4 * torch.randn(LAYERS, 2, 1, HEADS, SIZE, generator=channels)
+    spread = torch.rand(LAYERS, 2, 1, HEADS, SIZE, generator=channels) + 0.1
+    return mean + spread * torch.randn(LAYERS, 2, tokens, HEADS, SIZE, generator=draw)
+
+
+@pytest.fixture(scope="module")
+def tables() -> CodecTables:
+    return learn_tables(sample(3000, 1).flatten(3), torch.eye(HEADS * SIZE).expand(LAYERS, 2, -1, -1))
+
+
+def there_and_back(codec: Codec, kv: torch.Tensor) -> torch.Tensor:
+    coded = [codec.encode_layer(layer, kv[layer]) for layer in range(LAYERS)]
+    shape = (kv.shape[2], HEADS, SIZE)
+    return torch.stack([codec.decode_layer(layer, stream, shape, kv.dtype) for layer, stream in enumerate(coded)])
+
+
+def error(codec: Codec, kv: torch.Tensor) -> float:
+    """Relative to the spread around the channels' means."""
+    return float((there_and_back(codec, kv) - kv).norm() / (kv - kv.mean(2, keepdim=True)).norm())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 63, 64, 65, 130])
+@pytest.mark.parametrize("level", CODECS)
+def test_what_comes_back_is_near_what_went_in(level: str, tokens: int, tables: CodecTables) -> None:
+    kv = sample(tokens, 2)
+    codec = CODECS[level].make(LAYERS, tables)
+    decoded = there_and_back(codec, kv)
+    assert decoded.shape == kv.shape and decoded.dtype == kv.dtype
+    wrong = (decoded - kv).norm() / (kv - sample(4000, 2).mean(2, keepdim=True)).norm()
+    assert float(wrong) <= {"raw": 0.0, "q8": 0.02, "q4": 0.25, "high": 0.1, "balanced": 0.15}.get(level, 0.45)
+
+
+def test_levels_are_in_the_order_of_their_fidelity(tables: CodecTables) -> None:
+    kv = sample(256, 2)
+    learned = [error(CODECS[level].make(LAYERS, tables), kv) for level in ("high", "balanced", "small")]
+    assert learned == sorted(set(learned))
+    raw, q8, q4 = (error(CODECS[level].make(LAYERS, tables), kv) for level in ("raw", "q8", "q4"))
+    assert raw == 0 < q8 < q4 < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", CODECS)
+def test_other_compute_types(level: str, dtype: torch.dtype, tables: CodecTables) -> None:
+    kv = sample(40, 3).to(dtype)
+    decoded = there_and_back(CODECS[level].make(LAYERS, tables), kv)
+    assert decoded.dtype == dtype
+    assert float((decoded.float() - kv.float()).norm() / kv.float().norm()) < 0.5
+
+
+@pytest.mark.parametrize("level", ["q8", "q4", "cachegen"])
+def test_what_does_not_vary_comes_back(level: str) -> None:
+    kv = torch.full((LAYERS, 2, 20, HEADS, SIZE), 3.25)
+    torch.testing.assert_close(there_and_back(CODECS[level].make(LAYERS, None), kv), kv, atol=0.03, rtol=0)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=200)
+@pytest.mark.parametrize("level", UNLEARNED)
+def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(level: str, data: st.DataObject) -> None:
+    codec = CODECS[level].make(LAYERS, None)
+    stream = bytearray(codec.encode_layer(0, sample(20, 1)[0]))
+    kind = data.draw(st.sampled_from(["cut", "flip", "junk"]))
+    if kind == "cut":
+        stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
+    elif kind == "flip":
+        stream[data.draw(st.integers(0, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        stream = bytearray(data.draw(st.binary(max_size=2000)))
+    try:
+        decoded = codec.decode_layer(0, memoryview(stream), (20, HEADS, SIZE), torch.float32)
+    except CorruptObjectError:
+        return
+    assert decoded.shape == (2, 20, HEADS, SIZE)
+
+
+def test_an_unknown_level_is_named() -> None:
+    with pytest.raises(ValueError, match="no codec 'zip', choose from raw"):
+        codec_named("zip")

@@ -1,0 +1,95 @@
+"""Chunk KV in a store: variants, and every reason not to use an object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
+from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from tests.helpers import chunk_store
+
+SHAPE = KVShape(layers=2, kv_heads=1, head_size=4, dtype=torch.float32)
+TOKENS = np.arange(5, dtype=np.int32)
+OWN, OTHER = "a" * 16, "b" * 16
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> ChunkStore:
+    return chunk_store(DiskStore(tmp_path), KVScope("default", "f" * 32), SHAPE)
+
+
+def test_variants_are_kept_apart(chunks: ChunkStore) -> None:
+    kv = {variant: torch.randn(2, 2, 5, 1, 4) for variant in (OWN, OTHER)}
+    for variant, values in kv.items():
+        chunks.save(ChunkKV(TOKENS, values), variant)
+    variants = chunks.variants(TOKENS)
+    assert set(variants) == {OWN, OTHER}
+    for variant, name in variants.items():
+        loaded = chunks.load(name, SHAPE)
+        assert isinstance(loaded, LoadedKV)
+        assert all(torch.equal(loaded.layer(layer), kv[variant][layer]) for layer in range(2))
+    assert chunks.variants(TOKENS[:4]) == {}
+
+
+def test_objects_of_unknown_codecs_and_versions_are_no_variants(chunks: ChunkStore) -> None:
+    prefix = chunks.scope.chunk_prefix(TOKENS)
+    chunks.store.write(f"{prefix}{OWN}.raw.v99", [b"x"])
+    chunks.store.write(f"{prefix}{OWN}.newer.v1", [b"x"])
+    chunks.store.write(f"{prefix}nonsense", [b"x"])
+    assert chunks.variants(TOKENS) == {}
+
+
+def test_absent(chunks: ChunkStore) -> None:
+    assert chunks.load(chunks.name(TOKENS, OWN), SHAPE) == "absent"
+
+
+def test_corrupt_is_deleted_so_that_it_is_computed_again(chunks: ChunkStore) -> None:
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    name = chunks.name(TOKENS, OWN)
+    path = chunks.store.root.joinpath(*name.split("/"))  # type: ignore[attr-defined]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert chunks.load(name, SHAPE) == "corrupt"
+    assert not chunks.store.exists(name)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        KVShape(layers=3, kv_heads=1, head_size=4, dtype=torch.float32),
+        KVShape(layers=2, kv_heads=2, head_size=4, dtype=torch.float32),
+        KVShape(layers=2, kv_heads=1, head_size=4, dtype=torch.bfloat16),
+    ],
+    ids=["layers", "heads", "dtype"],
+)
+def test_of_another_shape(chunks: ChunkStore, shape: KVShape) -> None:
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    assert chunks.load(chunks.name(TOKENS, OWN), shape) == "of another model"
+
+
+def test_an_object_put_under_another_chunks_or_variants_name(chunks: ChunkStore) -> None:
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    data = chunks.store.read(chunks.name(TOKENS, OWN))
+    assert data is not None
+    for name in (chunks.name(TOKENS, OTHER), chunks.name(TOKENS[::-1], OWN)):
+        chunks.store.write(name, [data])
+        assert chunks.load(name, SHAPE) == "of another chunk"
+
+
+@pytest.mark.parametrize(
+    "scope", [KVScope("other", "f" * 32), KVScope("default", "e" * 32)], ids=["namespace", "model"]
+)
+def test_an_object_put_where_it_does_not_belong(chunks: ChunkStore, scope: KVScope) -> None:
+    """Somebody copied files about: the object says itself what it is."""
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    elsewhere = chunk_store(chunks.store, scope, SHAPE)
+    data = chunks.store.read(chunks.name(TOKENS, OWN))
+    assert data is not None
+    elsewhere.store.write(elsewhere.name(TOKENS, OWN), [data])
+    assert elsewhere.load(elsewhere.name(TOKENS, OWN), SHAPE) == "of another model"
