@@ -8,7 +8,7 @@ addresses, so the same text in two documents is stored once and a rewritten chun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,10 +85,15 @@ class KVShape:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """A stored object of a chunk, at one level."""
+    """A stored object of a chunk, in one codec.
+
+    Attributes:
+        created_s: when, in seconds since 1970.
+    """
 
     name: str
     size_bytes: int
+    created_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,33 +108,36 @@ class KVScope:
         """Every object's name in this scope starts with it."""
         return f"{self.namespace}/{self.model}/"
 
-    def chunk_prefix(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """What the names of all variants of one chunk start with."""
-        key = chunk_key(token_ids)
-        return f"{self.prefix}{key[:2]}/{key}/"
+    def folder(self, key: bytes) -> str:
+        """What the names of all objects of one chunk start with."""
+        digits = key.hex()
+        return f"{self.prefix}{digits[:2]}/{digits}/"
+
+
+def key_of(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """Content address of a chunk's tokens: 16 bytes."""
+    return hashlib.blake2b(np.asarray(token_ids, dtype="<i4").tobytes(), digest_size=16).digest()
 
 
 def chunk_key(token_ids: Sequence[int] | np.ndarray) -> str:
-    """Content address of a chunk's tokens: 32 hex digits."""
-    return _digest(token_ids, 16)
+    """The same as 32 hex digits."""
+    return key_of(token_ids).hex()
 
 
 def variant_of(preamble: Sequence[int] | np.ndarray, primer: Sequence[int] | np.ndarray = ()) -> str:
     """Name of the variant computed behind the tokens of `preamble`, and of `primer` between it and the chunk.
 
-    16 hex digits of the preamble's digest; where there is a primer, `-` and 16 of its own.
+    16 hex digits that begin the preamble's own key; where there is a primer, `-` and 16 of the primer's.
     """
-    behind = _digest(preamble, 8) if len(preamble) else NO_CONTEXT
-    return f"{behind}-{_digest(primer, 8)}" if len(primer) else behind
+    behind = context_digest(preamble) if len(preamble) else NO_CONTEXT
+    return f"{behind}-{context_digest(primer)}" if len(primer) else behind
 
 
-def best_variant(variants: Collection[str], preamble: Sequence[int] | np.ndarray) -> str | None:
-    """Of a chunk's variants the one to reuse behind `preamble` where it is not exact: a primed one, which needs less
-    repair, before one computed behind the preamble alone; None where there is neither."""
-    own = variant_of(preamble)
-    primed = [variant for variant in variants if variant.startswith(f"{own}-")]
-    return min(primed, default=own if own in variants else None)
+def context_digest(token_ids: Sequence[int] | np.ndarray) -> str:
+    """What a preamble or a primer is called in a variant's name: 16 hex digits."""
+    return key_of(token_ids).hex()[:16]
 
 
-def _digest(token_ids: Sequence[int] | np.ndarray, size: int) -> str:
-    return hashlib.blake2b(np.asarray(token_ids, dtype="<i4").tobytes(), digest_size=size).hexdigest()
+def preamble_of(variant: str) -> str:
+    """The digest of the preamble that a variant was computed behind."""
+    return variant.partition("-")[0]

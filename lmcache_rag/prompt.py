@@ -35,11 +35,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class MarkedPrompt:
-    """A prompt's tokens and where its parts lie: preamble, segments, and the rest."""
+    """A prompt's tokens and where its parts lie: preamble, segments, and the rest.
+
+    Attributes:
+        primer: digest of the primer that its chunks were computed behind; see `BlendOptions`.
+    """
 
     token_ids: tuple[int, ...]
     preamble_length: int
     segments: tuple[Segment, ...]
+    primer: str | None = None
 
     @classmethod
     def assemble(cls, preamble: Sequence[int], chunks: Sequence[Sequence[int]], rest: Sequence[int]) -> MarkedPrompt:

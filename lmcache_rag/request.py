@@ -39,6 +39,8 @@ class BlendOptions(BaseModel):
             prompt by their tokens.
         primer_tokens: of a precompute request: how many tokens right before the segment are its primer; the tokens
             before those are the preamble.
+        primer: digest (`chunk_kv.context_digest`) of the primer behind which the caller's chunks were computed: of
+            several variants of a chunk, that one is preferred. None takes the last one made.
         namespace: KV of one namespace is never used for another; None stands for the engine's own.
     """
 
@@ -51,6 +53,7 @@ class BlendOptions(BaseModel):
     ttft_goal_s: float | None = Field(default=None, gt=0.0)
     segments: tuple[tuple[int, int], ...] | None = None
     primer_tokens: int = Field(default=0, ge=0)
+    primer: str | None = None
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
 
     @field_validator("segments")
@@ -101,6 +104,8 @@ class ReuseReport(BaseModel):
         bytes_stored: bytes written to the store.
         levels: codec -> tokens loaded that were stored with it.
         misses: reason -> tokens.
+        matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
+            not have been found.
         phases_s: seconds per phase (`load`, `select`, `recompute`, `write`, `store`).
     """
 
@@ -125,6 +130,7 @@ class ReuseReport(BaseModel):
     bytes_stored: int = 0
     levels: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
+    matching_cut_short: bool = False
     phases_s: dict[str, float] = Field(default_factory=dict)
 
     def miss(self, reason: str, tokens: int) -> None:

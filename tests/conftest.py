@@ -33,8 +33,7 @@ class Engines:
             self._engine = LocalEngine(self._settings(name))
             self._name = name
         assert self._engine is not None
-        store = self._engine.store
-        store.delete(list(store.list(self._engine.chunk_store().scope.prefix)))
+        self._engine.chunk_store().clear()
         return self._engine
 
     def close(self) -> None:
@@ -46,7 +45,12 @@ class Engines:
         store = self._folder / "stores" / name
         if name == "smollm":
             return EngineSettings(
-                store=store, dtype="float32", max_model_len=4096, kv_cache_bytes=1 << 30, primed=False
+                store=store,
+                dtype="float32",
+                max_model_len=4096,
+                kv_cache_bytes=1 << 30,
+                primed=False,
+                never_slower=False,  # on a busy machine some chunks would be computed
             )
         from tests.models import make_tiny
 
@@ -60,6 +64,7 @@ class Engines:
             kv_cache_bytes=64 << 20,
             max_num_batched_tokens=256,
             primed=False,
+            never_slower=False,
             forced_answers=True,
         )
 

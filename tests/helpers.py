@@ -22,9 +22,9 @@ FLOAT32_ROUNDING = 5e-6
 difference may be zero, while another kernel's cannot."""
 
 
-def chunk_store(store: Store, scope: KVScope, shape: KVShape, level: str = "raw") -> ChunkStore:
+def chunk_store(store: Store, scope: KVScope, shape: KVShape, codec: str = "raw") -> ChunkStore:
     """Chunks of a model of this shape."""
-    return ChunkStore(store, scope, level, ModelCodecs(store, scope.model, shape))
+    return ChunkStore(store, scope, codec, ModelCodecs(store, scope.model, shape))
 
 
 def random_plan(

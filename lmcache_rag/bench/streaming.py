@@ -11,6 +11,7 @@ from typing import Any
 from lmcache_rag.bench.scores import kl_divergence, log_probs
 from lmcache_rag.bench.text import token_runs
 from lmcache_rag.blobs.throttled import PAUSE_S
+from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
@@ -39,7 +40,7 @@ def ingest_stream(engine: LocalEngine, plan: MarkedPrompt) -> int:
     preamble = plan.token_ids[: plan.preamble_length]
     engine.precompute(preamble, chunks, primer=())
     stored = engine.chunk_store()
-    return engine.store.size(next(iter(stored.variants(chunks[0]).values()))) or 0
+    return next(iter(stored.variants(key_of(chunks[0])).values())).size_bytes
 
 
 def bench_streaming(

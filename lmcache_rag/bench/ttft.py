@@ -112,9 +112,8 @@ def _ingest(engine: LocalEngine, preamble: list[int], runs: list[list[int]], rep
     against plain vLLM prefill of the same chunks, one request each, with the preamble in the prefix cache (as far as
     it fills whole blocks)."""
     ingest, primed, plain = [], [], []
-    store, scope = engine.store, engine.chunk_store().scope
     for turn in range(repeat + 1):
-        store.delete(list(store.list(scope.prefix)))
+        engine.chunk_store().clear()
         engine.precompute(preamble, [runs[0][:32]])  # leaves preamble and primer known, as in any ingest but its start
         ingest.append(engine.precompute(preamble, runs, primer=()).seconds)
         primed.append(ingest[-1] + engine.precompute(preamble, runs).seconds)

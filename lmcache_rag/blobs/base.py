@@ -1,13 +1,13 @@
-"""What a store does: whole objects by name."""
+"""What holds blobs: named immutable bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 
 class Store(Protocol):
-    """Named byte objects. An object appears whole or not at all and never changes; names are `/`-separated.
+    """Blobs by name. A blob appears whole or not at all; names are `/`-separated.
 
     Every method raises `StoreError` where the storage itself fails.
     """
@@ -16,14 +16,26 @@ class Store(Protocol):
         """Store the concatenation of `parts`, durably; returns its length in bytes."""
         ...
 
-    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
-        """The object's bytes (its first `limit_bytes`), or None where there is none."""
+    def write_if_absent(self, name: str, parts: Sequence[bytes | memoryview]) -> bool:
+        """The same, where there is no blob of this name: of several writers one gets True."""
+        ...
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> memoryview | None:
+        """The blob's bytes from `start` on, `length` of them at most; None where there is none."""
+        ...
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int | None:
+        """Fill the buffer with the blob's bytes from `start` on; returns how many there were, or None."""
+        ...
+
+    def map(self, name: str) -> memoryview | None:
+        """The blob's bytes, read when they are looked at; None where there is none."""
         ...
 
     def exists(self, name: str) -> bool: ...
 
     def size(self, name: str) -> int | None:
-        """The object's length in bytes, or None where there is none."""
+        """The blob's length in bytes, or None where there is none."""
         ...
 
     def delete(self, names: Iterable[str]) -> None:
@@ -31,11 +43,11 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Names below `prefix`, which ends with `/`."""
+        """Names below `prefix`, which ends with `/`. Walks what is there, so it is for repair only."""
         ...
 
-    def generation(self, prefix: str) -> Hashable:
-        """A value that changes when chunks appear or vanish below `prefix`; cheap compared with `list`."""
+    def folders(self, prefix: str) -> Sequence[str]:
+        """The names right below `prefix`, which ends with `/`, up to their next `/`."""
         ...
 
     def free_bytes(self) -> int | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -44,39 +47,38 @@ class DiskStore:
         self._remove_abandoned()
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        path = self._path(name)
-        part = self._unfinished / uuid.uuid4().hex
-        try:
-            with part.open("wb", buffering=0) as file:
-                length = sum(_write_all(file.fileno(), content) for content in parts)
-                os.fsync(file.fileno())
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._written(name, parts) as (part, path, length):
             os.replace(part, path)
-            os.utime(path.parent.parent)  # a generation that was read before the rename is then out of date
-            for folder in (path.parent, path.parent.parent):
-                _flush_folder(folder)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise _failed(f"{name} could not be stored in {self.root}", error) from error
         return length
 
-    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
+    def write_if_absent(self, name: str, parts: Sequence[bytes | memoryview]) -> bool:
         try:
-            with self._path(name).open("rb", buffering=0) as file:
-                length = os.fstat(file.fileno()).st_size
-                data = np.empty(length if limit_bytes is None else min(length, limit_bytes), dtype=np.uint8)
-                view = memoryview(data)  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
-                at = 0
-                while at < len(view):
-                    count = file.readinto(view[at:])
-                    if not count:
-                        break
-                    at += count
-                return view[:at]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise _failed(f"{name} could not be read from {self.root}", error) from error
+            with self._written(name, parts) as (part, path, _):
+                os.link(part, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> memoryview | None:
+        with self._opened(name) as file:
+            if file is None:
+                return None
+            rest = max(0, os.fstat(file.fileno()).st_size - start)
+            data = np.empty(rest if length is None else min(rest, length), dtype=np.uint8)
+            view = memoryview(data)  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
+            return view[: _read_all(file, start, view)]
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int | None:
+        with self._opened(name) as file:
+            return None if file is None else _read_all(file, start, buffer)
+
+    def map(self, name: str) -> memoryview | None:
+        with self._opened(name) as file:
+            if file is None:
+                return None
+            if not os.fstat(file.fileno()).st_size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def size(self, name: str) -> int | None:
         try:
@@ -110,12 +112,11 @@ class DiskStore:
             for file in sorted(files):
                 yield f"{relative}/{file}"
 
-    def generation(self, prefix: str) -> Hashable:
+    def folders(self, prefix: str) -> Sequence[str]:
         try:
-            with os.scandir(self._path(prefix)) as entries:
-                return tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries))
+            return sorted(path.name for path in self._path(prefix).iterdir())
         except (FileNotFoundError, NotADirectoryError):
-            return ()
+            return []
         except OSError as error:
             raise _failed(f"{prefix} could not be listed in {self.root}", error) from error
 
@@ -128,6 +129,36 @@ class DiskStore:
     def _path(self, name: str) -> Path:
         return self.root.joinpath(*name.split("/"))
 
+    @contextmanager
+    def _written(self, name: str, parts: Sequence[bytes | memoryview]) -> Iterator[tuple[Path, Path, int]]:
+        """The parts in a file of their own, on the disk, which the caller gives its name; and its length."""
+        path = self._path(name)
+        part = self._unfinished / uuid.uuid4().hex
+        try:
+            with part.open("wb", buffering=0) as file:
+                length = sum(_write_all(file.fileno(), content) for content in parts)
+                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part, path, length
+            for folder in (path.parent, path.parent.parent):
+                _flush_folder(folder)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise _failed(f"{name} could not be stored in {self.root}", error) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[FileIO | None]:
+        try:
+            with self._path(name).open("rb", buffering=0) as file:
+                yield file
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+        except OSError as error:
+            raise _failed(f"{name} could not be read from {self.root}", error) from error
+
     def _remove_abandoned(self) -> None:
         oldest = time.time() - _ABANDONED_AFTER_S
         for path in self._unfinished.iterdir():
@@ -136,6 +167,17 @@ class DiskStore:
                     path.unlink()
             except OSError:
                 continue  # another process removed it, or is about to
+
+
+def _read_all(file: FileIO, start: int, view: memoryview) -> int:
+    file.seek(start)
+    at = 0
+    while at < len(view):
+        count = file.readinto(view[at:])
+        if not count:
+            break
+        at += count
+    return at
 
 
 def _write_all(descriptor: int, content: bytes | memoryview) -> int:

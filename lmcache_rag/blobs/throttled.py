@@ -39,11 +39,11 @@ class ThrottledStore:
         self._since_pause = 0
         self._ended = 0.0
 
-    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
+    def read(self, name: str, start: int = 0, length: int | None = None) -> memoryview | None:
         with self._lock:
             if time.monotonic() - self._ended > PAUSE_S:
                 self._since_pause = 0
-            data = self._store.read(name, limit_bytes)
+            data = self._store.read(name, start, length)
             time.sleep(self._seconds(len(data or b"")))
             self._ended = time.monotonic()
             return data

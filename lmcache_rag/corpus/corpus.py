@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmcache_rag.chunk_kv import variant_of
+from lmcache_rag.chunk_kv import context_digest, key_of, variant_of
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
@@ -106,6 +106,7 @@ class Corpus:
         known = Manifest.read(folder)
         if known is not None:
             known.check(folder, manifest)
+            self.manifest = manifest.model_copy(update={"owner": known.owner})
         else:
             _check_chunk_length(manifest, engine, len(self._preamble))
             with writing(folder):
@@ -179,10 +180,10 @@ class Corpus:
             if done.errors:
                 raise CorpusError(done.errors[0])
             vectors = self._embedder.embed(item.texts)
-            chunks = self._engine.chunk_store()
+            keys = [key_of(ids) for ids in item.token_ids]
+            self._engine.chunk_store().own(self.manifest.owner, keys)
             passages = [
-                Passage(text, chunks.scope.chunk_prefix(ids), vector)
-                for text, ids, vector in zip(item.texts, item.token_ids, vectors, strict=True)
+                Passage(text, key.hex(), vector) for text, key, vector in zip(item.texts, keys, vectors, strict=True)
             ]
             self._database.replace(item.document.path, item.document.digest, passages)
             report.chunks_computed += done.computed
@@ -226,7 +227,8 @@ class Corpus:
 
     def prompt(self, question: str, hits: Sequence[Hit]) -> MarkedPrompt:
         """The prompt for a question over the passages found for it."""
-        return self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
+        prompt = self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
+        return replace(prompt, primer=context_digest(self.primer) if self.primer else None)
 
     def _set_primer(self, text: str, room: int) -> None:
         self.primer = primer_ids(self._engine.tokenizer, text, room)
@@ -250,10 +252,10 @@ class Corpus:
         variants = {variant_of(self._preamble)}
         if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
             variants.add(variant_of(self._preamble, self.primer))
-        prefixes = self._database.kv_prefixes(path)
-        if self._preamble and chunks.preamble(self._preamble) is None:
+        if chunks.lacks_preamble(self._preamble):
             return False
-        return not any(chunks.missing_below(prefix, variant) for prefix in prefixes for variant in variants)
+        keys = map(bytes.fromhex, self._database.chunk_keys(path))
+        return not any(chunks.missing_of(key, variant) for key in keys for variant in variants)
 
     def _split(self, document: Document) -> Pending:
         manifest, tokenizer = self.manifest, self._engine.tokenizer
@@ -261,12 +263,10 @@ class Corpus:
         return Pending(document, texts, [manifest.prompt.chunk_ids(tokenizer, text) for text in texts])
 
     def _delete_unused_kv(self) -> None:
-        """Delete the KV of passages that are gone; only from a store that is the index's own."""
-        if self.manifest.store == OWN_STORE:
-            store = self._engine.store
-            for prefix in self._database.unused_kv():
-                store.delete(list(store.list(prefix)))
-        self._database.forget_unused_kv()
+        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
+        unused = [bytes.fromhex(key) for key in self._database.unused_chunks()]
+        self._engine.chunk_store().release(self.manifest.owner, unused)
+        self._database.forget_unused_chunks()
 
 
 @contextmanager

@@ -18,21 +18,29 @@ CREATE TABLE IF NOT EXISTS passages (
     id INTEGER PRIMARY KEY,
     document INTEGER NOT NULL REFERENCES documents (id) ON DELETE CASCADE,
     text TEXT NOT NULL,
-    kv_prefix TEXT NOT NULL,
+    chunk_key TEXT NOT NULL,
     vector BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS passages_of_document ON passages (document);
-CREATE INDEX IF NOT EXISTS passages_of_kv ON passages (kv_prefix);
-CREATE TABLE IF NOT EXISTS unused_kv (kv_prefix TEXT PRIMARY KEY);
+CREATE INDEX IF NOT EXISTS passages_of_chunk ON passages (chunk_key);
+CREATE TABLE IF NOT EXISTS unused_chunks (chunk_key TEXT PRIMARY KEY);
+"""
+
+_UPGRADE = """
+BEGIN;
+ALTER TABLE passages RENAME COLUMN kv_prefix TO chunk_key;
+UPDATE passages SET chunk_key = substr(rtrim(chunk_key, '/'), -32);
+DROP TABLE IF EXISTS unused_kv;
+COMMIT;
 """
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One passage: its text, and what the names of its stored KV start with."""
+    """One passage: its text, and its chunk's key (hex)."""
 
     text: str
-    kv_prefix: str
+    chunk_key: str
     vector: np.ndarray
 
 
@@ -45,7 +53,14 @@ class Database:
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._connection.execute("PRAGMA journal_mode = WAL")
+            self._upgrade()
             self._connection.executescript(_SCHEMA)
+
+    def _upgrade(self) -> None:
+        """Tables of releases that kept the folder of a passage's KV, which the chunk's key ends."""
+        columns = [row[1] for row in self._connection.execute("PRAGMA table_info (passages)")]
+        if "kv_prefix" in columns:
+            self._connection.executescript(_UPGRADE)
 
     def close(self) -> None:
         self._connection.close()
@@ -63,8 +78,8 @@ class Database:
                 "INSERT INTO documents (path, digest) VALUES (?, ?)", (path, digest)
             ).lastrowid
             connection.executemany(
-                "INSERT INTO passages (document, text, kv_prefix, vector) VALUES (?, ?, ?, ?)",
-                [(document, passage.text, passage.kv_prefix, passage.vector.tobytes()) for passage in passages],
+                "INSERT INTO passages (document, text, chunk_key, vector) VALUES (?, ?, ?, ?)",
+                [(document, passage.text, passage.chunk_key, passage.vector.tobytes()) for passage in passages],
             )
 
     def remove(self, path: str) -> None:
@@ -89,9 +104,9 @@ class Database:
             ).fetchone()
         return None if row is None else (row[0], row[1])
 
-    def kv_prefixes(self, path: str) -> list[str]:
-        """What the names of the stored KV of a document's passages start with."""
-        query = "SELECT kv_prefix FROM passages JOIN documents ON documents.id = document WHERE path = ?"
+    def chunk_keys(self, path: str) -> list[str]:
+        """The keys (hex) of the chunks that a document's passages are."""
+        query = "SELECT chunk_key FROM passages JOIN documents ON documents.id = document WHERE path = ?"
         with self._failing():
             return [row[0] for row in self._connection.execute(query, (path,))]
 
@@ -100,24 +115,24 @@ class Database:
         with self._failing():
             return self._connection.execute("PRAGMA data_version").fetchone()[0], self._connection.total_changes
 
-    def unused_kv(self) -> list[str]:
-        """KV prefixes that lost their last passage and are not yet forgotten."""
+    def unused_chunks(self) -> list[str]:
+        """The keys (hex) of chunks that lost their last passage and are not yet forgotten."""
         with self._failing():
             return [
                 row[0]
                 for row in self._connection.execute(
-                    "SELECT kv_prefix FROM unused_kv WHERE kv_prefix NOT IN (SELECT kv_prefix FROM passages)"
+                    "SELECT chunk_key FROM unused_chunks WHERE chunk_key NOT IN (SELECT chunk_key FROM passages)"
                 )
             ]
 
-    def forget_unused_kv(self) -> None:
-        """The store no longer holds what `unused_kv` named."""
+    def forget_unused_chunks(self) -> None:
+        """The index no longer owns what `unused_chunks` named."""
         with self._transaction() as connection:
-            connection.execute("DELETE FROM unused_kv")
+            connection.execute("DELETE FROM unused_chunks")
 
     def _remove(self, connection: sqlite3.Connection, path: str) -> None:
         connection.execute(
-            "INSERT OR IGNORE INTO unused_kv SELECT kv_prefix FROM passages "
+            "INSERT OR IGNORE INTO unused_chunks SELECT chunk_key FROM passages "
             "WHERE document = (SELECT id FROM documents WHERE path = ?)",
             (path,),
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.errors import CorpusError
@@ -26,6 +27,7 @@ class Manifest(BaseModel):
         prompt: the prompt's form; chunk KV was computed behind its preamble.
         primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
             none. None, only before the first update, is for that to choose.
+        owner: as what the index owns its chunks in the store, whichever other indexes do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,7 @@ class Manifest(BaseModel):
     chunk_tokens: int
     overlap_tokens: int
     embedding_model: str
+    owner: str = Field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

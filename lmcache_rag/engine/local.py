@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.chunk_kv import KVScope, variant_of
+from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
 from lmcache_rag.engine.loop import EngineLoop, Request
@@ -23,7 +23,7 @@ from lmcache_rag.engine.start import start_vllm
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.learn.codec import CodecLearning, LearnedModel
 from lmcache_rag.learn.primer import default_primer, primer_ids
-from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer
@@ -105,9 +105,14 @@ class LocalEngine:
         return self._shape.layers
 
     def chunk_store(self, namespace: str | None = None) -> ChunkStore:
-        """The stored chunks that this engine uses and makes, by default in its own namespace."""
-        scope = KVScope(namespace or self.settings.namespace, self._fingerprint)
-        return ChunkStore(self.store, scope, self.settings.codec, extra=self.settings.extra_codecs)
+        """The stored chunks that this engine uses and makes, by default in its own namespace, as they are now.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        chunks = self._chunks.of(namespace or self.settings.namespace)
+        chunks.refresh()
+        return chunks
 
     def precompute(
         self,
@@ -154,8 +159,7 @@ class LocalEngine:
     ) -> list[Sequence[int]]:
         """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's."""
         missing: list[Sequence[int]] = []
-        lacks_preamble = len(preamble) and not self.store.exists(stored.preamble_name(preamble))
-        if lacks_preamble or stored.missing(chunk, variant_of(preamble)):
+        if stored.lacks_preamble(preamble) or stored.missing(chunk, variant_of(preamble)):
             missing.append(())
         if len(primer) and stored.missing(chunk, variant_of(preamble, primer)):
             missing.append(primer)
@@ -283,6 +287,7 @@ class LocalEngine:
         model = bound_model()
         self._shape = model.shape
         settings = self.settings
+        self._chunks = ChunkStores(self.store, self._fingerprint, settings.codec, extra=settings.extra_codecs)
         self.codec = CodecLearning(
             LearnedModel(
                 name=settings.model,
@@ -312,9 +317,9 @@ class LocalEngine:
         cache_salt: str | None,
         deliver: Callable[[Delta | BaseException], Any],
     ) -> Request:
-        segments = None
+        segments, primer = None, None
         if isinstance(prompt, MarkedPrompt):
-            token_ids = list(prompt.token_ids)
+            token_ids, primer = list(prompt.token_ids), prompt.primer
             segments = tuple((segment.start, segment.length) for segment in prompt.segments) or None
         else:
             token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -332,6 +337,7 @@ class LocalEngine:
             update={
                 "namespace": options.namespace or self.settings.namespace,
                 "segments": options.segments if options.segments is not None else segments,
+                "primer": options.primer or primer,
             }
         )
         request = Request(str(next(self._ids)), token_ids, sampling, options, cache_salt, deliver)

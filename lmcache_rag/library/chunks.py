@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredForm, chunk_key
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredForm, chunk_key, key_of
 from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, Codec, ObjectHeader, StoredObject, pack, unpack
 from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.records.part import OwnerRow, VariantRow
+from lmcache_rag.records.records import Records, owner_number
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels import Rotation
     from torch import Tensor
 
     from lmcache_rag.library.tables import ModelCodecs
+
+_KEPT_NAMESPACES = 16
 
 
 class LoadedKV:
@@ -49,12 +56,8 @@ class LoadedKV:
 
 
 def codec_of(name: str) -> str:
-    """At which level the object of this name is."""
+    """In which codec the object of this name is."""
     return name.rpartition("/")[2].split(".")[1]
-
-
-def _name(prefix: str, variant: str, level: str) -> str:
-    return f"{prefix}{variant}.{level}.v{FORMAT_VERSION}"
 
 
 def coded(
@@ -84,11 +87,13 @@ def coded(
 
 
 class ChunkStore:
-    """The chunks of one scope (namespace and model) in a store.
+    """The chunks of one scope (namespace and model) in a store: what is recorded of them, and their objects.
+
+    Looking up asks the records only, as they were at the last `refresh`.
 
     Args:
-        level: at which KV is written and preferred; one of `codec.CODECS`.
-        extra: further levels at which chunks are written.
+        codec: in which KV is written and preferred; one of `codec.CODECS`.
+        extra: further codecs in which chunks are written.
         codecs: of the model; without, KV can be listed and named, but not read or written.
     """
 
@@ -96,79 +101,124 @@ class ChunkStore:
         self,
         store: Store,
         scope: KVScope,
-        level: str,
+        codec: str,
         codecs: ModelCodecs | None = None,
         extra: Sequence[str] = (),
     ) -> None:
         self.store = store
         self.scope = scope
-        self.level = level
-        self._levels = tuple(dict.fromkeys((level, *extra)))
+        self.codec = codec
+        self.records = Records(store, scope)
+        self._written = tuple(dict.fromkeys((codec, *extra)))
         self._codecs = codecs
+
+    def refresh(self) -> None:
+        """Take over what others have stored and deleted since. Raises `StoreError`."""
+        self.records.refresh()
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
-        return _name(self.scope.chunk_prefix(token_ids), variant, self.level)
+        return self._name(key_of(token_ids), _form(variant, self.codec))
 
     def missing(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> list[str]:
-        """The levels at which the variant of a chunk is to be written and is not."""
-        return self.missing_below(self.scope.chunk_prefix(token_ids), variant)
+        """The codecs in which the variant of a chunk is to be written and is not; asks the store too."""
+        return self.missing_of(key_of(token_ids), variant)
 
-    def missing_below(self, prefix: str, variant: str) -> list[str]:
-        """The same, from what the names of all variants of the chunk start with."""
-        return [level for level in self._levels if not self.store.exists(_name(prefix, variant, level))]
+    def missing_of(self, key: bytes, variant: str) -> list[str]:
+        """The same, from the chunk's key."""
+        recorded = self.records.variants(key)
+        return [codec for codec in self._written if not self._is_there(key, _form(variant, codec), recorded)]
 
     def preamble_name(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """Where a preamble is kept: lossless, whatever the level of chunks, since all prompts share it, what a model
+        """Where a preamble is kept: lossless, whatever the codec of chunks, since all prompts share it, what a model
         makes of its first tokens matters most, and vLLM's prefix cache may then keep it too."""
-        return _name(self.scope.chunk_prefix(token_ids), NO_CONTEXT, LOSSLESS_CODEC)
+        return self._name(key_of(token_ids), _PREAMBLE)
 
-    def preamble(self, token_ids: Sequence[int] | np.ndarray) -> str | None:
-        """The name of a preamble's object; None where there is none."""
-        name = self.preamble_name(token_ids)
-        return name if len(token_ids) and self.store.exists(name) else None
+    def preamble(self, token_ids: Sequence[int] | np.ndarray) -> StoredForm | None:
+        """A preamble's object; None where there is none."""
+        if not len(token_ids):
+            return None
+        key = key_of(token_ids)
+        row = self.records.variants(key).get(_PREAMBLE)
+        return None if row is None else StoredForm(self._name(key, _PREAMBLE), row.size_bytes)
 
-    def variants(self, token_ids: Sequence[int] | np.ndarray) -> dict[str, str]:
-        """The readable variants of a chunk: variant -> object name. Of a variant's several levels it is the one that
-        is written here, else the one of highest fidelity."""
-        found: dict[str, dict[str, str]] = {}
-        for name in self.store.list(self.scope.chunk_prefix(token_ids)):
-            variant, _, form = name.rpartition("/")[2].partition(".")
-            level, _, version = form.rpartition(".v")
-            if level in CODECS and version == str(FORMAT_VERSION):
-                found.setdefault(variant, {})[level] = name
-        return {variant: names[min(names, key=self._preference)] for variant, names in found.items()}
+    def preamble_named(self, digest: str) -> np.ndarray | None:
+        """The tokens of the stored preamble that a variant's name calls so; None where it is not known."""
+        for key in self.records.keys_beginning(bytes.fromhex(digest)):
+            if _PREAMBLE in self.records.variants(key):
+                return self.records.tokens(key)
+        return None
+
+    def lacks_preamble(self, token_ids: Sequence[int] | np.ndarray) -> bool:
+        """Whether a preamble is to be stored; asks the store too."""
+        key = key_of(token_ids)
+        return bool(len(token_ids)) and not self._is_there(key, _PREAMBLE, self.records.variants(key))
+
+    def variants(self, key: bytes) -> dict[str, StoredForm]:
+        """The readable variants of a chunk. Of the several objects of a variant it is the one in the codec that is
+        written here, else the one of highest fidelity."""
+        found: dict[str, dict[str, StoredForm]] = {}
+        for form, row in self.records.variants(key).items():
+            variant, _, codec = form.partition(".")
+            if codec in CODECS:
+                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.created_s)
+        return {variant: forms[min(forms, key=self._preference)] for variant, forms in found.items()}
+
+    def forms(self, name: str) -> list[StoredForm]:
+        """All objects of the variant that this one is of, by falling fidelity."""
+        key, form = _parsed(name)
+        variant, recorded = form.partition(".")[0], self.records.variants(key)
+        forms = (_form(variant, codec) for codec in CODECS)
+        return [StoredForm(self._name(key, form), recorded[form].size_bytes) for form in forms if form in recorded]
 
     def save_preamble(self, preamble: ChunkKV) -> int:
         """Store a preamble; returns its size in bytes. Raises `StoreError`."""
-        return self._save(preamble, NO_CONTEXT, LOSSLESS_CODEC)
+        return self._save(preamble, NO_CONTEXT, [LOSSLESS_CODEC])
 
     def save(self, chunk: ChunkKV, variant: str) -> int:
         """Store one variant of a chunk where it is missing; returns the bytes written. Raises `StoreError`."""
-        return sum(self._save(chunk, variant, level) for level in self.missing(chunk.token_ids, variant))
+        self.refresh()
+        return self._save(chunk, variant, self.missing(chunk.token_ids, variant))
 
-    def levels(self, name: str) -> list[StoredForm]:
-        """All levels at which the variant of this name is stored, by falling fidelity."""
-        variant = name.rpartition(".v")[0].rpartition(".")[0]
-        names = (f"{variant}.{level}.v{FORMAT_VERSION}" for level in CODECS)
-        sizes = ((name, self.store.size(name)) for name in names)
-        return [StoredForm(name, size) for name, size in sizes if size is not None]
+    def own(self, owner: str, keys: Iterable[bytes]) -> None:
+        """Chunks are not deleted while somebody owns them. Raises `StoreError`."""
+        self.refresh()
+        number = owner_number(owner)
+        new = [key for key in dict.fromkeys(keys) if number not in self.records.owners(key)]
+        if new:
+            self.records.add({}, owners=[OwnerRow(key, number, held=True) for key in new])
 
-    def _save(self, chunk: ChunkKV, variant: str, level: str) -> int:
-        assert self._codecs is not None
-        if not bool(chunk.kv.isfinite().all()):
-            raise StoreError("The model computed KV that is no finite number: use another --dtype.")
-        codec, tables = self._codecs.for_writing(level)
-        header, parts = coded(chunk, self.scope, variant, level, codec, tables)
-        return self.store.write(header.name, parts)
+    def release(self, owner: str, keys: Iterable[bytes]) -> None:
+        """Own chunks no longer; those that nobody owns any more are deleted. Raises `StoreError`."""
+        number, keys = owner_number(owner), list(dict.fromkeys(keys))
+        if keys:
+            self.records.add({}, owners=[OwnerRow(key, number, held=False) for key in keys])
+            self.delete(key for key in keys if not self.records.owners(key))
+
+    def delete(self, keys: Iterable[bytes]) -> None:
+        """Delete chunks, all variants of them, whoever owns them. Raises `StoreError`."""
+        self.refresh()
+        keys = list(keys)
+        gone = [(key, form) for key in keys for form in self.records.variants(key)]
+        owned = [OwnerRow(key, owner, held=False) for key in keys for owner in self.records.owners(key)]
+        if gone or owned:
+            self.records.add({}, [VariantRow(key, form, 0, _now()) for key, form in gone], owned)
+            self.store.delete(self._name(key, form) for key, form in gone)
+
+    def clear(self) -> None:
+        """Delete all chunks. Raises `StoreError`."""
+        self.refresh()
+        self.delete(list(self.records.keys()))
 
     def load(self, name: str, shape: KVShape) -> LoadedKV | str:
-        """The object `name`, or why it cannot be used. A corrupt object is deleted, so that it is computed again."""
+        """The object `name`, or why it cannot be used. What is absent or corrupt is recorded no longer, and deleted, so
+        that it is computed again."""
         try:
             data = self.store.read(name)
         except StoreError:
             return "unreadable"
         if data is None:
+            self._discard(name)
             return "absent"
         try:
             stored = unpack(data)
@@ -194,11 +244,78 @@ class ChunkStore:
             return "coded with tables that are missing"
         return LoadedKV(stored, shape, codec, len(data))
 
-    def _preference(self, level: str) -> tuple[bool, int]:
-        return level != self.level, list(CODECS).index(level)
+    def _save(self, chunk: ChunkKV, variant: str, codecs: Sequence[str]) -> int:
+        assert self._codecs is not None
+        if not bool(chunk.kv.isfinite().all()):
+            raise StoreError("The model computed KV that is no finite number: use another --dtype.")
+        key = key_of(chunk.token_ids)
+        rows = []
+        for name in codecs:
+            codec, tables = self._codecs.for_writing(name)
+            header, parts = coded(chunk, self.scope, variant, name, codec, tables)
+            size_bytes = self.store.write(header.name, parts)
+            rows.append(VariantRow(key, _form(variant, name), size_bytes, _now()))
+        if rows:
+            self.records.add({key: chunk.token_ids}, rows)
+        return sum(row.size_bytes for row in rows)
+
+    def _is_there(self, key: bytes, form: str, recorded: Mapping[str, VariantRow]) -> bool:
+        return form in recorded and self.store.exists(self._name(key, form))
+
+    def _name(self, key: bytes, form: str) -> str:
+        return f"{self.scope.folder(key)}{form}.v{FORMAT_VERSION}"
+
+    def _preference(self, codec: str) -> tuple[bool, int]:
+        return codec != self.codec, list(CODECS).index(codec)
 
     def _discard(self, name: str) -> None:
+        key, form = _parsed(name)
         try:
-            self.store.delete([name])
+            self.refresh()
+            if form in self.records.variants(key):
+                self.records.add({}, [VariantRow(key, form, 0, _now())])
+                self.store.delete([name])
         except StoreError:
             return  # a store that may only be read; the miss is reported all the same
+
+
+class ChunkStores:
+    """The chunk stores of one model, one for each namespace.
+
+    Args:
+        codecs, codec, extra: see `ChunkStore`.
+    """
+
+    def __init__(
+        self, store: Store, model: str, codec: str, codecs: ModelCodecs | None = None, extra: Sequence[str] = ()
+    ) -> None:
+        self._make = lambda namespace: ChunkStore(store, KVScope(namespace, model), codec, codecs, extra)
+        self._kept: OrderedDict[str, ChunkStore] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, namespace: str) -> ChunkStore:
+        """The chunks of a namespace. Of many namespaces, those used last stay open."""
+        with self._lock:
+            if namespace not in self._kept:
+                self._kept[namespace] = self._make(namespace)
+            self._kept.move_to_end(namespace)
+            if len(self._kept) > _KEPT_NAMESPACES:
+                self._kept.popitem(last=False)
+            return self._kept[namespace]
+
+
+def _form(variant: str, codec: str) -> str:
+    return f"{variant}.{codec}"
+
+
+_PREAMBLE = _form(NO_CONTEXT, LOSSLESS_CODEC)
+
+
+def _parsed(name: str) -> tuple[bytes, str]:
+    """Key and form of an object's name."""
+    *_, key, form = name.rpartition(".v")[0].split("/")
+    return bytes.fromhex(key), form
+
+
+def _now() -> int:
+    return int(time.time())

@@ -16,6 +16,7 @@ class PlannedSegment:
         name: None where the chunk is to be computed, for `reason`.
         exact: the stored KV equals what full prefill would compute here.
         foreign: it was computed behind another preamble than the prompt's.
+        size_bytes: of the object.
         levels: where the answer has to begin in time: all levels of the object, by falling fidelity, to choose from.
     """
 
@@ -26,6 +27,7 @@ class PlannedSegment:
     exact: bool = False
     foreign: bool = False
     reason: str = "absent"
+    size_bytes: int = 0
     levels: tuple[StoredForm, ...] = ()
 
     @property

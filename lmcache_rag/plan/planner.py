@@ -3,40 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope, best_variant, variant_of
+from lmcache_rag.chunk_kv import StoredForm, key_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
-from lmcache_rag.library.chunks import ChunkStore, codec_of
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores, codec_of
 from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
-from lmcache_rag.records.catalog import Catalog, Match
+from lmcache_rag.plan.variants import Context, context_of, suited
+from lmcache_rag.records.catalog import Match, find
 from lmcache_rag.request import BlendOptions, ReuseReport
-from lmcache_rag.vllm.config import ConnectorConfig
 
-_KEPT_CATALOGS = 16
 _CHEAPER = "cheaper to compute"
+
+_log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Plans blends for one model over one store."""
+    """Plans blends for one model over one store. It looks at what is recorded, never at what is stored.
+
+    Args:
+        namespace: of requests that name none.
+        min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
+        max_tokens: a blend ends there at the latest.
+        never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
+    """
 
     def __init__(
-        self, store: Store, model: str, config: ConnectorConfig, max_tokens: int, calibration: Calibration
+        self,
+        chunks: ChunkStores,
+        calibration: Calibration,
+        *,
+        namespace: str,
+        min_match_tokens: int,
+        max_tokens: int,
+        never_slower: bool,
     ) -> None:
-        self._store = store
-        self._model = model
-        self._config = config
-        self._max_tokens = max_tokens
+        self._chunks = chunks
         self._calibration = calibration
+        self._namespace = namespace
+        self._min_match_tokens = min_match_tokens
+        self._max_tokens = max_tokens
+        self._never_slower = never_slower
         self.cost = CostModel()
-        self._catalogs: dict[str, Catalog] = {}
+        self._failed: set[str] = set()
 
     def plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
@@ -45,17 +61,18 @@ class Planner:
             return self._plan(token_ids, options, report)
         except StoreError as error:
             report.reason = f"store: {error}"
-            return None
+        except Exception as error:  # noqa: BLE001  # a failure is a miss
+            report.reason = f"planning failed: {type(error).__name__}"
+            if report.reason not in self._failed:
+                self._failed.add(report.reason)
+                _log.exception("a request could not be planned, and takes plain prefill")
+        return None
 
     def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
-        if options.namespace not in (None, self._config.namespace) and not self._config.clients_choose_namespace:
-            report.reason = "clients may not choose a namespace here"
-            return None
-        if options.mode == "precompute" and not self._config.clients_precompute:
-            report.reason = "clients may not store KV here"
-            return None
+        chunks = self._chunks.of(options.namespace or self._namespace)
+        chunks.refresh()
         prompt = np.asarray(token_ids, dtype=np.int32)
-        matches = self._matches(prompt, options)
+        matches = self._matches(prompt, options, chunks, report)
         if not matches:
             report.reason = "no stored chunk in the prompt"
             return None
@@ -63,18 +80,9 @@ class Planner:
         if end > len(prompt) or matches[0].start < 0:
             report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
             return None
-        namespace = options.namespace or self._config.namespace
-        chunks = ChunkStore(
-            self._store, KVScope(namespace, self._model), self._config.codec, extra=self._config.extra_codecs
-        )
         if options.mode == "precompute":
-            plan = self._precompute(prompt, matches, chunks, options, report)
-        else:
-            plan = self._blend(prompt, matches, chunks, options, report)
-        if plan is not None and plan.end > self._max_tokens:
-            report.reason = f"the reused part ends at {plan.end}, behind max_blend_tokens ({self._max_tokens})"
-            return None
-        return plan
+            return self._precompute(prompt, matches, chunks, options, report)
+        return self._blend(prompt, matches, chunks, options, report)
 
     def _precompute(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
@@ -86,16 +94,19 @@ class Planner:
         if options.primer_tokens > start:
             report.reason = f"the primer's {options.primer_tokens} tokens do not fit before the segment"
             return None
+        if len(prompt) > self._max_tokens:
+            report.reason = f"a chunk that ends at {len(prompt)} is behind max_blend_tokens ({self._max_tokens})"
+            return None
         context, primer = prompt[:start], start - options.primer_tokens
-        name = chunks.variants(prompt[start:]).get(variant_of(context[:primer], context[primer:]))
-        if name is not None and not CODECS[codec_of(name)].lossless:
-            name = None  # what one level lost is not to be stored at another
+        form = chunks.variants(matches[0].key).get(Context(context[:primer], context[primer:]).variant)
+        if form is not None and not CODECS[codec_of(form.name)].lossless:
+            form = None  # what one codec lost is not to be stored in another
         return BlendPlan(
             mode="precompute",
             namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
-            preamble=PlannedSegment(0, start, name=chunks.preamble(context), exact=True),
-            segments=(PlannedSegment(start, length, name=name),),
+            preamble=_preamble(start, chunks.preamble(context)),
+            segments=(_placed(PlannedSegment(start, length), form),),
             end=len(prompt),
             selector="none",
             ratio=0.0,
@@ -105,14 +116,15 @@ class Planner:
     def _blend(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
     ) -> BlendPlan | None:
-        preamble, context = self._context(prompt, matches, chunks)
+        preamble, context = _context(prompt, matches, chunks)
         ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
-        segments = self._segments(prompt, matches, context, chunks)
+        segments = [_segment(prompt, match, context, chunks, options.primer) for match in matches]
         if options.ttft_goal_s is not None:
             segments = [_with_levels(segment, chunks) for segment in segments]
             preamble = _with_levels(preamble, chunks)
-        elif self._config.never_slower:
+        elif self._never_slower:
             segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
+        segments = [_cut(segment, self._max_tokens) for segment in segments if segment.start < self._max_tokens]
         while segments and segments[-1].name is None:
             report.miss(segments[-1].reason, segments.pop().length)
         if not segments:
@@ -143,60 +155,63 @@ class Planner:
 
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""
-        size = self._store.size(segment.name) if segment.name is not None else None
         share = 0.0 if segment.exact else share_of(ratio, foreign=segment.foreign)
-        if size is None or self.cost.worth_loading(size, segment.length, share, among):
+        if segment.name is None or self.cost.worth_loading(segment.size_bytes, segment.length, share, among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 
-    def _matches(self, prompt: np.ndarray, options: BlendOptions) -> list[Match]:
+    def _matches(
+        self, prompt: np.ndarray, options: BlendOptions, chunks: ChunkStore, report: ReuseReport
+    ) -> list[Match]:
         if options.segments is not None:
-            return [Match(start, length, 0, prompt[start : start + length]) for start, length in options.segments]
-        namespace = options.namespace or self._config.namespace
-        catalog = self._catalogs.pop(namespace, None)
-        if catalog is None:
-            catalog = Catalog(self._store, KVScope(namespace, self._model), self._config.min_match_tokens)
-            while len(self._catalogs) >= _KEPT_CATALOGS:
-                del self._catalogs[next(iter(self._catalogs))]
-        self._catalogs[namespace] = catalog  # the last one is the one used last
-        return catalog.find(prompt)
+            parts = ((start, prompt[start : start + length]) for start, length in options.segments)
+            lengths = (length for _, length in options.segments)
+            return [
+                Match(start, length, 0, key_of(tokens), tokens)
+                for (start, tokens), length in zip(parts, lengths, strict=True)
+            ]
+        found = find(chunks.records, prompt, self._min_match_tokens)
+        report.matching_cut_short = found.cut_short
+        return found.matches
 
-    def _context(
-        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore
-    ) -> tuple[PlannedSegment, np.ndarray]:
-        """The prompt's tokens before its first chunk as a segment, and the preamble that its chunks' own variant was
-        computed behind.
 
-        A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact
-        at position 0, also where only its beginning is in this prompt.
-        """
-        first = matches[0]
-        if len(matches) > 1 and first.start == first.offset == 0:
-            name = chunks.preamble(first.chunk)
-            if name is not None:
-                matches.pop(0)
-                return PlannedSegment(0, first.length, name=name, exact=True), first.chunk
-        preamble = prompt[: max(0, first.start - first.offset)]
-        return PlannedSegment(0, len(preamble), name=chunks.preamble(preamble), exact=True), preamble
+def _context(prompt: np.ndarray, matches: list[Match], chunks: ChunkStore) -> tuple[PlannedSegment, Context]:
+    """The prompt's tokens before its first chunk as a segment, and what its chunks' own variants were computed behind.
 
-    def _segments(
-        self, prompt: np.ndarray, matches: list[Match], context: np.ndarray, chunks: ChunkStore
-    ) -> list[PlannedSegment]:
-        """The matches as segments, each with the best variant of its chunk: the one that is exact in this place, else
-        one computed behind the prompt's preamble, else another."""
-        behind_preamble = variant_of(context)
-        segments = []
-        for match in matches:
-            variants = chunks.variants(match.chunk)
-            in_place = match.offset == 0 and np.array_equal(prompt[: match.start], context)
-            exact = in_place and behind_preamble in variants
-            variant = behind_preamble if exact else best_variant(variants, context)
-            foreign = variant is None and bool(variants)
-            if foreign:
-                variant = min(variants, key=lambda name: ("-" not in name, name))  # primed ones first
-            name = variants[variant] if variant is not None else None
-            segments.append(PlannedSegment(match.start, match.length, match.offset, name, exact, foreign))
-        return segments
+    A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact at
+    position 0, also where only its beginning is in this prompt.
+    """
+    first = matches[0]
+    if len(matches) > 1 and first.start == first.offset == 0:
+        form = chunks.preamble(first.chunk)
+        if form is not None:
+            matches.pop(0)
+            return _preamble(first.length, form), Context(first.chunk)
+    before = prompt[: max(0, first.start - first.offset)]
+    context, length = context_of(before, matches, chunks)
+    return _preamble(length, chunks.preamble(context.preamble)), context
+
+
+def _segment(
+    prompt: np.ndarray, match: Match, context: Context, chunks: ChunkStore, primer: str | None
+) -> PlannedSegment:
+    """A match as a segment, with the variant of its chunk that suits this place best."""
+    forms = chunks.variants(match.key)
+    begins = match.offset == 0 and np.array_equal(prompt[: match.start], context.preamble)
+    first = abs(match.start - match.offset - len(context.preamble)) <= context.merged
+    chosen = suited(forms, context, first=begins or first, primer=primer)
+    exact = begins and chosen == context.variant
+    foreign = chosen is not None and not context.is_before(chosen)
+    segment = PlannedSegment(match.start, match.length, match.offset, exact=exact, foreign=foreign)
+    return _placed(segment, forms.get(chosen or ""))
+
+
+def _preamble(length: int, form: StoredForm | None) -> PlannedSegment:
+    return _placed(PlannedSegment(0, length, exact=True), form)
+
+
+def _placed(segment: PlannedSegment, form: StoredForm | None) -> PlannedSegment:
+    return segment if form is None else replace(segment, name=form.name, size_bytes=form.size_bytes)
 
 
 def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
@@ -215,7 +230,7 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
 
 
 def _with_levels(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
-    return segment if segment.name is None else replace(segment, levels=tuple(chunks.levels(segment.name)))
+    return segment if segment.name is None else replace(segment, levels=tuple(chunks.forms(segment.name)))
 
 
 def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:

@@ -1,157 +1,153 @@
 """Which stored chunks occur in a prompt, found by their tokens.
 
-Winnowing (Schleimer, Wilkerson and Aiken 2003, "Winnowing: local algorithms for document fingerprinting"): of the
-hashes of all runs of `GRAM` tokens, the smallest in each window of `window` is kept as a fingerprint. Two texts that
-share `GRAM + window - 1` tokens share a fingerprint, wherever it lies, so a chunk is found although its first and last
-tokens were merged with its neighbours, and a part of a chunk is found too. Every hit is verified token by token.
+The prompt's fingerprints are looked up among those of all chunks. What a rare one points to is a candidate: a chunk,
+and how far it is shifted against the prompt. Of a common one, such as those of a header that many chunks share, a few
+places are taken. Candidates with the most fingerprints come first, and each is verified token by token.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope
-from lmcache_rag.codec import peek_tokens
-from lmcache_rag.codec.container import FORMAT_VERSION
-from lmcache_rag.errors import StoreError
+from lmcache_rag.records.fingerprints import SHORTEST, gram_hashes, winnow
+from lmcache_rag.records.part import Part
+from lmcache_rag.records.records import Records
 
-GRAM = 16
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-_PEEK_BYTES = 32 << 10
+_RARE = 8
+"""A fingerprint of more places than these is common."""
 
-_log = logging.getLogger(__name__)
+_OF_COMMON = 4
+"""So many places of a common one are looked at."""
+
+MOST_CANDIDATES = 512
+"""So many candidates are verified for one prompt."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Tokens `start` to `start + length` of a prompt are tokens `offset` to `offset + length` of a stored chunk."""
+    """Tokens `start` to `start + length` of a prompt are tokens `offset` to `offset + length` of a stored chunk.
+
+    Attributes:
+        key: the chunk's.
+        chunk: its tokens, int32.
+    """
 
     start: int
     length: int
     offset: int
+    key: bytes
     chunk: np.ndarray
 
 
-class Catalog:
-    """The token ids of every stored chunk of one scope, searchable; kept up to date with the store.
+@dataclass(frozen=True)
+class Found:
+    """What a prompt holds.
 
-    Args:
-        min_match: shortest run of tokens worth reusing, `GRAM` at least; every longer run is found.
+    Attributes:
+        matches: ascending, not overlapping.
+        cut_short: there were more candidates than are verified, and some may have been matches.
     """
 
-    def __init__(self, store: Store, scope: KVScope, min_match: int = 32) -> None:
-        if min_match < GRAM:
-            raise ValueError(f"min_match must be {GRAM} at least, got {min_match}")
-        self._store = store
-        self._scope = scope
-        self._min_match = min_match
-        self._generation: Hashable = None
-        self._chunks: dict[str, np.ndarray] = {}
-        self._places: dict[int, list[tuple[str, int]]] = {}
-
-    def find(self, token_ids: Sequence[int] | np.ndarray) -> list[Match]:
-        """Stored chunks, or parts of them, in a prompt: from the left, the longest at each place, not overlapping."""
-        self.refresh()
-        prompt = np.asarray(token_ids, dtype=np.int32)
-        hashes = _gram_hashes(prompt)
-        matches: list[Match] = []
-        done = 0
-        for position, gram in enumerate(hashes.tolist()):
-            if position < done or gram not in self._places:
-                continue
-            best = max(
-                (self._extend(prompt, position, key, offset, done) for key, offset in self._places[gram]),
-                key=lambda match: match.length,
-            )
-            if best.length >= self._min_match:
-                matches.append(best)
-                done = best.start + best.length
-        return matches
-
-    def refresh(self) -> None:
-        """Take over what was added to or removed from the store."""
-        generation = self._store.generation(self._scope.prefix)
-        if generation == self._generation:
-            return
-        names: dict[str, list[str]] = {}
-        for name in self._store.list(self._scope.prefix):
-            if name.endswith(f".v{FORMAT_VERSION}"):
-                names.setdefault(name.rpartition("/")[0], []).append(name)
-        for key in self._chunks.keys() - names.keys():
-            self._remove(key)
-        for key in names.keys() - self._chunks.keys():
-            found = (self._peek(name) for name in names[key])
-            token_ids = next((token_ids for token_ids in found if token_ids is not None), None)
-            if token_ids is not None:
-                self._add(key, token_ids)
-        self._generation = generation
-
-    def _extend(self, prompt: np.ndarray, position: int, key: str, offset: int, done: int) -> Match:
-        """The longest run of equal tokens around prompt `position` and chunk `offset`, not before prompt `done`."""
-        chunk = self._chunks[key]
-        left = min(position - done, offset)
-        right = min(len(prompt) - position, len(chunk) - offset)
-        before = prompt[position - left : position][::-1] != chunk[offset - left : offset][::-1]
-        after = prompt[position : position + right] != chunk[offset : offset + right]
-        left = int(before.argmax()) if before.any() else left
-        right = int(after.argmax()) if after.any() else right
-        return Match(position - left, left + right, offset - left, chunk)
-
-    def _add(self, key: str, chunk: np.ndarray) -> None:
-        self._chunks[key] = chunk
-        for position, gram in self._fingerprints(chunk):
-            self._places.setdefault(gram, []).append((key, position))
-
-    def _remove(self, key: str) -> None:
-        for _, gram in self._fingerprints(self._chunks.pop(key)):
-            places = [place for place in self._places.get(gram, []) if place[0] != key]
-            if places:
-                self._places[gram] = places
-            else:
-                self._places.pop(gram, None)
-
-    def _fingerprints(self, chunk: np.ndarray) -> list[tuple[int, int]]:
-        """(position, hash) of the chosen runs."""
-        hashes = _gram_hashes(chunk)
-        window = min(self._min_match - GRAM + 1, len(hashes))
-        if not window:
-            return []
-        starts = np.arange(len(hashes) - window + 1)
-        chosen = np.unique(starts + sliding_window_view(hashes, window).argmin(axis=1))
-        return list(zip(chosen.tolist(), hashes[chosen].tolist(), strict=True))
-
-    def _peek(self, name: str) -> np.ndarray | None:
-        """A stored chunk's token ids; None where the object is gone or unusable (a blend would miss it anyway)."""
-        limit = _PEEK_BYTES
-        while True:
-            try:
-                start = self._store.read(name, limit)
-                if start is None:
-                    return None
-                token_ids = peek_tokens(start)
-            except StoreError as error:
-                _log.warning("stored object %s cannot be used (%s)", name, error)
-                return None
-            if isinstance(token_ids, np.ndarray):
-                return token_ids
-            if token_ids <= limit or len(start) < limit:
-                return None
-            limit = token_ids
+    matches: list[Match]
+    cut_short: bool
 
 
-def _gram_hashes(token_ids: np.ndarray) -> np.ndarray:
-    """uint64 hash of each run of `GRAM` tokens."""
-    count = len(token_ids) - GRAM + 1
-    if count < 1:
-        return np.zeros(0, dtype=np.uint64)
-    values = token_ids.astype(np.uint64) + np.uint64(1)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for shift in range(GRAM):
-        hashes = hashes * _BASE + values[shift : shift + count]
-    return hashes ^ (hashes >> np.uint64(29))
+def find(records: Records, token_ids: Sequence[int] | np.ndarray, min_match: int = SHORTEST) -> Found:
+    """Stored chunks, or parts of them, in a prompt: the longest first, then what is left beside it.
+
+    Args:
+        min_match: shortest run of tokens worth reusing, `SHORTEST` at least; every run is found that is so long.
+    """
+    prompt = np.asarray(token_ids, dtype=np.int32)
+    hashes = gram_hashes(prompt)
+    places = winnow(hashes)
+    places = places[np.argsort(hashes[places], kind="stable")]
+    candidates = [
+        (hits, part, chunk, shift)
+        for part in records.parts
+        for chunk, shift, hits in _candidates(part, hashes[places], places)
+    ]
+    candidates.sort(key=lambda candidate: -candidate[0])
+    runs = [
+        match
+        for _, part, chunk, shift in candidates[:MOST_CANDIDATES]
+        for match in _verified(part, chunk, shift, prompt, min_match)
+    ]
+    return Found(_apart(runs, records, min_match), len(candidates) > MOST_CANDIDATES)
+
+
+def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> list[tuple[int, int, int]]:
+    """(chunk, shift, how many fingerprints agree); token i of the chunk would be token i + shift of the prompt.
+
+    Args:
+        wanted: fingerprints, ascending, at `places` of the prompt.
+    """
+    if not len(part.gram):
+        return []
+    first = np.searchsorted(part.gram, wanted, side="left")
+    known = np.flatnonzero(part.gram[np.minimum(first, len(part.gram) - 1)] == wanted)
+    if not len(known):
+        return []
+    first, places = first[known], places[known]
+    count = np.searchsorted(part.gram, wanted[known], side="right") - first
+    count = np.where(count > _RARE, _OF_COMMON, count)
+    ends = np.cumsum(count)
+    rows = np.arange(ends[-1]) + np.repeat(first - (ends - count), count)
+    chunk = part.gram_chunk[rows].astype(np.int64)
+    shift = np.repeat(places, count) - part.gram_at[rows]
+    inside = chunk < len(part)
+    # One number for both: a shift lies between minus the longest chunk and the prompt's length.
+    both, hits = np.unique((chunk[inside] << 32) + (shift[inside] + (1 << 31)), return_counts=True)
+    return list(zip((both >> 32).tolist(), ((both & 0xFFFFFFFF) - (1 << 31)).tolist(), hits.tolist(), strict=True))
+
+
+def _verified(part: Part, chunk: int, shift: int, prompt: np.ndarray, min_match: int) -> Iterator[Match]:
+    """The runs of equal tokens, at this shift."""
+    tokens = part.tokens_of(chunk)
+    start, end = max(0, shift), min(len(prompt), shift + len(tokens))
+    if end - start < min_match:
+        return
+    differ = np.flatnonzero(prompt[start:end] != tokens[start - shift : end - shift])
+    edges = np.concatenate([[-1], differ, [end - start]])
+    for number in np.flatnonzero(np.diff(edges) > min_match).tolist():
+        at = start + int(edges[number]) + 1
+        length = int(edges[number + 1] - edges[number]) - 1
+        yield Match(at, length, at - shift, part.key(chunk), tokens)
+
+
+def _apart(runs: list[Match], records: Records, min_match: int) -> list[Match]:
+    """The longest run, then the longest of what is left beside it, and so on; of equals the first, and of those one
+    that begins its chunk."""
+    waiting = sorted(runs, key=lambda run: (-run.length, run.start, run.offset))
+    taken: list[Match] = []
+    stored: dict[bytes, bool] = {}
+    while waiting:
+        best = waiting.pop(0)
+        if best.key not in stored:
+            stored[best.key] = bool(records.variants(best.key))
+        if not stored[best.key]:
+            continue
+        taken.append(best)
+        cut = [piece for run in waiting for piece in _beside(run, best) if piece.length >= min_match]
+        if len(cut) != len(waiting) or any(a is not b for a, b in zip(cut, waiting, strict=True)):
+            cut.sort(key=lambda run: (-run.length, run.start, run.offset))
+        waiting = cut
+    return sorted(taken, key=lambda match: match.start)
+
+
+def _beside(run: Match, taken: Match) -> list[Match]:
+    """What is left of a run where another one was taken."""
+    start, end = taken.start, taken.start + taken.length
+    if run.start >= end or run.start + run.length <= start:
+        return [run]
+    before = start - run.start
+    after = run.start + run.length - end
+    pieces = []
+    if before > 0:
+        pieces.append(Match(run.start, before, run.offset, run.key, run.chunk))
+    if after > 0:
+        pieces.append(Match(end, after, run.offset + end - run.start, run.key, run.chunk))
+    return pieces

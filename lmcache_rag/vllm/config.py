@@ -12,7 +12,7 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
-from lmcache_rag.records.catalog import GRAM
+from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ConnectorConfig(BaseModel):
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
-        max_blend_tokens: prompts whose reused part ends later are left to plain prefill; bounds the memory reserved.
+        max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +45,7 @@ class ConnectorConfig(BaseModel):
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True
-    min_match_tokens: int = Field(default=2 * GRAM, ge=GRAM)
+    min_match_tokens: int = Field(default=SHORTEST, ge=SHORTEST)
     throttle: Throttle | None = None
     never_slower: bool = True
     max_blend_tokens: int = Field(default=32768, ge=1)

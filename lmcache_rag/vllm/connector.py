@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.model import cache_folder
 from lmcache_rag.plan.budget import Calibration
 from lmcache_rag.plan.planner import Planner
@@ -51,11 +52,12 @@ class BlendConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
                 Planner(
-                    self._store,
-                    self._fingerprint,
-                    self._config,
-                    self._workspace_tokens,
+                    ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs),
                     Calibration.read(cache_folder(), self._fingerprint, self._config.codec),
+                    namespace=self._config.namespace,
+                    min_match_tokens=self._config.min_match_tokens,
+                    max_tokens=self._workspace_tokens,
+                    never_slower=self._config.never_slower,
                 ),
                 automatic=self._config.automatic,
                 unsupported=self._unsupported,

@@ -12,9 +12,9 @@ import torch
 
 from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, variant_of
+from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.errors import StoreError
-from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.cost import Rates
 from lmcache_rag.plan.plan import BlendPlan
@@ -49,10 +49,8 @@ class WorkerHalf:
         never_slower: bool,
     ) -> None:
         self._model = model
-        self._store = store
-        self._fingerprint = fingerprint
-        self._levels = (level, extra_levels)
-        self._codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
+        codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
+        self._chunks = ChunkStores(store, fingerprint, level, codecs, extra_levels)
         self._block_tokens = block_tokens
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
@@ -64,8 +62,7 @@ class WorkerHalf:
     def do(self, job: BlendJob) -> None:
         """Do one blend, and keep its report for the scheduler half."""
         plan = job.plan
-        level, extra = self._levels
-        chunks = ChunkStore(self._store, KVScope(plan.namespace, self._fingerprint), level, self._codecs, extra)
+        chunks = self._chunks.of(plan.namespace)
         report = self._blender.blend(plan, chunks)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
@@ -99,7 +96,8 @@ class WorkerHalf:
         preamble = start - plan.primer_tokens
         variant = variant_of(plan.token_ids[:preamble], plan.token_ids[preamble:start])
         try:
-            if preamble and not self._store.exists(chunks.preamble_name(plan.token_ids[:preamble])):
+            chunks.refresh()
+            if preamble and chunks.lacks_preamble(plan.token_ids[:preamble]):
                 report.bytes_stored += chunks.save_preamble(self._taken(plan, 0, preamble))
                 report.stored_tokens += preamble
             if chunks.missing(plan.token_ids[start:], variant):

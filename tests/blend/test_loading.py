@@ -108,7 +108,7 @@ def test_a_goal_is_cut_to_the_patience_so_that_nothing_is_given_up(tmp_path: Pat
         token_ids = np.arange(TOKENS, dtype=np.int32) + number
         chunks.save(ChunkKV(token_ids, torch.randn(8, 2, TOKENS, 4, 32)), NO_CONTEXT)
         name = chunks.name(token_ids, NO_CONTEXT)
-        levels = tuple(chunks.levels(name))
+        levels = tuple(chunks.forms(name))
         segments.append(PlannedSegment(number * TOKENS, TOKENS, name=name, levels=levels))
     raw, q4 = (level.size_bytes for level in segments[0].levels)
     tokens = 10 * TOKENS

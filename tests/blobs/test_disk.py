@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,24 +24,30 @@ def test_write_read_list_delete(tmp_path: Path) -> None:
     assert store.exists(NAME)
     read = store.read(NAME)
     assert read is not None and bytes(read) == b"onetwo"
-    first = store.read(NAME, limit_bytes=4)
-    assert first is not None and bytes(first) == b"onet"
+    for start, length, expected in ((0, 4, b"onet"), (2, 3, b"etw"), (4, 100, b"wo"), (9, 1, b"")):
+        part = store.read(NAME, start, length)
+        assert part is not None and bytes(part) == expected
+    buffer = bytearray(4)
+    assert store.read_into(NAME, 1, memoryview(buffer)) == 4 and buffer == b"netw"
+    assert store.read_into(NAME, 4, memoryview(buffer)) == 2
+    assert store.read_into("default/none", 0, memoryview(buffer)) is None
+    mapped = store.map(NAME)
+    assert mapped is not None and bytes(mapped) == b"onetwo" and store.map("default/none") is None
+    assert list(store.folders("default/")) == ["model"] and list(store.folders("none/")) == []
     assert list(store.list("default/model/")) == [NAME]
     store.delete([NAME, "default/model/never/there"])
     assert not store.exists(NAME)
     assert list(store.list("default/")) == []
 
 
-def test_generation_changes_when_chunks_come_and_go(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
-    seen = [store.generation("default/model/")]
-    store.write(NAME, [b"x"])
-    seen.append(store.generation("default/model/"))
-    assert store.generation("default/model/") == seen[-1]
-    time.sleep(0.02)
-    store.delete([NAME])
-    seen.append(store.generation("default/model/"))
-    assert len(set(seen)) == 3
+def test_of_several_writers_one_is_first(tmp_path: Path) -> None:
+    stores = [DiskStore(tmp_path) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        first = list(pool.map(lambda number: stores[number].write_if_absent(NAME, [bytes([number])]), range(8)))
+    assert sum(first) == 1
+    read = stores[0].read(NAME)
+    assert read is not None and bytes(read) == bytes([first.index(True)])
+    assert not list((tmp_path / ".unfinished").iterdir())
 
 
 def test_a_killed_writer_leaves_no_object(tmp_path: Path) -> None:

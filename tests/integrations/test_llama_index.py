@@ -152,8 +152,7 @@ def test_pipeline_cache_does_not_hide_a_lost_store(llm: LmcacheRag, documents: l
     assert report.computed == 0
     assert pipeline.run(documents=documents) == nodes
     assert precompute.last_report is report  # the cache answered
-    store = llm.engine.store
-    store.delete(list(store.list(llm.engine.chunk_store().scope.prefix)))
+    llm.engine.chunk_store().clear()
     pipeline.run(documents=documents)
     assert precompute.last_report is not None
     assert precompute.last_report.computed == len(nodes)

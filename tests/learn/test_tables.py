@@ -28,7 +28,7 @@ def test_kv_is_what_the_engine_stores(tiny: LocalEngine) -> None:
     ingest(tiny, plan)
     _, (chunk,), _ = parts(plan)
     stored = tiny.chunk_store()
-    [name] = stored.variants(chunk).values()
+    [name] = (form.name for form in stored.variants(key_of(chunk)).values())
     from lmcache_rag.library.tables import ModelCodecs
 
     stored._codecs = ModelCodecs(tiny.store, tiny.model_fingerprint, tiny._shape)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
 from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.records.part import VariantRow
 from tests.helpers import chunk_store
 
 SHAPE = KVShape(layers=2, kv_heads=1, head_size=4, dtype=torch.float32)
@@ -27,21 +28,19 @@ def test_variants_are_kept_apart(chunks: ChunkStore) -> None:
     kv = {variant: torch.randn(2, 2, 5, 1, 4) for variant in (OWN, OTHER)}
     for variant, values in kv.items():
         chunks.save(ChunkKV(TOKENS, values), variant)
-    variants = chunks.variants(TOKENS)
+    variants = chunks.variants(key_of(TOKENS))
     assert set(variants) == {OWN, OTHER}
-    for variant, name in variants.items():
-        loaded = chunks.load(name, SHAPE)
+    for variant, form in variants.items():
+        loaded = chunks.load(form.name, SHAPE)
         assert isinstance(loaded, LoadedKV)
         assert all(torch.equal(loaded.layer(layer), kv[variant][layer]) for layer in range(2))
-    assert chunks.variants(TOKENS[:4]) == {}
+    assert chunks.variants(key_of(TOKENS[:4])) == {}
 
 
-def test_objects_of_unknown_codecs_and_versions_are_no_variants(chunks: ChunkStore) -> None:
-    prefix = chunks.scope.chunk_prefix(TOKENS)
-    chunks.store.write(f"{prefix}{OWN}.raw.v99", [b"x"])
-    chunks.store.write(f"{prefix}{OWN}.newer.v1", [b"x"])
-    chunks.store.write(f"{prefix}nonsense", [b"x"])
-    assert chunks.variants(TOKENS) == {}
+def test_objects_of_unknown_codecs_are_no_variants(chunks: ChunkStore) -> None:
+    key = key_of(TOKENS)
+    chunks.records.add({key: TOKENS}, [VariantRow(key, f"{OWN}.newer", 10, 0)])
+    assert chunks.variants(key) == {}
 
 
 def test_absent(chunks: ChunkStore) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
+from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
 from lmcache_rag.codec.tables import CodecTables, learn_tables
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.chunks import ChunkStore, LoadedKV
@@ -74,7 +74,7 @@ def test_this_machines_tables_are_copied_into_the_store(store: DiskStore, tmp_pa
 def test_without_tables_nothing_is_stored_and_the_error_says_what_to_do(store: DiskStore) -> None:
     with pytest.raises(StoreError, match="run `lmcache-rag calibrate`"):
         chunks_of(store).save(chunk(), VARIANT)
-    assert chunks_of(store).variants(TOKENS) == {}
+    assert chunks_of(store).variants(key_of(TOKENS)) == {}
     assert chunks_of(store, "q8").save(chunk(), VARIANT) > 0
 
 
@@ -120,12 +120,14 @@ def test_extra_levels_are_stored_and_listed_by_falling_fidelity(store: DiskStore
     assert chunks.missing(TOKENS, VARIANT) == ["balanced", "small", "raw"]
     chunks.save(chunk(), VARIANT)
     assert chunks.missing(TOKENS, VARIANT) == []
-    name = chunks.variants(TOKENS)[VARIANT]
+    name = chunks.variants(key_of(TOKENS))[VARIANT].name
     assert name == chunks.name(TOKENS, VARIANT)
-    levels = chunks.levels(name)
+    levels = chunks.forms(name)
     assert [level.name.split(".")[-2] for level in levels] == ["raw", "balanced", "small"]
     assert [level.size_bytes for level in levels] == sorted((level.size_bytes for level in levels), reverse=True)
-    assert chunks_of(store, "q8").variants(TOKENS)[VARIANT] == levels[0].name  # the best, where its own is missing
+    other = chunks_of(store, "q8")
+    other.refresh()
+    assert other.variants(key_of(TOKENS))[VARIANT].name == levels[0].name  # the best, where its own is missing
 
 
 def test_kv_that_is_no_number_is_not_stored(store: DiskStore) -> None:

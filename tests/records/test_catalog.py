@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape
-from lmcache_rag.library.chunks import ChunkStore
-from lmcache_rag.library.tables import ModelCodecs
-from lmcache_rag.records.catalog import Catalog
-from tests.helpers import chunk_store
+from lmcache_rag.chunk_kv import KVScope, key_of
+from lmcache_rag.records.catalog import MOST_CANDIDATES, find
+from lmcache_rag.records.part import VariantRow
+from lmcache_rag.records.records import Records
 
-SHAPE = KVShape(layers=1, kv_heads=1, head_size=2, dtype=torch.float32)
 SCOPE = KVScope("default", "f" * 32)
 
 
@@ -26,109 +24,127 @@ def tokens(seed: int, count: int) -> list[int]:
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> ChunkStore:
-    return chunk_store(DiskStore(tmp_path), SCOPE, SHAPE)
+def records(tmp_path: Path) -> Records:
+    return Records(DiskStore(tmp_path), SCOPE)
 
 
-def save(chunks: ChunkStore, token_ids: list[int], variant: str = "a" * 16) -> None:
-    kv = torch.zeros(1, 2, len(token_ids), 1, 2)
-    chunks.save(ChunkKV(np.array(token_ids, dtype=np.int32), kv), variant)
+def save(records: Records, *chunks: Sequence[int]) -> None:
+    ids = {key_of(chunk): np.array(chunk, dtype=np.int32) for chunk in chunks}
+    records.add(ids, [VariantRow(key, "a" * 16 + ".raw", 100, 0) for key in ids])
 
 
-def found(catalog: Catalog, prompt: list[int]) -> list[tuple[int, int, int]]:
-    matches = catalog.find(prompt)
+def found(records: Records, prompt: Sequence[int], min_match: int = 32) -> list[tuple[int, int, int]]:
+    matches = find(records, prompt, min_match).matches
     for match in matches:
         expected = match.chunk[match.offset : match.offset + match.length].tolist()
-        assert prompt[match.start : match.start + match.length] == expected
+        assert list(prompt[match.start : match.start + match.length]) == expected
+        assert match.key == key_of(match.chunk)
     return [(match.start, match.length, match.offset) for match in matches]
 
 
-def test_whole_chunks_anywhere(chunks: ChunkStore) -> None:
+def test_whole_chunks_anywhere(records: Records) -> None:
     one, two = tokens(1, 200), tokens(2, 90)
-    save(chunks, one)
-    save(chunks, two)
-    catalog = Catalog(chunks.store, SCOPE)
+    save(records, one)
+    save(records, two)
     prompt = [*tokens(3, 21), *two, *tokens(4, 5), *one, *tokens(5, 9)]
-    assert found(catalog, prompt) == [(21, 90, 0), (116, 200, 0)]
+    assert found(records, prompt) == [(21, 90, 0), (116, 200, 0)]
 
 
-def test_edges_that_merged_with_neighbours_and_parts(chunks: ChunkStore) -> None:
+def test_edges_that_merged_with_neighbours_and_parts(records: Records) -> None:
     chunk = tokens(1, 200)
-    save(chunks, chunk)
-    catalog = Catalog(chunks.store, SCOPE)
-    assert found(catalog, [5, 6, 7, *chunk[2:-3], 8, 9]) == [(3, 195, 2)]
-    assert found(catalog, [5, *chunk[60:110], 6]) == [(1, 50, 60)]
+    save(records, chunk)
+    assert found(records, [5, 6, 7, *chunk[2:-3], 8, 9]) == [(3, 195, 2)]
+    assert found(records, [5, *chunk[60:110], 6]) == [(1, 50, 60)]
 
 
 @pytest.mark.parametrize("length", [32, 33, 47, 64])
 @pytest.mark.parametrize("start", [0, 1, 77, 136])
-def test_every_run_of_the_shortest_length_is_found(chunks: ChunkStore, length: int, start: int) -> None:
+def test_every_run_of_the_shortest_length_is_found(records: Records, length: int, start: int) -> None:
     chunk = tokens(7, 200)
-    save(chunks, chunk)
+    save(records, chunk)
     run = chunk[start : start + length]
-    assert found(Catalog(chunks.store, SCOPE, min_match=32), [1001, *run, 1002]) == [(1, length, start)]
+    assert found(records, [1001, *run, 1002]) == [(1, length, start)]
 
 
-def test_shorter_runs_are_left_alone(chunks: ChunkStore) -> None:
+def test_shorter_runs_are_left_alone(records: Records) -> None:
     chunk = tokens(1, 200)
-    save(chunks, chunk)
-    assert found(Catalog(chunks.store, SCOPE), [1001, *chunk[50:81], 1002]) == []
+    save(records, chunk)
+    assert found(records, [1001, *chunk[50:81], 1002]) == []
+    assert found(records, [1001, *chunk[50:100], 1002], min_match=51) == []
 
 
-def test_the_same_chunk_twice_and_overlapping_chunks(chunks: ChunkStore) -> None:
+def test_a_chunk_in_which_one_token_changed_is_found_around_it(records: Records) -> None:
+    chunk = tokens(1, 200)
+    save(records, chunk)
+    assert found(records, [*chunk[:120], 1001, *chunk[121:]]) == [(0, 120, 0), (121, 79, 121)]
+
+
+def test_the_same_chunk_twice_and_overlapping_chunks(records: Records) -> None:
     text = tokens(1, 300)
-    save(chunks, text[:180])
-    save(chunks, text[140:])
-    catalog = Catalog(chunks.store, SCOPE)
-    assert found(catalog, text) == [(0, 180, 0), (180, 120, 40)]
-    assert found(catalog, [*text[:180], 1001, *text[:180]]) == [(0, 180, 0), (181, 180, 0)]
+    save(records, text[:180], text[140:])
+    assert found(records, text) == [(0, 180, 0), (180, 120, 40)]
+    assert found(records, [*text[:180], 1001, *text[:180]]) == [(0, 180, 0), (181, 180, 0)]
 
 
-def test_longest_of_chunks_that_begin_alike(chunks: ChunkStore) -> None:
+def test_longest_of_chunks_that_begin_alike(records: Records) -> None:
     text = tokens(1, 300)
-    save(chunks, text[:60])
-    save(chunks, text[:250])
-    assert found(Catalog(chunks.store, SCOPE), [*text, 1001]) == [(0, 250, 0)]
+    save(records, text[:60], text[:250])
+    assert found(records, [*text, 1001]) == [(0, 250, 0)]
 
 
-def test_follows_the_store(chunks: ChunkStore) -> None:
+def test_what_is_gone_is_found_no_more(records: Records) -> None:
     chunk = tokens(1, 100)
-    catalog = Catalog(chunks.store, SCOPE)
-    assert found(catalog, chunk) == []
-    save(chunks, chunk)
-    assert found(catalog, chunk) == [(0, 100, 0)]
-    chunks.store.delete(list(chunks.store.list(SCOPE.prefix)))
-    assert found(catalog, chunk) == []
+    assert found(records, chunk) == []
+    save(records, chunk)
+    assert found(records, chunk) == [(0, 100, 0)]
+    records.add({}, [VariantRow(key_of(chunk), "a" * 16 + ".raw", 0, 0)])
+    assert found(records, chunk) == []
+    save(records, chunk)
+    assert found(records, chunk) == [(0, 100, 0)]
 
 
-def test_other_namespaces_and_models_are_not_seen(chunks: ChunkStore) -> None:
-    chunk = tokens(1, 100)
-    save(chunks, chunk)
-    assert Catalog(chunks.store, KVScope("other", SCOPE.model)).find(chunk) == []
-    assert Catalog(chunks.store, KVScope("default", "e" * 32)).find(chunk) == []
-
-
-def test_corrupt_objects_are_left_out(chunks: ChunkStore) -> None:
-    chunk = tokens(1, 100)
-    save(chunks, chunk)
-    chunks.store.write(chunks.name(chunk, "a" * 16), [b"LMCRAGKV nonsense"])
-    assert found(Catalog(chunks.store, SCOPE), chunk) == []
-
-
-def test_long_chunk_needs_a_longer_look(chunks: ChunkStore) -> None:
+def test_long_chunk(records: Records) -> None:
     chunk = tokens(1, 20_000)
-    save(chunks, chunk)
-    assert found(Catalog(chunks.store, SCOPE), [1001, *chunk[19_000:], 1002]) == [(1, 1000, 19_000)]
+    save(records, chunk)
+    assert found(records, [1001, *chunk[19_000:], 1002]) == [(1, 1000, 19_000)]
 
 
-def test_a_chunk_of_which_one_object_is_damaged_is_found_by_another(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
-    chunks = ChunkStore(store, SCOPE, "raw", ModelCodecs(store, SCOPE.model, SHAPE), extra=("q8", "q4"))
-    token_ids = tokens(1, 100)
-    save(chunks, token_ids)
-    names = sorted(store.list(SCOPE.prefix))
-    assert len(names) == 3
-    for name in (names[0], names[2]):
-        store.write(name, [b"damaged"])
-    store.write(names[1].replace(".v2", ".v1"), [b"of an older release"])
-    assert found(Catalog(store, SCOPE), token_ids) == [(0, 100, 0)]
+def test_a_shared_header_hides_nothing_and_costs_a_few_comparisons(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2,000 chunks that begin alike, a prompt's are found, and not all are compared with it."""
+    from lmcache_rag.records import catalog
+
+    header = tokens(1, 80)
+    chunks = [[*header, *tokens(seed, 100)] for seed in range(2, 2002)]
+    save(records, *chunks)
+    compared = 0
+    verified = catalog._verified
+
+    def counting(*arguments):
+        nonlocal compared
+        compared += 1
+        return verified(*arguments)
+
+    monkeypatch.setattr(catalog, "_verified", counting)
+    prompt = [*chunks[700], *chunks[3], 1001, *chunks[1999]]
+    assert found(records, prompt) == [(0, 180, 0), (180, 180, 0), (361, 180, 0)]
+    assert found(records, [*header, *[1001 + i for i in range(50)]]) == [(0, 80, 0)]
+    assert compared < 60
+
+
+def test_a_text_that_repeats_itself_is_found_and_bounded(records: Records) -> None:
+    same = [7] * 512
+    other = tokens(3, 5) * 60
+    save(records, same, other)
+    assert sum(length for _, length, _ in found(records, [1, *same, 2])) > 400
+    assert sum(length for _, length, _ in found(records, [1, *other, 2])) > 200
+
+
+def test_more_candidates_than_are_compared_is_said(records: Records) -> None:
+    """Single fingerprints of many chunks: what is left out is left to prefill, and the report says so."""
+    pieces = [tokens(seed, 40) for seed in range(MOST_CANDIDATES + 50)]
+    save(records, *([*piece, *tokens(10_000 + number, 60)] for number, piece in enumerate(pieces)))
+    result = find(records, [token for piece in pieces for token in piece])
+    assert result.cut_short and len(result.matches) > MOST_CANDIDATES // 2
+    assert not find(records, pieces[0]).cut_short

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmcache_rag.blobs.throttled import Throttle
+from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.codec import unpack
 from lmcache_rag.engine import EngineSettings, LocalEngine
 from lmcache_rag.request import BlendOptions
@@ -80,8 +81,8 @@ def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None
     ingest(engine, plan)
     preamble, chunks, _ = parts(plan)
     stored = engine.chunk_store()
-    [name] = stored.variants(chunks[0]).values()
-    sizes = {level.name.split(".")[-2]: level.size_bytes for level in stored.levels(name)}
+    [name] = (form.name for form in stored.variants(key_of(chunks[0])).values())
+    sizes = {level.name.split(".")[-2]: level.size_bytes for level in stored.forms(name)}
     assert list(sizes) == ["raw", "balanced", "small"]
     assert sizes["raw"] > 5 * sizes["balanced"] > 5 * sizes["small"]
     expected, _ = answer(engine, plan, OFF, tokens=1)
@@ -150,8 +151,8 @@ def test_missing_tables_are_a_miss_with_a_reason(
     plan = random_plan(72)
     ingest(engine, plan)
     for segment in plan.segments:
-        [name] = engine.chunk_store().variants(plan.token_ids[segment.start : segment.end]).values()
-        engine.store.delete([name.replace(".balanced.", ".raw."), name.replace(".balanced.", ".small.")])
+        [form] = engine.chunk_store().variants(key_of(plan.token_ids[segment.start : segment.end])).values()
+        engine.store.delete([form.name.replace(".balanced.", f".{codec}.") for codec in ("raw", "small")])
     engine.close()
     with without_tables(settings.store), LocalEngine(settings) as other:
         expected, _ = answer(other, plan, OFF)

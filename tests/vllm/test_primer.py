@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmcache_rag.chunk_kv import variant_of
+from lmcache_rag.chunk_kv import key_of, variant_of
 from lmcache_rag.engine import LocalEngine, Sampling
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
@@ -17,7 +17,7 @@ REUSE = BlendOptions(selector="none", ratio=0.0)
 
 
 def variants(engine: LocalEngine, chunk: list[int]) -> set[str]:
-    return set(engine.chunk_store().variants(chunk))
+    return set(engine.chunk_store().variants(key_of(chunk)))
 
 
 def test_reuse_takes_the_exact_variant_first_and_primed_ones_behind(tiny: LocalEngine) -> None:

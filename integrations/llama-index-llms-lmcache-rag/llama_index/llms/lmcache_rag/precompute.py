@@ -78,7 +78,7 @@ class KVPrecompute(TransformComponent):
         """What a pipeline's cache knows this step by. It names the state of the store too, so that the cache never
         hides that stored KV is gone."""
         engine = self._llm.engine
-        state = repr(engine.store.generation(engine.chunk_store().scope.prefix))
+        state = repr(engine.chunk_store().records.position)
         digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
         return {**super().to_dict(**kwargs), "store": str(self.store), "stored": digest}
 

@@ -1,0 +1,296 @@
+"""What is stored, in one scope of a store: a view of its log, kept up to date by reading what was written since."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from lmcache_rag.blobs.base import Store
+from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.records.log import Log
+from lmcache_rag.records.merge import merge
+from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
+
+_GROWTH = 4
+"""A part is merged with the one before it where that is not more than so many times its size."""
+
+_QUICK = 4096
+"""Following the log never merges more chunks than these at a time."""
+
+_SEGMENTS = 256
+_SHARE = 16
+"""An epoch is ended after so many segments, or where they hold a larger share of all chunks than one in so many."""
+
+_LOOK_S = 5.0
+"""So often it is looked for epochs further on: where a reader slept through two of them."""
+
+_log = logging.getLogger(__name__)
+
+
+def owner_number(owner: str) -> int:
+    """What an owner is called in the records."""
+    return int.from_bytes(hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+class Records:
+    """Chunks by key (16 bytes), with their tokens, stored objects and owners.
+
+    Nothing is read before the first `refresh`, `add` or `forget`; looking up reads memory only, and mapped files. Used
+    by several threads at once.
+    """
+
+    def __init__(self, store: Store, scope: KVScope) -> None:
+        self._log = Log(store, f".records/{scope.prefix}")
+        self._lock = threading.RLock()
+        self._compacting = threading.Lock()
+        self._epoch = 0
+        self._number = 0
+        self._names: list[str] = []  # of the base's parts
+        self._base: list[Part] = []
+        self._frozen: list[Part] = []  # under way to become one of the base's
+        self._fresh: list[Part] = []
+        self.parts: tuple[Part, ...] = ()
+        self._looked_at = 0.0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Changes with what is recorded."""
+        return self._epoch, self._number
+
+    def refresh(self) -> None:
+        """Take over what was written since. Raises `StoreError` where the store cannot be read."""
+        with self._lock:
+            if time.monotonic() - self._looked_at > _LOOK_S or not self._epoch:
+                self._look()
+            self._follow()
+
+    def tokens(self, key: bytes) -> np.ndarray | None:
+        """int32 token ids of a chunk; None where it is not known."""
+        for part in reversed(self.parts):
+            row = part.row(key)
+            if row >= 0 and len(found := part.tokens_of(row)):
+                return found
+        return None
+
+    def variants(self, key: bytes) -> dict[str, VariantRow]:
+        """A chunk's stored objects, by form."""
+        found: dict[str, VariantRow] = {}
+        for part in self.parts:
+            row = part.row(key)
+            for variant in part.variants_of(row) if row >= 0 else ():
+                if variant.size_bytes:
+                    found[variant.form] = variant
+                else:
+                    found.pop(variant.form, None)
+        return found
+
+    def owners(self, key: bytes) -> set[int]:
+        """Who holds a chunk."""
+        found: dict[int, bool] = {}
+        for part in self.parts:
+            row = part.row(key)
+            found.update((row.owner, row.held) for row in (part.owners_of(row) if row >= 0 else ()))
+        return {owner for owner, held in found.items() if held}
+
+    def keys_of(self, owner: int) -> list[bytes]:
+        """The chunks that an owner holds."""
+        named = dict.fromkeys(key for part in self.parts for key in part.keys_of(owner))
+        return [key for key in named if owner in self.owners(key)]
+
+    def keys_beginning(self, start: bytes) -> list[bytes]:
+        """The known chunks whose keys begin with these eight bytes."""
+        high = np.uint64(int.from_bytes(start, "big"))
+        found: dict[bytes, None] = {}
+        for part in self.parts:
+            rows = range(*(int(np.searchsorted(part.key_high, high, side=side)) for side in ("left", "right")))
+            found.update((part.key(row), None) for row in rows)
+        return list(found)
+
+    def keys(self) -> Iterator[bytes]:
+        """The chunks of which something is stored. Walks all that is known: for statistics and tests."""
+        seen: set[bytes] = set()
+        for part in self.parts:
+            for row in range(len(part)):
+                key = part.key(row)
+                if key not in seen and self.variants(key):
+                    seen.add(key)
+                    yield key
+
+    def add(
+        self,
+        tokens: Mapping[bytes, np.ndarray],
+        variants: Iterable[VariantRow] = (),
+        owners: Iterable[OwnerRow] = (),
+    ) -> None:
+        """Record facts, all of them or none. Objects are stored before they are recorded, and deleted after.
+
+        Args:
+            tokens: of all chunks of which objects are recorded.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+        variants, owners = list(variants), list(owners)
+        with self._lock:
+            while True:
+                self.refresh()
+                epoch = self._epoch
+                new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
+                part = build(new, variants, owners)
+                if not self._log.write_segment(epoch, self._number + 1, part.to_bytes()):
+                    continue
+                self._number += 1
+                self._take(part)
+                # Where an epoch long ended was written to, nobody will see it there.
+                self._look()
+                if self._epoch == epoch or self._has(part):
+                    break
+            due = self._is_due()
+        if due and not self._compacting.locked():
+            threading.Thread(target=self._compact_quietly, name="lmcache-rag-records", daemon=True).start()
+
+    def compact(self) -> None:
+        """Merge what was written one by one into large parts, from which the records are opened at once.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+        with self._compacting:
+            self.refresh()
+            with self._lock:
+                epoch, names, base = self._epoch, self._names, self._base
+                self._frozen, self._fresh = self._fresh, []
+                frozen = self._frozen
+            try:
+                kept, size = len(base), sum(map(len, frozen))
+                while kept and len(base[kept - 1]) <= _GROWTH * size:
+                    kept -= 1
+                    size += len(base[kept])
+                merged = merge([*base[kept:], *frozen], whole=not kept) if size else None
+                new = [] if merged is None else [self._log.write_part(epoch, merged.to_bytes())]
+                self._end_epoch(epoch, [*names[:kept], *new])
+            finally:
+                with self._lock:
+                    if self._epoch == epoch:
+                        self._fresh = [*self._frozen, *self._fresh]
+                        self._frozen = []
+                        self._show()
+
+    def restart(self, parts: Iterable[Part]) -> None:
+        """Forget all that is recorded, and record this instead. Raises `StoreError`."""
+        with self._lock:
+            epoch = max([0, *self._log.epochs()])
+            whole = merge(list(parts), whole=True)
+            self._log.begin(epoch + 1, [self._log.write_part(epoch, whole.to_bytes())], replace=True)
+            self._enter(epoch + 1)
+
+    def _has(self, part: Part) -> bool:
+        """Whether what was just written has been taken over into the epoch that followed."""
+        for row in range(len(part)):
+            key = part.key(row)
+            known = self.variants(key)
+            if any(bool(variant.size_bytes) != (variant.form in known) for variant in part.variants_of(row)):
+                return False
+            if any(row.held != (row.owner in self.owners(key)) for row in part.owners_of(row)):
+                return False
+        return True
+
+    def _look(self) -> None:
+        """Go to the newest epoch, where this is not the one."""
+        self._looked_at = time.monotonic()
+        epochs = self._log.epochs()
+        if self._epoch and (not epochs or epochs[-1] <= self._epoch):
+            return
+        for epoch in reversed(epochs):
+            try:
+                self._enter(epoch)
+            except CorruptObjectError as error:
+                _log.warning("epoch %d of the records is passed over (%s)", epoch, error)
+                continue
+            self._follow()
+            return
+        self._epoch, self._number = 1, 0
+        self._names, self._base, self._frozen, self._fresh = [], [], [], []
+        self._show()
+
+    def _follow(self) -> None:
+        while (content := self._log.segment(self._epoch, self._number + 1)) is not None:
+            if not len(content):
+                self._go_on()
+                continue
+            self._number += 1
+            try:
+                self._take(Part.from_bytes(content))
+            except CorruptObjectError as error:
+                _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number, error)
+
+    def _take(self, part: Part) -> None:
+        self._fresh.append(part)
+        while len(self._fresh) > 1 and len(self._fresh[-2]) <= min(_GROWTH * len(self._fresh[-1]), _QUICK):
+            self._fresh[-2:] = [merge(self._fresh[-2:], whole=False)]
+        self._show()
+
+    def _show(self) -> None:
+        self.parts = (*self._base, *self._frozen, *self._fresh)
+
+    def _go_on(self) -> None:
+        """Enter the next epoch; where whoever ended the last one did not come to begin it, begin it."""
+        try:
+            begun, damaged = self._log.base(self._epoch + 1) is not None, False
+        except CorruptObjectError:
+            begun, damaged = False, True
+        if not begun:
+            self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged)
+        self._enter(self._epoch + 1)
+
+    def _end_epoch(self, epoch: int, names: list[str]) -> None:
+        """End the epoch, and begin the next one with these parts and what came after them."""
+        with self._lock:
+            while self._epoch == epoch and not self._log.write_segment(epoch, self._number + 1, [b""]):
+                self._follow()
+            if self._epoch == epoch:
+                self._begin(epoch + 1, names, self._fresh)
+                self._enter(epoch + 1)
+                self._log.forget(epoch + 1)
+
+    def _begin(self, epoch: int, names: list[str], rest: list[Part], *, replace: bool = False) -> None:
+        if rest:
+            names = [*names, self._log.write_part(epoch - 1, merge(rest, whole=not names).to_bytes())]
+        self._log.begin(epoch, names, replace=replace)
+
+    def _enter(self, epoch: int) -> None:
+        """Be where an epoch begins. Raises `CorruptObjectError`."""
+        names = self._log.base(epoch) or []
+        known = dict(zip(self._names, self._base, strict=True))
+        self._base, self._names = [], []
+        for name in names:
+            part = known.get(name) or self._mapped(name)
+            if part is not None:
+                self._base.append(part)
+                self._names.append(name)
+        self._epoch, self._number, self._frozen, self._fresh = epoch, 0, [], []
+        self._show()
+
+    def _mapped(self, name: str) -> Part | None:
+        content = self._log.map_part(name)
+        try:
+            return Part.from_bytes(content or memoryview(b""), mapped=True)
+        except CorruptObjectError as error:
+            _log.warning("part %s of the records is lost (%s): run `lmcache-rag store rebuild`", name, error)
+            return None
+
+    def _is_due(self) -> bool:
+        fresh, base = (sum(map(len, parts)) for parts in (self._fresh, self._base))
+        return self._number >= _SEGMENTS or fresh > max(_QUICK, base // _SHARE)
+
+    def _compact_quietly(self) -> None:
+        try:
+            self.compact()
+        except StoreError as error:
+            _log.warning("the records could not be compacted (%s)", error)
