@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmcache_rag import __version__
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
+from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(store_app, name="store")
 app.command()(calibrate)
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]

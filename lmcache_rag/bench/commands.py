@@ -218,6 +218,24 @@ def bench_streaming_command(
     _write(rows, json_file)
 
 
+@bench_app.command("store")
+def bench_store_command(
+    chunks: Annotated[int, typer.Option(min=8000, help="Chunks recorded, of 100 to 512 tokens each.")] = 100_000,
+    folder: Annotated[
+        Optional[Path], typer.Option(help="Where the records are put, 1.8 kB a chunk; a temporary folder else.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Finding stored chunks in prompts, with as many as a large store has. Needs no model."""
+    from lmcache_rag.bench.store import bench_store
+
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-", dir=folder) as store, err.status("") as status:
+        rows = [bench_store(Path(store), chunks, status.update)]
+    for name, value in rows[0].items():
+        out.print(f"{name}: {value}", highlight=False)
+    _write(rows, json_file)
+
+
 @bench_app.command("codec")
 def bench_codec_command(
     data: Annotated[Path, typer.Option(help="JSON list of objects with `question`, `answers` and `ctxs`.")],

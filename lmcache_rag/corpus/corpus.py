@@ -264,8 +264,10 @@ class Corpus:
 
     def _delete_unused_kv(self) -> None:
         """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
-        unused = [bytes.fromhex(key) for key in self._database.unused_chunks()]
-        self._engine.chunk_store().release(self.manifest.owner, unused)
+        chunks, owner = self._engine.chunk_store(), self.manifest.owner
+        if not chunks.knows(owner):
+            chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
+        chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
         self._database.forget_unused_chunks()
 
 

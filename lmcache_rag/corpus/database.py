@@ -104,11 +104,13 @@ class Database:
             ).fetchone()
         return None if row is None else (row[0], row[1])
 
-    def chunk_keys(self, path: str) -> list[str]:
-        """The keys (hex) of the chunks that a document's passages are."""
-        query = "SELECT chunk_key FROM passages JOIN documents ON documents.id = document WHERE path = ?"
+    def chunk_keys(self, path: str | None = None) -> list[str]:
+        """The keys (hex) of the chunks that a document's passages are; without a path, those of all documents."""
+        query, values = "SELECT chunk_key FROM passages", []
+        if path is not None:
+            query, values = f"{query} JOIN documents ON documents.id = document WHERE path = ?", [path]
         with self._failing():
-            return [row[0] for row in self._connection.execute(query, (path,))]
+            return [row[0] for row in self._connection.execute(query, values)]
 
     def version(self) -> tuple[int, int]:
         """Changes whenever this or another process has changed the tables."""

@@ -188,6 +188,10 @@ class ChunkStore:
         if new:
             self.records.add({}, owners=[OwnerRow(key, number, held=True) for key in new])
 
+    def knows(self, owner: str) -> bool:
+        """Whether anything is recorded of an owner; not after the records were lost."""
+        return self.records.knows(owner_number(owner))
+
     def release(self, owner: str, keys: Iterable[bytes]) -> None:
         """Own chunks no longer; those that nobody owns any more are deleted. Raises `StoreError`."""
         number, keys = owner_number(owner), list(dict.fromkeys(keys))

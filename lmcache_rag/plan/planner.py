@@ -54,7 +54,9 @@ class Planner:
         self.cost = CostModel()
         self._failed: set[str] = set()
 
-    def plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
+    def plan(
+        self, token_ids: Sequence[int] | np.ndarray, options: BlendOptions, report: ReuseReport
+    ) -> BlendPlan | None:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
         compute are counted in `report`."""
         try:
@@ -68,7 +70,9 @@ class Planner:
                 _log.exception("a request could not be planned, and takes plain prefill")
         return None
 
-    def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
+    def _plan(
+        self, token_ids: Sequence[int] | np.ndarray, options: BlendOptions, report: ReuseReport
+    ) -> BlendPlan | None:
         chunks = self._chunks.of(options.namespace or self._namespace)
         chunks.refresh()
         prompt = np.asarray(token_ids, dtype=np.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,8 +23,9 @@ _RARE = 8
 _OF_COMMON = 4
 """So many places of a common one are looked at."""
 
-MOST_CANDIDATES = 512
-"""So many candidates are verified for one prompt."""
+MOST_CANDIDATES = 2048
+MOST_COMPARED = 256
+"""So many candidates are looked at for one prompt, and so many are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class Found:
     cut_short: bool
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A chunk whose token i may be token i + shift of the prompt: fingerprints agree at `places` of the prompt."""
+
+    part: Part
+    chunk: int
+    shift: int
+    places: np.ndarray
+
+
 def find(records: Records, token_ids: Sequence[int] | np.ndarray, min_match: int = SHORTEST) -> Found:
     """Stored chunks, or parts of them, in a prompt: the longest first, then what is left beside it.
 
@@ -65,22 +77,27 @@ def find(records: Records, token_ids: Sequence[int] | np.ndarray, min_match: int
     hashes = gram_hashes(prompt)
     places = winnow(hashes)
     places = places[np.argsort(hashes[places], kind="stable")]
-    candidates = [
-        (hits, part, chunk, shift)
-        for part in records.parts
-        for chunk, shift, hits in _candidates(part, hashes[places], places)
-    ]
-    candidates.sort(key=lambda candidate: -candidate[0])
-    runs = [
-        match
-        for _, part, chunk, shift in candidates[:MOST_CANDIDATES]
-        for match in _verified(part, chunk, shift, prompt, min_match)
-    ]
-    return Found(_apart(runs, records, min_match), len(candidates) > MOST_CANDIDATES)
+    candidates = [one for part in records.parts for one in _candidates(part, hashes[places], places)]
+    candidates.sort(key=lambda candidate: -len(candidate.places))
+    covered = np.zeros(len(prompt), bool)
+    runs: list[Match] = []
+    compared, cut_short = 0, len(candidates) > MOST_CANDIDATES
+    for candidate in candidates[:MOST_CANDIDATES]:
+        if covered[candidate.places].all():
+            continue  # a run that were longer would have a fingerprint beside what is covered
+        if compared == MOST_COMPARED:
+            cut_short = True
+            break
+        compared += 1
+        for run in _verified(candidate, prompt, min_match):
+            if records.variants(run.key):
+                runs.append(run)
+                covered[run.start : run.start + run.length] = True
+    return Found(_apart(runs, min_match), cut_short)
 
 
-def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> list[tuple[int, int, int]]:
-    """(chunk, shift, how many fingerprints agree); token i of the chunk would be token i + shift of the prompt.
+def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> list[_Candidate]:
+    """What these fingerprints point to.
 
     Args:
         wanted: fingerprints, ascending, at `places` of the prompt.
@@ -97,39 +114,40 @@ def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> list[tupl
     ends = np.cumsum(count)
     rows = np.arange(ends[-1]) + np.repeat(first - (ends - count), count)
     chunk = part.gram_chunk[rows].astype(np.int64)
-    shift = np.repeat(places, count) - part.gram_at[rows]
-    inside = chunk < len(part)
-    # One number for both: a shift lies between minus the longest chunk and the prompt's length.
-    both, hits = np.unique((chunk[inside] << 32) + (shift[inside] + (1 << 31)), return_counts=True)
-    return list(zip((both >> 32).tolist(), ((both & 0xFFFFFFFF) - (1 << 31)).tolist(), hits.tolist(), strict=True))
+    places = np.repeat(places, count)
+    # One number for chunk and shift, which lies between minus the longest chunk and the prompt's length.
+    both = (chunk << 32) + (places - part.gram_at[rows] + (1 << 31))
+    order = np.argsort(both, kind="stable")
+    both, places = both[order], places[order]
+    edges = [*np.flatnonzero(np.diff(both, prepend=-1)).tolist(), len(both)]
+    return [
+        _Candidate(part, one >> 32, (one & 0xFFFFFFFF) - (1 << 31), places[start:end])
+        for one, (start, end) in zip(both[edges[:-1]].tolist(), pairwise(edges), strict=True)
+        if one >> 32 < len(part)
+    ]
 
 
-def _verified(part: Part, chunk: int, shift: int, prompt: np.ndarray, min_match: int) -> Iterator[Match]:
-    """The runs of equal tokens, at this shift."""
-    tokens = part.tokens_of(chunk)
+def _verified(candidate: _Candidate, prompt: np.ndarray, min_match: int) -> Iterator[Match]:
+    """The candidate's runs of equal tokens."""
+    tokens, shift = candidate.part.tokens_of(candidate.chunk), candidate.shift
     start, end = max(0, shift), min(len(prompt), shift + len(tokens))
     if end - start < min_match:
         return
-    differ = np.flatnonzero(prompt[start:end] != tokens[start - shift : end - shift])
+    differ = (prompt[start:end] != tokens[start - shift : end - shift]).nonzero()[0]
     edges = np.concatenate([[-1], differ, [end - start]])
     for number in np.flatnonzero(np.diff(edges) > min_match).tolist():
         at = start + int(edges[number]) + 1
         length = int(edges[number + 1] - edges[number]) - 1
-        yield Match(at, length, at - shift, part.key(chunk), tokens)
+        yield Match(at, length, at - shift, candidate.part.key(candidate.chunk), tokens)
 
 
-def _apart(runs: list[Match], records: Records, min_match: int) -> list[Match]:
+def _apart(runs: list[Match], min_match: int) -> list[Match]:
     """The longest run, then the longest of what is left beside it, and so on; of equals the first, and of those one
     that begins its chunk."""
     waiting = sorted(runs, key=lambda run: (-run.length, run.start, run.offset))
     taken: list[Match] = []
-    stored: dict[bytes, bool] = {}
     while waiting:
         best = waiting.pop(0)
-        if best.key not in stored:
-            stored[best.key] = bool(records.variants(best.key))
-        if not stored[best.key]:
-            continue
         taken.append(best)
         cut = [piece for run in waiting for piece in _beside(run, best) if piece.length >= min_match]
         if len(cut) != len(waiting) or any(a is not b for a, b in zip(cut, waiting, strict=True)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lmcache_rag_kernels import rotate
 
+from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import ModelError
 from lmcache_rag.learn.tables import learn, load_model, position_free

@@ -11,7 +11,7 @@ import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVScope, key_of
-from lmcache_rag.records.catalog import MOST_CANDIDATES, find
+from lmcache_rag.records.catalog import MOST_COMPARED, find
 from lmcache_rag.records.part import VariantRow
 from lmcache_rag.records.records import Records
 
@@ -143,8 +143,8 @@ def test_a_text_that_repeats_itself_is_found_and_bounded(records: Records) -> No
 
 def test_more_candidates_than_are_compared_is_said(records: Records) -> None:
     """Single fingerprints of many chunks: what is left out is left to prefill, and the report says so."""
-    pieces = [tokens(seed, 40) for seed in range(MOST_CANDIDATES + 50)]
+    pieces = [tokens(seed, 40) for seed in range(MOST_COMPARED + 50)]
     save(records, *([*piece, *tokens(10_000 + number, 60)] for number, piece in enumerate(pieces)))
     result = find(records, [token for piece in pieces for token in piece])
-    assert result.cut_short and len(result.matches) > MOST_CANDIDATES // 2
+    assert result.cut_short and len(result.matches) > MOST_COMPARED // 2
     assert not find(records, pieces[0]).cut_short

@@ -1,0 +1,36 @@
+"""The command line of what looks after a store: `lmcache-rag store`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmcache_rag.errors import StoreError
+from lmcache_rag.terminal import err, out
+
+store_app = typer.Typer(no_args_is_help=True, help="Look after a KV store.")
+
+
+@store_app.callback()
+def _store() -> None:
+    """Keeps `rebuild` a command of its own."""
+
+
+@store_app.command("rebuild")
+def rebuild_command(folder: Annotated[Path, typer.Argument(help="Folder of the KV store, such as INDEX/kv.")]) -> None:
+    """Make the records of what is stored anew from the stored objects, where they are lost or damaged."""
+    from lmcache_rag.blobs.disk import DiskStore
+    from lmcache_rag.library.rebuild import rebuild, scopes_of
+
+    if not folder.is_dir():
+        raise StoreError(f"There is no store in {folder}: name the folder that --store named, or INDEX/kv.")
+    store = DiskStore(folder)
+    scopes = scopes_of(store)
+    if not scopes:
+        out.print(f"Nothing is stored in {folder}.", markup=False)
+    for scope in scopes:
+        with err.status(f"Reading {scope.prefix}") as status:
+            found = rebuild(store, scope, lambda seen, status=status: status.update(f"{seen} objects read"))
+        out.print(f"{scope.namespace}, model {scope.model}: {found} objects recorded", highlight=False, markup=False)

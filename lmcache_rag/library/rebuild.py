@@ -1,0 +1,93 @@
+"""Making a store's records anew from its objects, where they were lost or do not tell the truth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lmcache_rag.blobs.base import Store
+from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.codec import peek_tokens
+from lmcache_rag.codec.container import FORMAT_VERSION
+from lmcache_rag.errors import StoreError
+from lmcache_rag.records.part import Part, VariantRow, build
+from lmcache_rag.records.records import Records
+
+_PEEK_BYTES = 32 << 10
+_BATCH = 4096
+"""So many chunks are read before they become a part."""
+
+_log = logging.getLogger(__name__)
+
+
+def scopes_of(store: Store) -> list[KVScope]:
+    """The namespaces and models that a store holds KV of."""
+    namespaces = [name for name in store.folders("") if not name.startswith(".")]
+    return [KVScope(namespace, model) for namespace in namespaces for model in store.folders(f"{namespace}/")]
+
+
+def rebuild(store: Store, scope: KVScope, progress: Callable[[int], Any] | None = None) -> int:
+    """Record what is stored, and nothing else; owners are forgotten, since only the records know them, and come back
+    when their indexes are next updated. Returns the number of objects.
+
+    Args:
+        progress: gets the number of objects looked at.
+
+    Raises:
+        StoreError: the store cannot be read or written to.
+    """
+    found = 0
+
+    def parts() -> Iterator[Part]:
+        nonlocal found
+        tokens: dict[bytes, np.ndarray] = {}
+        rows: list[VariantRow] = []
+        for number, name in enumerate(store.list(scope.prefix), start=1):
+            row = _row(store, name, tokens)
+            if row is not None:
+                rows.append(row)
+                found += 1
+            if progress is not None:
+                progress(number)
+            if len(tokens) >= _BATCH:
+                yield build(tokens, rows)
+                tokens, rows = {}, []
+        yield build(tokens, rows)
+
+    Records(store, scope).restart(parts())
+    return found
+
+
+def _row(store: Store, name: str, tokens: dict[bytes, np.ndarray]) -> VariantRow | None:
+    """The record of an object, whose chunk's tokens are added; None where it is none, or damaged."""
+    stem, _, version = name.rpartition(".v")
+    if version != str(FORMAT_VERSION):
+        return None
+    *_, digits, form = stem.split("/")
+    size = store.size(name)
+    try:
+        key = bytes.fromhex(digits)
+        if key not in tokens:
+            tokens[key] = _tokens(store, name)
+    except (StoreError, ValueError) as error:
+        _log.warning("%s is left out (%s)", name, error)
+        return None
+    return None if size is None else VariantRow(key, form, size, 0)
+
+
+def _tokens(store: Store, name: str) -> np.ndarray:
+    """Raises `StoreError`."""
+    needed = _PEEK_BYTES
+    while True:
+        start = store.read(name, 0, needed)
+        if start is None:
+            raise StoreError("it is gone")
+        found = peek_tokens(start)
+        if not isinstance(found, int):
+            return found.copy()  # not the whole of what was read
+        if found <= len(start) or len(start) < needed:
+            raise StoreError("it is cut short")
+        needed = found
