@@ -183,8 +183,8 @@ def _lookups(store: Any, chunks: int) -> list[float]:
     seconds = []
     for place in range(_PLACES):
         own = _stored(place, chunks)
-        for number in draw.integers(0, len(own), _LOOKUPS // _PLACES).tolist():
-            seconds.append(_timed(partial(_variants, opened, own[number])))
+        numbers = draw.integers(0, len(own), _LOOKUPS // _PLACES).tolist()
+        seconds += [_timed(partial(_variants, opened, own[number])) for number in numbers]
     return seconds
 
 
