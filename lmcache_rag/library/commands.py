@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.status import Status
 
 from lmcache_rag.errors import StoreError
 from lmcache_rag.terminal import err, out
@@ -32,5 +33,9 @@ def rebuild_command(folder: Annotated[Path, typer.Argument(help="Folder of the K
         out.print(f"Nothing is stored in {folder}.", markup=False)
     for scope in scopes:
         with err.status(f"Reading {scope.prefix}") as status:
-            found = rebuild(store, scope, lambda seen, status=status: status.update(f"{seen} objects read"))
+
+            def say(seen: int, status: Status = status) -> None:
+                status.update(f"{seen} objects read")
+
+            found = rebuild(store, scope, say)
         out.print(f"{scope.namespace}, model {scope.model}: {found} objects recorded", highlight=False, markup=False)

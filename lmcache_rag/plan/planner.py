@@ -60,7 +60,7 @@ class Planner:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
         compute are counted in `report`."""
         try:
-            return self._plan(token_ids, options, report)
+            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report)
         except StoreError as error:
             report.reason = f"store: {error}"
         except Exception as error:  # noqa: BLE001  # a failure is a miss
@@ -70,12 +70,9 @@ class Planner:
                 _log.exception("a request could not be planned, and takes plain prefill")
         return None
 
-    def _plan(
-        self, token_ids: Sequence[int] | np.ndarray, options: BlendOptions, report: ReuseReport
-    ) -> BlendPlan | None:
+    def _plan(self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
         chunks = self._chunks.of(options.namespace or self._namespace)
         chunks.refresh()
-        prompt = np.asarray(token_ids, dtype=np.int32)
         matches = self._matches(prompt, options, chunks, report)
         if not matches:
             report.reason = "no stored chunk in the prompt"
