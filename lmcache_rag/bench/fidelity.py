@@ -132,11 +132,9 @@ def _ingest(
     random.Random(seed).shuffle(chunks)  # noqa: S311
     for number, chunk in enumerate(chunks, start=1):
         progress(f"ingest: chunk {number} of {len(chunks)}")
-        errors = engine.precompute(preamble, [chunk], primer=primer).errors
+        engine.precompute(preamble, [chunk], primer=primer).check()
         if alone:
-            errors += engine.precompute([], [chunk], primer=(), namespace=_ALONE).errors
-        if errors:
-            raise EngineError(errors[0])
+            engine.precompute([], [chunk], primer=(), namespace=_ALONE).check()
 
 
 def _score(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 
-from lmcache_rag.prompt import PromptFormat, Tokenizer
+from lmcache_rag.prompt import PromptFormat, Tokenizer, encode
 
 _PASSAGES = 3
 _SMALL_CORPUS = 24
@@ -31,4 +31,4 @@ def choose_primer(texts: Sequence[str], prompt: PromptFormat) -> str:
 
 def primer_ids(tokenizer: Tokenizer, text: str, room: int) -> list[int]:
     """Token ids of a primer, the first `room` of them at most."""
-    return tokenizer.encode(text, add_special_tokens=False)[: max(0, room)] if text else []
+    return encode(tokenizer, text, add_special_tokens=False)[: max(0, room)] if text else []
