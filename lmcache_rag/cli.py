@@ -79,8 +79,14 @@ def index(
             status.stop()
             plan = corpus.plan_update(paths)
             free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
+            if plan.report.reprimed:
+                err.print(
+                    "The index has grown, and takes a primer from its own passages: "
+                    f"{plan.report.reprimed} unchanged documents are computed behind it"
+                )
+            changed = len(plan.pending) - plan.report.reprimed
             err.print(
-                f"{len(plan.pending)} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
+                f"{changed} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
                 f"{plan.tokens} tokens to read, about {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
             )
             with err.progress() as progress:
