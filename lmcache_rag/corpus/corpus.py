@@ -15,7 +15,7 @@ from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
-from lmcache_rag.corpus.manifest import Manifest
+from lmcache_rag.corpus.manifest import Manifest, PrimerSource
 from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
@@ -251,29 +251,29 @@ class Corpus:
         self.primer = primer_ids(self._engine.tokenizer, text, room)
 
     def _settle_primer(self, pending: Sequence[Pending], others: dict[str, str]) -> list[Pending]:
-        """Choose the primer of a new index. One that began too small for passages of its own chooses again, once, when
-        it has grown; returned are those of its other documents (path -> digest) that are to be computed behind it.
+        """Take the primer of a new index: what the user gave, else passages of its own, else the default. One that was
+        too small for its own takes them, once, when it has grown; returned are those of its other documents (path ->
+        digest) that are to be computed behind them.
         """
-        manifest = self.manifest
-        if manifest.primer_tokens is None:
-            self._choose_primer(pending)
-        elif not manifest.has_outgrowable_primer:
-            self.manifest = manifest.model_copy(update={"primer_from": manifest.primer_from or "given"})
-        else:
+        manifest, new = self.manifest, self.manifest.primer_tokens is None
+        source: PrimerSource = "default" if manifest.has_outgrowable_primer else manifest.primer_from or "given"
+        if new and manifest.primer is not None:
+            self._take_primer(manifest.primer, "given")
+        elif new or source == "default":
             items = [self._tokenised(path, digest, self._database.passages_of(path)) for path, digest in others.items()]
-            self._choose_primer([*pending, *items])
-            if self.manifest.primer_from == "own":
+            in_order = sorted([*pending, *items], key=lambda item: item.path)
+            own = own_primer([text for item in in_order for text in item.texts], manifest.prompt)
+            if own is not None:
+                self._take_primer(own, "own")
                 return [item for item in items if not self._unfit(item)]
+            if new:
+                self._take_primer(default_primer(), "default")
+        if self.manifest.primer_from is None:  # as an earlier release left it
+            self.manifest = self.manifest.model_copy(update={"primer_from": source})
         return []
 
-    def _choose_primer(self, items: Sequence[Pending]) -> None:
-        """What the user gave, else passages of the index's own, else the default; cut to what fits between the preamble
-        and the longest chunk."""
-        text, source = self.manifest.primer, "given"
-        if text is None or self.manifest.has_outgrowable_primer:
-            texts = [text for item in sorted(items, key=lambda item: item.path) for text in item.texts]
-            own = own_primer(texts, self.manifest.prompt)
-            text, source = (default_primer(), "default") if own is None else (own, "own")
+    def _take_primer(self, text: str, source: PrimerSource) -> None:
+        """Cut to what fits between the preamble and the longest chunk."""
         self._set_primer(text, self._primer_room())
         update = {"primer": text, "primer_tokens": len(self.primer), "primer_from": source}
         self.manifest = self.manifest.model_copy(update=update)

@@ -80,7 +80,7 @@ def read_document(path: Path) -> Document:
     return Document(str(path), text, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
-def printed(path: Path) -> str:
+def printed(path: Path | str) -> str:
     """A path as text, with the bytes of a name that is not UTF-8 as escapes."""
     return str(path).encode(errors="backslashreplace").decode()
 

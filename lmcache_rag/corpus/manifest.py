@@ -17,6 +17,8 @@ from lmcache_rag.request import first_problem
 _FILE = "manifest.json"
 _VERSION = 2
 
+PrimerSource = Literal["given", "own", "default"]
+
 
 class Manifest(BaseModel):
     """Settings and identities of an index, in `manifest.json` in its folder.
@@ -45,7 +47,7 @@ class Manifest(BaseModel):
     prompt: PromptFormat
     primer: str | None = None
     primer_tokens: int | None = None
-    primer_from: Literal["given", "own", "default"] | None = None
+    primer_from: PrimerSource | None = None
     chunk_tokens: int
     overlap_tokens: int
     embedding_model: str

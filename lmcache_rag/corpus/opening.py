@@ -85,8 +85,8 @@ def open_corpus(
         engine.setdefault("dtype", known.dtype)
         engine.setdefault("codec", known.codec)
     for name in (model, str((folder / store).absolute())):
-        if printed(Path(name)) != name:
-            raise CorpusError(f"{printed(Path(name))} has a name that is not UTF-8: rename it, or name another folder.")
+        if printed(name) != name:
+            raise CorpusError(f"{printed(name)} has a name that is not UTF-8: rename it, or name another folder.")
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:

@@ -298,6 +298,18 @@ def test_an_index_that_has_grown_chooses_its_primer_again_and_only_once(
     assert set(primed_variants(llama)) == {variant}
 
 
+@pytest.mark.parametrize("source", ["default", None], ids=["", "of an earlier release"])
+def test_the_primer_of_an_index_that_is_still_small_stays(
+    tmp_path: Path, documents: Path, llama: LocalEngine, source: str | None
+) -> None:
+    """Also where an engine with another context would cut it elsewhere."""
+    small = manifest(llama, primer=default_primer(), primer_tokens=50, primer_from=source)
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, small)
+    assert update(corpus, documents).reprimed == 0
+    assert corpus.manifest == small.model_copy(update={"primer_from": "default"})
+    assert len(corpus.primer) == 50
+
+
 def test_a_primer_that_the_user_gave_stays(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
     given = manifest(llama, primer=default_primer(), primer_tokens=None)
     corpus = Corpus(tmp_path / "index", llama, EMBEDDER, given)
