@@ -11,12 +11,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from lmcache_rag import BlendOptions, LmcacheRagError, Sampling
 from lmcache_rag.cli import describe
 from lmcache_rag.corpus import IndexSettings, open_corpus, updating
+from lmcache_rag.terminal import out
 
 HERE = Path(__file__).parent
 INDEX = HERE / ".index"
@@ -26,12 +24,11 @@ BLENDED = BlendOptions(selector="query", ratio=0.1)
 
 
 def main() -> None:
-    out = Console(highlight=False)
     questions = json.loads((HERE / "questions.json").read_text())
     with updating(INDEX), open_corpus(INDEX, IndexSettings(chunk_tokens=350), create=True) as (engine, corpus):
         plan = corpus.plan_update([HERE / "corpus"])
         out.print(f"{len(plan.pending)} documents to read, {plan.tokens} tokens, {plan.report.unchanged} unchanged")
-        with Progress(console=out) as progress:
+        with out.progress() as progress:
             task = progress.add_task("precomputing KV", total=plan.tokens)
             report = corpus.update(
                 plan,
@@ -54,15 +51,15 @@ def main() -> None:
                 "plain": engine.generate(prompt, sampling, PLAIN, cache_salt=f"plain {number}"),
                 "blended": engine.generate(prompt, sampling, BLENDED, cache_salt=f"blended {number}"),
             }
-            out.print(f"[bold]{question}[/bold]")
+            out.print(question, style="bold")
             for name, answer in answers.items():
                 contains = expected.lower() in answer.text.lower()
                 right[name] += contains
                 mark = "" if contains else f"   (expected: {expected})"
-                out.print(f"  {name:8} TTFT {answer.ttft_s:6.3f} s  {answer.text.strip()}{mark}", markup=False)
+                out.print(f"  {name:8} TTFT {answer.ttft_s:6.3f} s  {answer.text.strip()}{mark}")
             speedups.append(answers["plain"].ttft_s / answers["blended"].ttft_s)
-            out.print(f"  [dim]sources: {', '.join(dict.fromkeys(Path(hit.path).name for hit in hits))}[/dim]")
-            out.print(f"  [dim]{describe(answers['blended'].reuse)}[/dim]\n")
+            out.print(f"  sources: {', '.join(dict.fromkeys(Path(hit.path).name for hit in hits))}", style="dim")
+            out.print(f"  {describe(answers['blended'].reuse)}\n", style="dim")
         scores = ", ".join(f"{name} {count}/{len(questions)}" for name, count in right.items())
         out.print(f"expected phrase: {scores}, TTFT {statistics.median(speedups):.1f}x lower")
 

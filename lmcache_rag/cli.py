@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Optional, get_args
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmcache_rag import __version__
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
-from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
+from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, encode_anything, err, given, out
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
@@ -32,6 +31,7 @@ DEFAULT_INDEX = Path(".lmcache-rag")
 
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    encode_anything()
     if version:
         out.print(f"lmcache-rag {__version__}")
         raise typer.Exit
@@ -81,11 +81,17 @@ def index(
             status.stop()
             plan = corpus.plan_update(paths)
             free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
+            if plan.report.reprimed:
+                err.print(
+                    "The index has grown, and takes a primer from its own passages: "
+                    f"{plan.report.reprimed} unchanged documents are computed behind it"
+                )
+            changed = len(plan.pending) - plan.report.reprimed
             err.print(
-                f"{len(plan.pending)} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
+                f"{changed} new or changed, {len(plan.removed)} gone, {plan.report.unchanged} unchanged: "
                 f"{plan.tokens} tokens to read, about {plan.needed_bytes / 1e9:.2f} GB of KV{free}"
             )
-            with _progress() as progress:
+            with err.progress() as progress:
                 task = progress.add_task("tokens", total=plan.tokens)
                 report = corpus.update(
                     plan,
@@ -104,7 +110,7 @@ def index(
         f"{report.bytes_stored / 1e6:.0f} MB stored in {corpus.manifest.store_folder(folder)}"
     )
     for problem in report.refused:
-        err.print(f"[red]left out:[/red] {problem}", highlight=False)
+        err.problem("left out:", problem)
     if report.refused:
         raise typer.Exit(1)
 
@@ -150,7 +156,7 @@ def ask(
         status.stop()
         for delta in engine.stream(plan, sampling, options, cache_salt="blended"):
             if not as_json:
-                out.print(delta.text, end="", markup=False, highlight=False)
+                out.print(delta.text, end="")
             answer = delta.completion
         assert answer is not None
         plain = engine.generate(plan, sampling, BlendOptions(mode="off"), cache_salt="plain") if compare else None
@@ -167,14 +173,12 @@ def ask(
         return
     out.print("\n")
     for number, hit in enumerate(hits, start=1):
-        out.print(f"[dim]{number}. {hit.path}: {' '.join(hit.text.split())[:100]}...[/dim]", highlight=False)
-    out.print(f"\n{describe(answer.reuse)}\nTTFT {answer.ttft_s:.3f} s", highlight=False)
+        out.print(f"{number}. {hit.path}: {' '.join(hit.text.split())[:100]}...", style="dim")
+    out.print(f"\n{describe(answer.reuse)}\nTTFT {answer.ttft_s:.3f} s")
     if plain is not None:
         out.print(
             f"\nPlain prefill: {plain.text.strip()}\nTTFT {plain.ttft_s:.3f} s, "
-            f"{plain.ttft_s / answer.ttft_s:.1f}x that of the blended answer",
-            markup=False,
-            highlight=False,
+            f"{plain.ttft_s / answer.ttft_s:.1f}x that of the blended answer"
         )
 
 
@@ -202,7 +206,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LmcacheRagError as error:
-        err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        err.problem("error:", str(error))
         sys.exit(1)
 
 
@@ -211,9 +215,3 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read as text ({error}): name a UTF-8 file.") from error
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
-    )

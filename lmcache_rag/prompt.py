@@ -8,17 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from lmcache_rag.errors import PromptError
 
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a chat template that prints today's date is given, so that prompts begin alike on all days. It is the date that
+Llama 3's own template takes where it knows none."""
+
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that prompts need."""
 
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        PromptError: there is half a surrogate pair in it, as broken JSON and file names that are not UTF-8 have.
+    """
+    check_text(text)
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def check_text(text: str) -> None:
+    """Raises `PromptError` where a text is none: no tokenizer and no database takes half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise PromptError(
+            f"The text has half a surrogate pair at character {error.start} ({around}), which stands for nothing: "
+            "remove it."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -94,15 +121,15 @@ class PromptFormat(BaseModel):
 
     def preamble_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of the preamble, with the tokenizer's BOS token where it has one."""
-        return tokenizer.encode(self.preamble, add_special_tokens=self.add_special_tokens)
+        return encode(tokenizer, self.preamble, add_special_tokens=self.add_special_tokens)
 
     def chunk_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of one passage."""
-        return tokenizer.encode(self.chunk.replace("{text}", text), add_special_tokens=False)
+        return encode(tokenizer, self.chunk.replace("{text}", text), add_special_tokens=False)
 
     def question_ids(self, tokenizer: Tokenizer, question: str) -> list[int]:
         """Token ids of what follows the last chunk."""
-        return tokenizer.encode(self.question.replace("{question}", question), add_special_tokens=False)
+        return encode(tokenizer, self.question.replace("{question}", question), add_special_tokens=False)
 
     def plan(self, tokenizer: Tokenizer, texts: Sequence[str], question: str) -> MarkedPrompt:
         """The prompt for `question` over `texts`."""
@@ -127,23 +154,29 @@ def completion_format() -> PromptFormat:
     )
 
 
-def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]], today: date = TEMPLATE_DATE) -> str:
     """Messages (`role` and `content`) in the model's own chat template, up to where its answer begins. The text has its
     special tokens in it, so it is tokenised with `add_special_tokens=False`.
+
+    Args:
+        today: what the template is told where it prints a date. Chunks are computed behind it, and on a real date they
+            would be foreign a day later.
 
     Raises:
         PromptError: the model has no chat template, or it does not take these messages.
     """
     from jinja2.exceptions import TemplateError
 
+    dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))  # the one way in which a date gets in
+    date_of = {"strftime_now": today.strftime} if dated else {}
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
-    except (AttributeError, ValueError, TemplateError) as error:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **date_of))
+    except (AttributeError, ValueError, TypeError, TemplateError) as error:
         raise PromptError(f"The model's chat template cannot be used ({error}): use the plain form.") from error
 
 
 def model_format(tokenizer: Any) -> PromptFormat:
-    """The model's own chat template; plain completion where it has none."""
+    """The model's own chat template; plain completion where it has none, or one that cannot be cut."""
     try:
         return chat_format(tokenizer)
     except PromptError:
@@ -151,15 +184,24 @@ def model_format(tokenizer: Any) -> PromptFormat:
 
 
 def chat_format(tokenizer: Any) -> PromptFormat:
-    """The model's own chat template, cut around the passages. Raises `PromptError`."""
-    marks = {"passages": "\x02passages\x02", "question": "\x02question\x02"}
+    """The model's own chat template, cut around the passages.
+
+    Raises:
+        PromptError: the model has no chat template, or one that repeats or changes what is said to it.
+    """
+    passages, question = "\x02passages\x02", "\x02question\x02"
     system = "You answer questions using the given passages. Answer with a few words."
-    content = f"Passages:\n{marks['passages']}\nQuestion: {marks['question']}"
+    content = f"Passages:\n{passages}\nQuestion: {question}"
     try:
         text = chat_text(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": content}])
-    except PromptError:  # some templates know no system message
+    except PromptError:
+        text = ""
+    if system not in text:  # some templates know no system message: they refuse it, or leave it out
         text = chat_text(tokenizer, [{"role": "user", "content": f"{system}\n\n{content}"}])
-    preamble, rest = text.split(marks["passages"])
-    return PromptFormat(
-        preamble=preamble, question=rest.replace(marks["question"], "{question}"), add_special_tokens=False
-    )
+    preamble, _, rest = text.partition(passages)
+    asked = rest.replace(question, "{question}")
+    if text.count(content) != 1 or text.count(passages) != 1 or asked.count("{question}") != 1:
+        raise PromptError(
+            "The model's chat template cannot be used (it repeats or changes what is said to it): use the plain form."
+        )
+    return PromptFormat(preamble=preamble, question=asked, add_special_tokens=False)

@@ -1,14 +1,117 @@
-"""What all commands share: where they print, the options that most of them take, and which of those were given."""
+"""What all commands share: where and how they print, the options that most of them take, and which were given.
+
+Users' text reaches the terminal as it is: in rich's markup, `[/INST]` in a passage would be an error and `[red]` would
+vanish. So consoles, notes and progress bars are those of this module, which take styles and never read text for them.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, which could do anything to a terminal, and halves of surrogate pairs, which have no encoding."""
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed written as an escape (backslash, `x1b`)."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class PlainConsole(Console):
+    """A console to which text is text."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`."""
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+    def problem(self, label: str, text: str) -> None:
+        """A line that begins with `label` in red."""
+        self.print(Text.assemble((label, "bold red"), f" {printable(text)}"), soft_wrap=True)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """A note with a spinner, while the context lasts."""
+        return _PlainStatus(_as_text(status), console=self, **options)
+
+    def progress(self) -> Progress:
+        """Progress bars."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        return Progress(*columns, TimeRemainingColumn(), console=self)
+
+
+class _PlainStatus(Status):
+    def update(self, status: RenderableType | None = None, **options: Any) -> None:
+        super().update(None if status is None else _as_text(status), **options)
+
+
+def _as_text(note: RenderableType) -> RenderableType:
+    return Text(printable(note)) if isinstance(note, str) else note
+
+
+out = PlainConsole()
+err = PlainConsole(stderr=True)
+
+
+def encode_anything() -> None:
+    """Have standard output write what its encoding lacks as an escape, as standard error does, and not fail."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print figures as a table: a line per row where the terminal is wide enough, else a line per field. A figure that
+    has parts takes a field for each; fields without any value are left out."""
+    flat = [_flat(row) for row in rows]
+    fields = [name for name in dict.fromkeys(itertools.chain(*flat)) if any(row.get(name) for row in flat)]
+    lines = [fields, *([row.get(name, "") for name in fields] for row in flat)]
+    upright, turned = _table(lines), _table([list(line) for line in zip(*lines, strict=True)])
+    width = _width(upright)
+    out.print(upright if width <= out.width or width < _width(turned) else turned)
+
+
+def _width(table: Table) -> int:
+    """How many columns of the terminal it takes where nothing is folded."""
+    return Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> text; `{"phases_ms": {"load": 3}}` is `phases ms: load` -> `3`."""
+    flat: dict[str, str] = {}
+    for name, value in row.items():
+        label = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            flat |= {f"{label}: {part}": str(each) for part, each in value.items()}
+        elif isinstance(value, list | tuple):
+            flat[label] = " to ".join(map(str, value))
+        else:
+            flat[label] = "" if value is None else str(value)
+    return flat
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    """The first line is the heading."""
+    table = Table(*map(printable, lines[0]), box=SIMPLE_HEAD)
+    for line in lines[1:]:
+        table.add_row(*map(printable, line))
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
 
 ThreadsOption = Annotated[Optional[int], typer.Option(help="CPU threads; all cores by default.")]
 ModelOption = Annotated[

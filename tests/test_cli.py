@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lmcache_rag.bench.commands import _write
-from lmcache_rag.cli import app
+from lmcache_rag.cli import app, main
 from lmcache_rag.errors import LmcacheRagError
 from tests.corpus.test_corpus import text
 from tests.models import make_tiny
@@ -115,6 +115,32 @@ def test_an_index_of_another_model_or_store(tmp_path: Path, model: Path, documen
         weights.write_bytes(original)
 
 
+def test_names_and_texts_are_shown_as_they_are(tmp_path: Path, model: Path) -> None:
+    documents = tmp_path / "documents"
+    (documents / "[red]a[").mkdir(parents=True)
+    (documents / "[red]a[/INST].txt").write_text(f"[/INST] [link](url) :smile: {text(0)}")
+    Path(os.fsdecode(os.fsencode(documents) + b"/[b]\xff.md")).write_text("w20")
+    folder = tmp_path / "[bold]index[/none]"
+    result = run("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32")
+    shown = " ".join(result.output.split())
+    assert result.exit_code == 1 and "1 added" in shown, result.output
+    assert "/[b]\\udcff.md has a name that is not UTF-8" in shown
+    assert "[bold]index[/none]" in shown.replace(" ", "")
+    asked = run("ask", "[/INST] [red]w20[/nothing]", "--index", folder, "--dtype", "float32", "--max-tokens", 5)
+    assert asked.exit_code == 0, asked.output
+    shown = asked.output.replace("\n", "")
+    assert "[red]a[/INST].txt: [/INST] [link](url) :smile: w" in shown and "TTFT" in shown
+
+
+@pytest.mark.parametrize("name", ["[/INST] [red]x", "half \udcff"], ids=ascii)
+def test_an_error_is_shown_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["lmcache-rag", "index", f"nowhere/{name}"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert f"nowhere/{ascii(name)[1:-1]} is not there: name a file or a folder." in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_used_are_named_and_the_exit_code_says_so(
     tmp_path: Path, model: Path, documents: Path
 ) -> None:
@@ -147,6 +173,12 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert problem in error_of(run(*arguments))
     assert not (tmp_path / ".lmcache-rag").exists()
+
+
+@pytest.mark.parametrize("option", ["--index", "--store"])
+def test_a_folder_whose_name_is_not_utf8(option: str, documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(documents.parent)
+    assert "has a name that is not UTF-8" in error_of(run("index", documents, option, "folder \udcff"))
 
 
 def test_an_empty_folder_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import date, datetime, tzinfo
+
 import pytest
 from jinja2.exceptions import TemplateError
 from pydantic import ValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmcache_rag.errors import PromptError
-from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Segment, chat_format, completion_format
+from lmcache_rag.prompt import (
+    MarkedPrompt,
+    PromptFormat,
+    Segment,
+    chat_format,
+    chat_text,
+    completion_format,
+    encode,
+    model_format,
+)
+from tests.models import make_tiny
 
 
 class Letters:
@@ -70,6 +83,99 @@ def test_a_template_without_system_messages_takes_the_instruction_with_the_quest
 
     with pytest.raises(PromptError, match="use the plain form"):
         chat_format(Refusing())
+
+
+LLAMA_3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A tiny model's own; a test gives it a chat template."""
+    return AutoTokenizer.from_pretrained(make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama"))
+
+
+def on(day: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has chat templates told another day than today."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.fromisoformat(day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+
+def test_a_template_with_a_date_gives_the_same_preamble_every_day(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = LLAMA_3
+    turns = [{"role": "user", "content": "why?"}]
+    told, forms, texts = set(), set(), set()
+    for day in ("2025-03-01", "2026-11-25"):
+        on(day, monkeypatch)
+        told.add(tokenizer.apply_chat_template(turns, tokenize=False))
+        forms.add(chat_format(tokenizer).model_dump_json())
+        texts.add(chat_text(tokenizer, turns))
+    assert len(told) == 2  # the template itself follows the day
+    assert len(forms) == len(texts) == 1
+    assert "Today Date: 26 Jul 2024" in texts.pop()
+    assert "Today Date: 01 Mar 2025" in chat_text(tokenizer, turns, date(2025, 3, 1))
+
+
+REPEATING = "{% for message in messages %}{{ message.content }} {{ message.content }}{% endfor %}"
+SHOUTING = "{% for message in messages %}{{ message.content | upper }}{% endfor %}"
+SILENT = "{{ messages[0].role }}"
+BACKWARDS = "{{ messages[-1].content.split('Question: ')[1] }} {{ messages[-1].content.split('Question: ')[0] }}"
+PLACEHOLDER = "{% for message in messages %}{{ message.content }}{% endfor %} {question}"
+
+
+@pytest.mark.parametrize("template", [REPEATING, SHOUTING, SILENT, BACKWARDS, PLACEHOLDER], ids=str)
+def test_a_template_that_repeats_or_changes_what_is_said_is_refused_in_words(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(PromptError, match="use the plain form"):
+        chat_format(tokenizer)
+    assert model_format(tokenizer) == completion_format()
+
+
+def test_a_template_that_leaves_system_messages_out_takes_the_instruction_with_the_question(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<user>{{ m.content | trim }}{% endfor %}"
+    assert chat_format(tokenizer).preamble.startswith("<user>You answer")
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udcff"], ids=ascii)
+def test_half_a_surrogate_pair_is_refused_in_words(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    for use in (completion_format().chunk_ids, completion_format().question_ids, encode):
+        with pytest.raises(PromptError, match="half a surrogate pair"):
+            use(tokenizer, text)
 
 
 @pytest.mark.parametrize("values", [{"chunk": "no place"}, {"question": "no place"}, {"unknown": 1}])

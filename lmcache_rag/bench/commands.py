@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.table import Table
 
 from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
-from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out
+from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out, show_rows
 
 if TYPE_CHECKING:
     from lmcache_rag.engine import LocalEngine
@@ -69,9 +68,9 @@ def calibrate(
                 TableStore(kept, engine.model_fingerprint).add(tables)
         curve = measure(engine, model_format(engine.tokenizer), asked, margin, progress)
         path = curve.write(cache_folder(), engine.model_fingerprint, engine.settings.codec)
-    _show([{"ratio": ratio, "kl_mean": kl} for ratio, kl in curve.points])
+    show_rows([{"ratio": ratio, "kl_mean": kl} for ratio, kl in curve.points])
     ratio = curve.ratio_for(DEFAULT_TARGET_KL)
-    out.print(f"The default target, {DEFAULT_TARGET_KL}, takes r={ratio:g}. Kept in {path}", highlight=False)
+    out.print(f"The default target, {DEFAULT_TARGET_KL}, takes r={ratio:g}. Kept in {path}")
 
 
 @bench_app.command("ttft")
@@ -105,8 +104,8 @@ def bench_ttft_command(
             must_reuse=store_mb_s is None,
             progress=progress,
         )
-    _show(rows[:-1])
-    _show(rows[-1:])
+    show_rows(rows[:-1])
+    show_rows(rows[-1:])
     _write(rows, json_file)
 
 
@@ -143,7 +142,7 @@ def bench_throughput_command(
             seed=seed,
             progress=progress,
         )
-    _show(rows)
+    show_rows(rows)
     _write(rows, json_file)
 
 
@@ -171,7 +170,7 @@ def bench_fidelity_command(
     tried = ways(_selectors(selectors), _ratios(ratios))
     with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_fidelity(engine, model_format(engine.tokenizer), questions, tried, seed=seed, progress=progress)
-    _show(rows)
+    show_rows(rows)
     _write(rows, json_file)
 
 
@@ -214,7 +213,7 @@ def bench_streaming_command(
                 rows += bench_streaming(
                     throttled, plan, goal_s=goal_s, ratio=ratio, repeat=repeat, bandwidth=name, progress=progress
                 )
-    _show(rows)
+    show_rows(rows)
     _write(rows, json_file)
 
 
@@ -267,7 +266,7 @@ def bench_codec_command(
         tables = engine.codec.learn(engine.codec.prompts(texts), progress)
         bench = CodecBench(engine.model_folder, rotations, tables, levels=levels, sizes=sizes, threads=threads)
         rows = bench.rows(engine.tokenizer, model_format(engine.tokenizer), questions, progress)
-    _show(rows)
+    show_rows(rows)
     _write(rows, json_file)
 
 
@@ -281,7 +280,7 @@ def _bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str]
         checked = EngineSettings.checked(**{"store": store, **_MEASURED, **given(**settings)})
         with err.status("Starting vLLM") as status, LocalEngine(checked) as engine:
             yield engine, status.update
-            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads", highlight=False)
+            out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads")
 
 
 def _counts(option: str, values: str) -> list[int]:
@@ -304,13 +303,6 @@ def _selectors(names: str) -> list[SelectorName]:
 def _ratios(values: str) -> list[float]:
     """Recompute ratios named in an option, ascending."""
     return sorted({BlendOptions.checked(ratio=value.strip()).ratio or 0.0 for value in values.split(",")})
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    out.print(table)
 
 
 def _write(rows: list[dict[str, Any]], json_file: Path | None) -> None:

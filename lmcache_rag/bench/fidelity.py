@@ -22,7 +22,7 @@ from lmcache_rag.bench.scores import kl_divergence, log_probs, mean_interval, ro
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.learn.primer import choose_primer, primer_ids
+from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
 from lmcache_rag.plan.budget import FOREIGN_BUDGET_FACTOR
 from lmcache_rag.prompt import MarkedPrompt, PromptFormat
 from lmcache_rag.request import BlendOptions
@@ -87,7 +87,7 @@ def bench_fidelity(
         EngineError: for some question not all chunks were reused, so that there is nothing to measure.
     """
     plans = [prompt.plan(engine.tokenizer, question.passages, question.text) for question in questions]
-    primer = choose_primer([text for question in questions for text in question.passages], prompt)
+    primer = own_primer([text for question in questions for text in question.passages], prompt) or default_primer()
     primer_tokens = primer_ids(engine.tokenizer, primer, engine.max_model_len // 2)
     _ingest(engine, plans, primer_tokens, seed=seed, alone=any(way.alone for way in tried), progress=progress)
     full, scores = _Scores(), [_Scores() for _ in tried]
@@ -132,11 +132,9 @@ def _ingest(
     random.Random(seed).shuffle(chunks)  # noqa: S311
     for number, chunk in enumerate(chunks, start=1):
         progress(f"ingest: chunk {number} of {len(chunks)}")
-        errors = engine.precompute(preamble, [chunk], primer=primer).errors
+        engine.precompute(preamble, [chunk], primer=primer).check()
         if alone:
-            errors += engine.precompute([], [chunk], primer=(), namespace=_ALONE).errors
-        if errors:
-            raise EngineError(errors[0])
+            engine.precompute([], [chunk], primer=(), namespace=_ALONE).check()
 
 
 def _score(

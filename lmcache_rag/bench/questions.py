@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
-from lmcache_rag.errors import LmcacheRagError
+from lmcache_rag.errors import LmcacheRagError, PromptError
+from lmcache_rag.prompt import check_text
 from lmcache_rag.request import first_problem
 
 
@@ -27,13 +28,24 @@ class Question:
     passages: tuple[str, ...]
 
 
+def _whole(text: str) -> str:
+    try:
+        check_text(text)
+    except PromptError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+
+
 class _Context(BaseModel):
-    text: str
+    text: _Text
 
 
 class _Example(BaseModel):
-    question: str
-    answers: list[Annotated[str, Field(pattern=r"\S")]] = Field(min_length=1)
+    question: _Text
+    answers: list[Annotated[_Text, Field(pattern=r"\S")]] = Field(min_length=1)
     ctxs: list[_Context]
 
 

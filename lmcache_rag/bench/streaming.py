@@ -38,7 +38,7 @@ def ingest_stream(engine: LocalEngine, plan: MarkedPrompt) -> int:
     """Store the prompt's chunks; returns the bytes of one of them at the engine's own level."""
     chunks = [list(plan.token_ids[segment.start : segment.end]) for segment in plan.segments]
     preamble = plan.token_ids[: plan.preamble_length]
-    engine.precompute(preamble, chunks, primer=())
+    engine.precompute(preamble, chunks, primer=()).check()
     stored = engine.chunk_store()
     return next(iter(stored.variants(key_of(chunks[0])).values())).size_bytes
 

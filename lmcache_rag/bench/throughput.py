@@ -50,9 +50,7 @@ def bench_throughput(
     preamble = prompt_format.preamble_ids(engine.tokenizer)
     runs = token_runs(engine.tokenizer, pool, passage_tokens)
     progress("ingest")
-    errors = engine.precompute(preamble, runs).errors
-    if errors:
-        raise EngineError(errors[0])
+    engine.precompute(preamble, runs).check()
     draw = random.Random(seed)  # noqa: S311
     plans = [
         MarkedPrompt.assemble(

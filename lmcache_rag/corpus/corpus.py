@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from lmcache_rag.chunk_kv import context_digest, key_of, variant_of
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
 from lmcache_rag.corpus.embedder import Embedder
-from lmcache_rag.corpus.manifest import Manifest
+from lmcache_rag.corpus.manifest import Manifest, PrimerSource
 from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.learn.primer import choose_primer, primer_ids
-from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
+from lmcache_rag.prompt import MarkedPrompt, check_text
 
 OWN_STORE = Path("kv")
 """Folder of the KV store within an index that has one of its own."""
@@ -41,6 +41,7 @@ class UpdateReport:
 
     Attributes:
         restored: unchanged documents of which the store had lost some KV; counted as changed too.
+        reprimed: unchanged documents computed behind the primer that a grown index has chosen; counted as changed too.
         refused: the files that could not be used, with the reason.
     """
 
@@ -49,6 +50,7 @@ class UpdateReport:
     unchanged: int = 0
     removed: int = 0
     restored: int = 0
+    reprimed: int = 0
     refused: list[str] = field(default_factory=list)
     chunks_computed: int = 0
     chunks_present: int = 0
@@ -59,19 +61,28 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class Pending:
-    """A new or changed document, split and tokenised."""
+    """A document to compute, split and tokenised."""
 
-    document: Document
+    path: str
+    digest: str
     texts: list[str]
     token_ids: list[list[int]]
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What an update is going to do; `needed_bytes` at most are written to the store, `free_bytes` are free there."""
+    """What an update is going to do.
+
+    Attributes:
+        pending: new and changed documents, and those to be restored or reprimed.
+        former_primer: what the index's passages were computed behind before it had grown; empty where that stays.
+        needed_bytes: so many at most are written to the store.
+        free_bytes: so many are free there.
+    """
 
     pending: list[Pending]
     removed: list[str]
+    former_primer: list[int]
     report: UpdateReport
     tokens: int
     needed_bytes: int
@@ -125,28 +136,34 @@ class Corpus:
             CorpusError: as `find_files`; a single file that cannot be used is listed in the report instead.
         """
         known, report = self._database.documents(), UpdateReport()
-        pending, seen = [], set()
+        pending, seen, unchanged = [], set(), set()
         for path in find_files(paths, known):
             seen.add(str(path))
             try:
                 document = read_document(path)
+                same = known.get(document.path) == document.digest
+                if same and self._is_stored(document.path):
+                    unchanged.add(document.path)
+                    continue
+                pending.append(self._split(document))
+                report.restored += same
             except CorpusError as error:
                 report.refused.append(str(error))
-                continue
-            if known.get(document.path) == document.digest:
-                if self._is_stored(document.path):
-                    report.unchanged += 1
-                    continue
-                report.restored += 1
-            pending.append(self._split(document))
-        if self.manifest.primer_tokens is None:
-            self._choose_primer([text for item in pending for text in item.texts])
         roots = [absolute(path) for path in paths]
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
-        tokens = sum(len(ids) for item in pending for ids in item.token_ids)
-        stored = self._engine.chunk_store()
-        needed = tokens * self._engine.kv_bytes_per_token * (2 if self.primer else 1)
-        return UpdatePlan(pending, gone, report, tokens, needed, stored.store.free_bytes())
+        former, others = self.primer, known.keys() - {item.path for item in pending} - set(gone)
+        reprimed = self._settle_primer(pending, {path: known[path] for path in sorted(others)})
+        fresh, again = _tokens(pending), _tokens(reprimed)
+        report.reprimed, report.unchanged = len(reprimed), len(unchanged.difference(item.path for item in reprimed))
+        return UpdatePlan(
+            pending=[*pending, *reprimed],
+            removed=gone,
+            former_primer=former if self.primer != former else [],
+            report=report,
+            tokens=fresh + again,
+            needed_bytes=(fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token,
+            free_bytes=self._engine.chunk_store().store.free_bytes(),
+        )
 
     def update(
         self,
@@ -178,27 +195,27 @@ class Corpus:
         for item in plan.pending:
             done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
             if done.errors:
-                raise CorpusError(done.errors[0])
+                raise CorpusError(f"The KV of {item.path} cannot be stored. {next(iter(done.errors.values()))}")
             vectors = self._embedder.embed(item.texts)
             keys = [key_of(ids) for ids in item.token_ids]
             self._engine.chunk_store().own(self.manifest.owner, keys)
             passages = [
                 Passage(text, key.hex(), vector) for text, key, vector in zip(item.texts, keys, vectors, strict=True)
             ]
-            self._database.replace(item.document.path, item.document.digest, passages)
+            self._database.replace(item.path, item.digest, passages)
             report.chunks_computed += done.computed
             report.chunks_present += done.present
             report.tokens_computed += done.tokens
             report.bytes_stored += done.bytes_stored
             report.seconds += done.seconds
-            if item.document.path in known:
+            if item.path in known:
                 report.changed += 1
             else:
                 report.added += 1
         for path in plan.removed:
             self._database.remove(path)
             report.removed += 1
-        self._delete_unused_kv()
+        self._delete_unused_kv(plan.former_primer)
         return report
 
     def search(self, question: str, count: int) -> list[Hit]:
@@ -206,9 +223,11 @@ class Corpus:
 
         Raises:
             CorpusError: the index is empty.
+            PromptError: the question is no text.
         """
         import faiss
 
+        check_text(question)
         version = self._database.version()
         if self._vectors_of != version:
             ids, vectors = self._database.vectors()
@@ -233,13 +252,33 @@ class Corpus:
     def _set_primer(self, text: str, room: int) -> None:
         self.primer = primer_ids(self._engine.tokenizer, text, room)
 
-    def _choose_primer(self, texts: Sequence[str]) -> None:
-        """Settle the primer of a new index: what the manifest names, else passages of its own; cut to what fits
-        between the preamble and the longest chunk."""
-        manifest = self.manifest
-        primer = manifest.primer if manifest.primer is not None else choose_primer(texts, manifest.prompt)
-        self._set_primer(primer, self._primer_room())
-        self.manifest = manifest.model_copy(update={"primer": primer, "primer_tokens": len(self.primer)})
+    def _settle_primer(self, pending: Sequence[Pending], others: dict[str, str]) -> list[Pending]:
+        """Take the primer of a new index: what the user gave, else passages of its own, else the default. One that was
+        too small for its own takes them, once, when it has grown; returned are those of its other documents (path ->
+        digest) that are to be computed behind them.
+        """
+        manifest, new = self.manifest, self.manifest.primer_tokens is None
+        source: PrimerSource = "default" if manifest.has_outgrowable_primer else manifest.primer_from or "given"
+        if new and manifest.primer is not None:
+            self._take_primer(manifest.primer, "given")
+        elif new or source == "default":
+            items = [self._tokenised(path, digest, self._database.passages_of(path)) for path, digest in others.items()]
+            in_order = sorted([*pending, *items], key=lambda item: item.path)
+            own = own_primer([text for item in in_order for text in item.texts], manifest.prompt)
+            if own is not None:
+                self._take_primer(own, "own")
+                return [item for item in items if not self._unfit(item)]
+            if new:
+                self._take_primer(default_primer(), "default")
+        if self.manifest.primer_from is None:  # as an earlier release left it
+            self.manifest = self.manifest.model_copy(update={"primer_from": source})
+        return []
+
+    def _take_primer(self, text: str, source: PrimerSource) -> None:
+        """Cut to what fits between the preamble and the longest chunk."""
+        self._set_primer(text, self._primer_room())
+        update = {"primer": text, "primer_tokens": len(self.primer), "primer_from": source}
+        self.manifest = self.manifest.model_copy(update=update)
 
     def _primer_room(self) -> int:
         """How many tokens fit between the preamble and the longest chunk."""
@@ -258,17 +297,41 @@ class Corpus:
         return not any(chunks.missing_of(key, variant) for key in keys for variant in variants)
 
     def _split(self, document: Document) -> Pending:
-        manifest, tokenizer = self.manifest, self._engine.tokenizer
-        texts = split(document, tokenizer, manifest.chunk_tokens, manifest.overlap_tokens)
-        return Pending(document, texts, [manifest.prompt.chunk_ids(tokenizer, text) for text in texts])
+        manifest = self.manifest
+        texts = split(document, self._engine.tokenizer, manifest.chunk_tokens, manifest.overlap_tokens)
+        item = self._tokenised(document.path, document.digest, texts)
+        if self._unfit(item):
+            raise CorpusError(
+                f"{document.path} has a passage of {max(map(len, item.token_ids))} tokens, and with the preamble's "
+                f"{len(self._preamble)} that does not fit the model's context of {self._engine.max_model_len}: "
+                "split it, or give the engine a longer context."
+            )
+        return item
 
-    def _delete_unused_kv(self) -> None:
-        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
+    def _tokenised(self, path: str, digest: str, texts: list[str]) -> Pending:
+        prompt, tokenizer = self.manifest.prompt, self._engine.tokenizer
+        return Pending(path, digest, texts, [prompt.chunk_ids(tokenizer, text) for text in texts])
+
+    def _unfit(self, item: Pending) -> bool:
+        """Whether a passage is too long for the model."""
+        longest = max(map(len, item.token_ids), default=0)
+        return len(self._preamble) + longest >= self._engine.max_model_len
+
+    def _delete_unused_kv(self, former_primer: Sequence[int]) -> None:
+        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted. In a store of the
+        index's own, what was computed behind a primer that it has outgrown is deleted too."""
         chunks, owner = self._engine.chunk_store(), self.manifest.owner
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
+        if former_primer and self.manifest.store == OWN_STORE:
+            keys = map(bytes.fromhex, self._database.chunk_keys())
+            chunks.delete(keys, variant_of(self._preamble, former_primer))
         self._database.forget_unused_chunks()
+
+
+def _tokens(items: Iterable[Pending]) -> int:
+    return sum(len(token_ids) for item in items for token_ids in item.token_ids)
 
 
 @contextmanager

@@ -112,6 +112,14 @@ class Database:
         with self._failing():
             return [row[0] for row in self._connection.execute(query, values)]
 
+    def passages_of(self, path: str) -> list[str]:
+        """The texts of a document's passages, in order."""
+        query = (
+            "SELECT text FROM passages JOIN documents ON documents.id = document WHERE path = ? ORDER BY passages.id"
+        )
+        with self._failing():
+            return [row[0] for row in self._connection.execute(query, (path,))]
+
     def version(self) -> tuple[int, int]:
         """Changes whenever this or another process has changed the tables."""
         with self._failing():

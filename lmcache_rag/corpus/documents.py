@@ -59,8 +59,10 @@ def read_document(path: Path) -> Document:
     """A file's text, decoded as UTF-8.
 
     Raises:
-        CorpusError: it cannot be read, is binary, or has no text in it.
+        CorpusError: it cannot be read, is binary, has no text in it, or a name that cannot be written down.
     """
+    if printed(path) != str(path):
+        raise CorpusError(f"{printed(path)} has a name that is not UTF-8: rename it, or move it away.")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -76,6 +78,11 @@ def read_document(path: Path) -> Document:
     if not text.strip():
         raise CorpusError(f"{path} has no text in it: fill it, or move it away.")
     return Document(str(path), text, hashlib.blake2b(content, digest_size=16).hexdigest())
+
+
+def printed(path: Path | str) -> str:
+    """A path as text, with the bytes of a name that is not UTF-8 as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def absolute(path: Path) -> Path:

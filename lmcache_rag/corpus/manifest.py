@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.learn.primer import default_primer
 from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.request import first_problem
 
 _FILE = "manifest.json"
 _VERSION = 2
+
+PrimerSource = Literal["given", "own", "default"]
 
 
 class Manifest(BaseModel):
@@ -28,6 +32,8 @@ class Manifest(BaseModel):
         primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
             none. None, only before the first update, is for that to choose.
         owner: as what the index owns its chunks in the store, whichever other indexes do.
+        primer_from: `given` by the user, the index's `own` passages, or the `default` of a small index, which chooses
+            again when it has grown. None where an earlier release made the index.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +49,7 @@ class Manifest(BaseModel):
     prompt: PromptFormat
     primer: str | None = None
     primer_tokens: int | None = None
+    primer_from: PrimerSource | None = None
     chunk_tokens: int
     overlap_tokens: int
     embedding_model: str
@@ -71,6 +78,13 @@ class Manifest(BaseModel):
             )
         return manifest
 
+    @property
+    def has_outgrowable_primer(self) -> bool:
+        """Whether a larger index is to choose its primer anew."""
+        if self.primer_from is None:
+            return self.primer_tokens is not None and self.primer == default_primer()
+        return self.primer_from == "default"
+
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
         part = folder / f"{_FILE}.part"
@@ -81,7 +95,11 @@ class Manifest(BaseModel):
         os.replace(part, folder / _FILE)
 
     def check(self, folder: Path, wanted: Manifest) -> None:
-        """Compare with what is wanted now; raises `CorpusError` that names the first difference."""
+        """Compare with what is wanted now; raises `CorpusError` that names the first difference.
+
+        An earlier release took fingerprints from the files as they were, which tells nothing now: the next update finds
+        no KV under today's, and computes it.
+        """
         names = {
             "model": "model",
             "dtype": "compute type",
@@ -96,6 +114,8 @@ class Manifest(BaseModel):
             "overlap_tokens": "overlap of chunks",
             "embedding_model": "embedding model",
         }
+        if self.primer_from is None:
+            del names["model_fingerprint"], names["tokenizer_fingerprint"]
         for field, name in names.items():
             was, now = getattr(self, field), getattr(wanted, field)
             if was != now:

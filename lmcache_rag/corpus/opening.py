@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmcache_rag.corpus.corpus import OWN_STORE, Corpus
+from lmcache_rag.corpus.documents import printed
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
@@ -83,6 +84,9 @@ def open_corpus(
     if known is not None:
         engine.setdefault("dtype", known.dtype)
         engine.setdefault("codec", known.codec)
+    for name in (model, str((folder / store).absolute())):
+        if printed(name) != name:
+            raise CorpusError(f"{printed(name)} has a name that is not UTF-8: rename it, or name another folder.")
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
@@ -97,6 +101,7 @@ def open_corpus(
             prompt=_prompt(settings, known, started),
             primer=settings.primer if settings.primer is not None else (known.primer if known else None),
             primer_tokens=known.primer_tokens if known else None,
+            primer_from="given" if settings.primer is not None else (known.primer_from if known else None),
             chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
             overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
             embedding_model=embedding_model,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmcache_rag.engine.settings import Sampling
+from lmcache_rag.errors import EngineError
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer
 from lmcache_rag.request import BlendOptions, ReuseReport
 
@@ -52,6 +53,7 @@ class PrecomputeReport:
         present: chunks that were stored already.
         unprimed: chunks that do not fit the model behind the primer, and have no primed variant.
         tokens, bytes_stored: of all variants stored now.
+        errors: number of a chunk -> why it is not stored, or not behind all that it should be.
     """
 
     computed: int = 0
@@ -60,7 +62,12 @@ class PrecomputeReport:
     tokens: int = 0
     bytes_stored: int = 0
     seconds: float = 0.0
-    errors: list[str] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises `EngineError` where a chunk is not stored."""
+        for number, why in self.errors.items():
+            raise EngineError(f"Chunk {number} is not stored. {why}")
 
 
 class Engine(Protocol):
@@ -85,7 +92,8 @@ class Engine(Protocol):
 
         A chunk is computed behind `preamble`, which is exact where it is a prompt's first chunk, and once more behind
         `preamble` and `primer`, which needs less repair anywhere else. None stands for the engine's own primer, and
-        an empty one leaves the second out. A namespace of None is the engine's own too.
+        an empty one leaves the second out. A namespace of None is the engine's own too. A chunk that cannot be stored
+        is named in the report's `errors`, and the others are stored.
         """
         ...
 

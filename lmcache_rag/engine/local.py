@@ -26,7 +26,7 @@ from lmcache_rag.learn.primer import default_primer, primer_ids
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
-from lmcache_rag.prompt import MarkedPrompt, Tokenizer
+from lmcache_rag.prompt import MarkedPrompt, Tokenizer, encode
 from lmcache_rag.request import BlendOptions
 
 
@@ -125,34 +125,37 @@ class LocalEngine:
     ) -> PrecomputeReport:
         """See `Engine.precompute`. Where a chunk does not fit the model behind the primer too, its primed variant is
         left out.
-
-        Raises:
-            PromptError: a chunk does not fit behind the preamble.
         """
         self.codec.ensure(self._tokenizer.decode(list(chunk)) for chunk in chunks)
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
         for number, chunk in enumerate(chunks):
-            if not len(chunk):
-                raise PromptError(f"Chunk {number} is empty: leave it out.")
-            if len(preamble) + len(chunk) >= self.max_model_len:
-                raise PromptError(
-                    f"Chunk {number} has {len(chunk)} tokens, and with the preamble's {len(preamble)} it does not fit "
-                    f"the model's {self.max_model_len}: split the documents into smaller chunks."
-                )
-            fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
-            report.unprimed += not fits
-            missing = self._missing_variants(preamble, chunk, primer if fits else (), self.chunk_store(namespace))
-            reasons = [self._precompute(preamble, behind, chunk, namespace, report) for behind in missing]
-            failed = [reason for reason in reasons if reason]
-            report.errors.extend(failed[:1])
-            report.present += not missing
-            report.computed += bool(missing) and not failed
+            failed = [self._unfit(preamble, chunk)]
+            if not failed[0]:
+                fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
+                report.unprimed += not fits
+                missing = self._missing_variants(preamble, chunk, primer if fits else (), self.chunk_store(namespace))
+                failed = [self._precompute(preamble, behind, chunk, namespace, report) for behind in missing]
+                report.present += not missing
+                report.computed += bool(missing) and not any(failed)
+            if any(failed):
+                report.errors[number] = next(filter(None, failed))
             if progress is not None:
                 progress(len(chunk))
         report.seconds = time.perf_counter() - start
         return report
+
+    def _unfit(self, preamble: Sequence[int], chunk: Sequence[int]) -> str:
+        """Why a chunk cannot be computed behind the preamble, or nothing."""
+        if not len(chunk):
+            return "It is empty: leave it out."
+        if len(preamble) + len(chunk) < self.max_model_len:
+            return ""
+        return (
+            f"It has {len(chunk)} tokens, and with the preamble's {len(preamble)} it does not fit the model's "
+            f"{self.max_model_len}: split the documents into smaller chunks."
+        )
 
     def _missing_variants(
         self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int], stored: ChunkStore
@@ -322,7 +325,7 @@ class LocalEngine:
             token_ids, primer = list(prompt.token_ids), prompt.primer
             segments = tuple((segment.start, segment.length) for segment in prompt.segments) or None
         else:
-            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            token_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
             raise PromptError("The prompt is empty.")
         if len(token_ids) >= self.max_model_len:

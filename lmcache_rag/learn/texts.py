@@ -8,7 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from lmcache_rag.errors import PromptError
-from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer, check_text
 
 PROMPTS = 40
 _PASSAGES, _WORDS, _FEWEST_WORDS = 4, 150, 40
@@ -49,13 +49,18 @@ def read_texts(path: Path) -> list[str]:
     """
     try:
         content = path.read_text(encoding="utf-8")
+        texts = [content]
         if path.suffix == ".jsonl":
-            return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            texts = [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+        for text in texts:
+            check_text(text)
+    except (OSError, ValueError, KeyError, TypeError, PromptError) as error:
         raise PromptError(
             f"{path} cannot be read ({error}): name a UTF-8 text file, or JSON lines with a `text` each."
         ) from error
-    return [content]
+    if not any(text.strip() for text in texts):
+        raise PromptError(f"{path} has no text in it: name another file.")
+    return texts
 
 
 def mixed(own: Sequence[MarkedPrompt], built_in: Sequence[MarkedPrompt], count: int = PROMPTS) -> list[MarkedPrompt]:

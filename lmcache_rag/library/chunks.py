@@ -199,12 +199,15 @@ class ChunkStore:
             self.records.add({}, owners=[OwnerRow(key, number, held=False) for key in keys])
             self.delete(key for key in keys if not self.records.owners(key))
 
-    def delete(self, keys: Iterable[bytes]) -> None:
-        """Delete chunks, all variants of them, whoever owns them. Raises `StoreError`."""
+    def delete(self, keys: Iterable[bytes], variant: str | None = None) -> None:
+        """Delete chunks, whoever owns them, or only one variant of each. Raises `StoreError`."""
         self.refresh()
         keys = list(keys)
-        gone = [(key, form) for key in keys for form in self.records.variants(key)]
-        owned = [OwnerRow(key, owner, held=False) for key in keys for owner in self.records.owners(key)]
+        wanted = "" if variant is None else _form(variant, "")
+        gone = [(key, form) for key in keys for form in self.records.variants(key) if form.startswith(wanted)]
+        owned = [
+            OwnerRow(key, owner, held=False) for key in keys if variant is None for owner in self.records.owners(key)
+        ]
         if gone or owned:
             self.records.add({}, [VariantRow(key, form, 0, _now()) for key, form in gone], owned)
             self.store.delete(self._name(key, form) for key, form in gone)

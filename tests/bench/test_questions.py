@@ -37,6 +37,7 @@ def test_passages_with_the_answer_come_first_and_are_cut_around_it(tmp_path: Pat
         ('[{"question": "q"}]', "answers"),
         ('[{"question": "q", "answers": [" "], "ctxs": []}]', "answers.0"),
         ("[]", "has no questions"),
+        (json.dumps([{"question": "half \udc80", "answers": ["a"], "ctxs": []}]), "0.question.*half a surrogate pair"),
         (json.dumps([example(passages=6)]), "fewer than 7"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from lmcache_rag.chunk_kv import NO_CONTEXT
 from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine
-from lmcache_rag.errors import CorpusError
+from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.learn.primer import default_primer
 from lmcache_rag.prompt import PromptFormat, completion_format
 
@@ -247,6 +250,126 @@ def test_a_new_index_chooses_its_primer_once(tmp_path: Path, documents: Path, ll
     again = Corpus(tmp_path / "large", llama, EMBEDDER, chosen)
     update(again, documents)
     assert again.manifest == chosen
+
+
+def primed_variants(engine: LocalEngine) -> dict[str, int]:
+    """Variant -> number of chunks that have it."""
+    names = [name.rpartition("/")[2].partition(".")[0] for name in engine.store.list(engine.chunk_store().scope.prefix)]
+    return {variant: names.count(variant) for variant in names if "-" in variant}
+
+
+def test_an_index_that_has_grown_chooses_its_primer_again_and_only_once(
+    tmp_path: Path, documents: Path, llama: LocalEngine
+) -> None:
+    small = Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama, primer=None, primer_tokens=None))
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text(text(40))
+    update(small, documents)
+    update(small, elsewhere)
+    assert (small.manifest.primer_from, small.manifest.primer) == ("default", default_primer())
+    (former,) = primed_variants(llama)
+    small.close()
+    for number in range(50, 58):
+        (documents / f"{number}.txt").write_text(text(number))
+    known = Manifest.read(small.folder)
+    assert known is not None
+    grown = Corpus(small.folder, llama, EMBEDDER, known)
+    plan = grown.plan_update([documents])
+    assert (plan.report.reprimed, plan.report.unchanged, len(plan.pending)) == (4, 0, 12)
+    fresh, again = (
+        sum(len(ids) for item in items for ids in item.token_ids) for items in (plan.pending[:8], plan.pending[8:])
+    )
+    assert plan.tokens == fresh + again
+    assert plan.needed_bytes == (2 * fresh + again) * llama.kv_bytes_per_token
+    with updating(grown.folder):
+        report = grown.update(plan)
+    assert (report.added, report.changed, report.unchanged) == (8, 4, 0)
+    assert grown.manifest.primer_from == "own" and Manifest.read(grown.folder) == grown.manifest
+    assert len(grown.search("anything", 100)) == 24
+    ((variant, count),) = primed_variants(llama).items()
+    assert variant != former and count == 24  # also the document elsewhere; what was behind the other primer is gone
+    for path in (documents, elsewhere):
+        assert update(grown, path).chunks_computed == 0
+    for number in range(60, 63):
+        (documents / f"{number}.txt").write_text(text(number))
+    later = update(grown, documents)
+    assert (later.added, later.reprimed) == (3, 0)
+    assert set(primed_variants(llama)) == {variant}
+
+
+@pytest.mark.parametrize("source", ["default", None], ids=["", "of an earlier release"])
+def test_the_primer_of_an_index_that_is_still_small_stays(
+    tmp_path: Path, documents: Path, llama: LocalEngine, source: str | None
+) -> None:
+    """Also where an engine with another context would cut it elsewhere."""
+    small = manifest(llama, primer=default_primer(), primer_tokens=50, primer_from=source)
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, small)
+    assert update(corpus, documents).reprimed == 0
+    assert corpus.manifest == small.model_copy(update={"primer_from": "default"})
+    assert len(corpus.primer) == 50
+
+
+def test_a_primer_that_the_user_gave_stays(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
+    given = manifest(llama, primer=default_primer(), primer_tokens=None)
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, given)
+    update(corpus, documents)
+    assert corpus.manifest.primer_from == "given"
+    for number in range(50, 60):
+        (documents / f"{number}.txt").write_text(text(number))
+    assert update(corpus, documents).reprimed == 0
+    assert corpus.manifest.primer == default_primer()
+
+
+def test_an_index_of_an_earlier_release_opens_and_is_computed_under_todays_fingerprints(
+    tmp_path: Path, documents: Path, llama: LocalEngine
+) -> None:
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, manifest(llama))
+    update(corpus, documents)
+    corpus.close()
+    earlier = corpus.manifest.model_dump(mode="json", exclude={"primer_from"})
+    earlier |= {"model_fingerprint": "0" * 32, "tokenizer_fingerprint": "1" * 32}
+    (corpus.folder / "manifest.json").write_text(json.dumps(earlier))
+    with sqlite3.connect(corpus.folder / "index.sqlite") as database:
+        database.execute("ALTER TABLE passages RENAME COLUMN chunk_key TO kv_prefix")
+        database.execute(
+            "UPDATE passages SET kv_prefix = 'default/' || hex(zeroblob(16)) || '/00/' || kv_prefix || '/'"
+        )
+    database.close()
+    llama.chunk_store().clear()
+    again = Corpus(corpus.folder, llama, EMBEDDER, manifest(llama, primer_from="given"))
+    report = update(again, documents)
+    assert (report.restored, report.chunks_computed) == (3, 6)
+    assert stored(llama) == 6 + 1
+    assert Manifest.read(corpus.folder) == again.manifest
+    with pytest.raises(CorpusError, match="weights of the model"):
+        Corpus(corpus.folder, llama, EMBEDDER, manifest(llama, model_fingerprint="2" * 32))
+
+
+def test_a_file_whose_name_is_not_utf8_is_named_and_the_others_are_indexed(corpus: Corpus, documents: Path) -> None:
+    bad = os.fsdecode(os.fsencode(documents) + b"/bad-\xff.txt")
+    Path(bad).write_text(text(9))
+    report = update(corpus, documents)
+    assert report.added == 3
+    assert report.refused == [f"{documents}/bad-\\udcff.txt has a name that is not UTF-8: rename it, or move it away."]
+
+
+def test_a_document_with_a_passage_that_does_not_fit_is_named_and_the_others_are_indexed(
+    tmp_path: Path, documents: Path, llama: LocalEngine
+) -> None:
+    """As in an engine with a shorter context than the one that made the index."""
+    made = manifest(llama, chunk_tokens=1100)
+    (tmp_path / "index").mkdir()
+    made.write(tmp_path / "index")
+    corpus = Corpus(tmp_path / "index", llama, EMBEDDER, made)
+    (documents / "long.txt").write_text(text(9, 1090))
+    report = update(corpus, documents)
+    assert (report.added, len(report.refused)) == (3, 1)
+    assert "long.txt has a passage of 1090 tokens" in report.refused[0]
+
+
+def test_a_question_that_is_no_text_is_refused_in_words(corpus: Corpus) -> None:
+    with pytest.raises(PromptError, match="half a surrogate pair"):
+        corpus.search("why \udcff", 3)
 
 
 def test_a_primer_is_cut_to_what_fits_the_model(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:

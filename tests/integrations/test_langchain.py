@@ -109,7 +109,7 @@ def test_streaming_and_asynchronous_answers_are_the_same(
 ) -> None:
     retriever = retriever_of(documents, llm)
     report = retriever.precompute(documents)
-    assert (report.computed, report.errors) == (len(documents), [])
+    assert (report.computed, report.errors) == (len(documents), {})
     chain = chain_of(retriever, llm) | StrOutputParser()
     answer = chain.invoke(question)
     pieces = list(chain.stream(question))
@@ -147,6 +147,36 @@ def test_off_reuses_nothing(llm: ChatLmcacheRag, documents: list[Document], ques
     answer = chain_of(retriever_of(documents, llm), llm.bind(mode="off")).invoke(question)
     reuse = answer.response_metadata["reuse"]
     assert (reuse["mode"], reuse["reused_tokens"], reuse["bytes_loaded"]) == ("off", 0, 0)
+
+
+LONG, HALF = "word " * 5000, "half \ud800"
+
+
+def test_documents_that_cannot_be_stored_are_named_and_the_others_are_stored(
+    llm: ChatLmcacheRag, documents: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
+    retriever = retriever_of(documents, llm)
+    bad = [Document(LONG, metadata={"source": "long.txt"}), Document(HALF, id="half"), Document(" \n")]
+    report = retriever.precompute([bad[0], documents[0], *bad[1:], documents[1]])
+    assert (report.computed, list(report.errors)) == (2, [2, 0])
+    assert "does not fit the model" in report.errors[0] and "half a surrogate pair" in report.errors[2]
+    retriever.precompute([bad[0], documents[0], *bad[1:], documents[1]])
+    (warning,) = caplog.messages  # once
+    assert "document long.txt: It has" in warning and "document half: " in warning
+
+
+def test_a_query_is_answered_where_storing_fails(
+    llm: ChatLmcacheRag, documents: list[Document], question: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    retriever = retriever_of(documents, llm, document_prompt="From {absent}: {page_content}")
+    found = retriever.invoke(question)
+    assert len(found) == 3 and asyncio.run(retriever.ainvoke(question)) == found
+    assert retriever.failed_queries == 2
+    (warning,) = caplog.messages  # once
+    assert "absent" in warning
+    assert chain_of(retriever, llm).invoke(question).text.strip()
+    with pytest.raises(ValueError, match="absent"):
+        retriever.precompute(documents)  # not a query: whoever asked is told
 
 
 def test_document_prompt(llm: ChatLmcacheRag, documents: list[Document]) -> None:

@@ -142,6 +142,25 @@ def test_second_run_computes_nothing(llm: LmcacheRag, documents: list[Document])
     assert (precompute.last_report.computed, precompute.last_report.present) == (0, len(nodes))
 
 
+def test_nodes_that_cannot_be_stored_are_named_and_the_others_are_stored(
+    llm: LmcacheRag, documents: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
+    precompute = KVPrecompute(llm)
+    nodes = [
+        Document(text="word " * 5000, id_="long"),
+        documents[0],
+        Document(text="half \ud800", id_="half"),
+        Document(text=" "),
+        documents[1],
+    ]
+    assert precompute(nodes) == nodes
+    report = precompute.last_report
+    assert report is not None
+    assert (report.computed, sorted(report.errors)) == (2, [0, 2])
+    (warning,) = caplog.messages
+    assert "node long: It has" in warning and "node half: " in warning
+
+
 def test_pipeline_cache_does_not_hide_a_lost_store(llm: LmcacheRag, documents: list[Document]) -> None:
     precompute = KVPrecompute(llm)
     pipeline = IngestionPipeline(transformations=[SentenceSplitter(chunk_size=256), precompute])

@@ -57,6 +57,13 @@ def test_files(tmp_path: Path) -> None:
     wrong.write_text('{"title": "x"}\n')
     assert read_texts(plain) == ["Some text."]
     assert read_texts(lines) == ["One.", "Two."]
-    for path in (wrong, tmp_path / "absent.txt"):
+    half = tmp_path / "d.jsonl"
+    half.write_text('{"text": "\\ud800"}\n')
+    for path in (wrong, half, tmp_path / "absent.txt"):
         with pytest.raises(PromptError, match="name a UTF-8 text file"):
+            read_texts(path)
+    plain.write_text(" \n")
+    lines.write_text("\n")
+    for path in (plain, lines):
+        with pytest.raises(PromptError, match="has no text in it"):
             read_texts(path)

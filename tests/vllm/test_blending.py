@@ -13,7 +13,7 @@ import torch
 from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
 from lmcache_rag.codec import pack, unpack
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
-from lmcache_rag.errors import PromptError
+from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
@@ -280,10 +280,17 @@ def test_segments_outside_the_prompt_pass_through_and_say_so(llama: LocalEngine)
 def test_too_long_prompts_and_chunks_are_refused_in_words(llama: LocalEngine) -> None:
     with pytest.raises(PromptError, match="The prompt has 1024 tokens, but the model takes 1023"):
         llama.generate([5] * 1024)
-    with pytest.raises(PromptError, match="split the documents into smaller chunks"):
-        llama.precompute([5] * 24, [[6] * 1000])
     with pytest.raises(PromptError, match="empty"):
         llama.generate([])
+    with pytest.raises(PromptError, match="half a surrogate pair"):
+        llama.generate("w5 \udcff")
+    progress: list[int] = []
+    report = llama.precompute([5] * 24, [[6] * 40, [6] * 1000, [], [7] * 40], progress.append)
+    assert (report.computed, list(report.errors)) == (2, [1, 2])
+    assert "split the documents into smaller chunks" in report.errors[1] and "empty" in report.errors[2]
+    assert progress == [40, 1000, 0, 40]
+    with pytest.raises(EngineError, match=r"Chunk 1 is not stored\. It has 1000 tokens"):
+        report.check()
 
 
 def test_leaving_a_stream_aborts_the_request(llama: LocalEngine) -> None:

@@ -104,7 +104,7 @@ def test_primed_chunks_are_found_without_being_marked(llama: LocalEngine) -> Non
 def test_a_chunk_that_does_not_fit_behind_the_primer_is_stored_without(llama: LocalEngine) -> None:
     chunk = [5] * 900
     report = llama.precompute([6] * 20, [chunk], primer=[8] * 200)
-    assert (report.computed, report.unprimed, report.errors) == (1, 1, [])
+    assert (report.computed, report.unprimed, report.errors) == (1, 1, {})
     assert variants(llama, chunk) == {variant_of([6] * 20)}
     assert llama.precompute([6] * 20, [chunk], primer=[8] * 200).present == 1
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, SkipValidation
 
 from langchain_lmcache_rag.prompts import plain_text, turns_of
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
-from lmcache_rag.prompt import chat_text
+from lmcache_rag.prompt import chat_text, encode
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ChatLmcacheRag(BaseChatModel):
     def get_token_ids(self, text: str) -> list[int]:
         """The tokens of a whole prompt's text, or of its beginning. A chat template writes its special tokens itself;
         to plain text the tokenizer adds its own."""
-        return list(self.engine.tokenizer.encode(text, add_special_tokens=not self.chat_template))
+        return encode(self.engine.tokenizer, text, add_special_tokens=not self.chat_template)
 
     @property
     def _llm_type(self) -> str:

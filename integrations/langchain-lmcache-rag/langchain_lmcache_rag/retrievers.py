@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PrivateAttr
 
 from langchain_lmcache_rag.chat_models import ChatLmcacheRag
 from langchain_lmcache_rag.prompts import preamble_of
-from lmcache_rag.engine import PrecomputeReport
+from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class KVRetriever(BaseRetriever):
     """Wraps a retriever: what it finds is returned unchanged, and the KV of documents not stored yet is computed.
 
     The first query that finds a document then pays for reading it, and no later one does. `precompute` pays at ingest
-    instead.
+    instead. Where storing fails, queries are answered all the same.
 
     Attributes:
         retriever: any retriever, such as a vector store's `as_retriever()`.
@@ -36,7 +36,7 @@ class KVRetriever(BaseRetriever):
             or a function.
 
     Raises:
-        PromptError: no two prompts of the template begin alike; when called: a document does not fit the model.
+        PromptError: no two prompts of the template begin alike.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +49,8 @@ class KVRetriever(BaseRetriever):
 
     _preamble: str = PrivateAttr()
     _last_report: PrecomputeReport | None = PrivateAttr(default=None)
+    _failed_queries: int = PrivateAttr(default=0)
+    _warnings: set[str] = PrivateAttr(default_factory=set)
 
     def model_post_init(self, context: Any, /) -> None:
         super().model_post_init(context)
@@ -64,18 +66,20 @@ class KVRetriever(BaseRetriever):
         """What became of the documents of the last query or `precompute`; None before the first."""
         return self._last_report
 
-    def precompute(self, documents: Sequence[Document]) -> PrecomputeReport:
-        """Compute and store the KV of each document; one that is stored costs nothing.
+    @property
+    def failed_queries(self) -> int:
+        """How many queries found documents that could not be stored at all; the log says why."""
+        return self._failed_queries
 
-        Raises:
-            PromptError: a document does not fit the model.
+    def precompute(self, documents: Sequence[Document]) -> PrecomputeReport:
+        """Compute and store the KV of each document; one that is stored costs nothing. One that cannot be stored, as it
+        is longer than the model's context, is named in a warning, once, and in the report's `errors`.
         """
-        engine = self.llm.engine
-        texts = [self.text_of(document).strip() for document in documents]
-        chunks = [engine.tokenizer.encode(text, add_special_tokens=False) for text in texts if text]
-        report: PrecomputeReport = engine.precompute(self.llm.get_token_ids(self.preamble), chunks)
+        texts = [self.text_of(document) for document in documents]
+        report = precompute_texts(self.llm.engine, self.llm.get_token_ids(self.preamble), texts)
         if report.errors:
-            _log.warning("The KV of %d documents could not be stored (%s).", len(report.errors), report.errors[0])
+            names = [_name(document, text) for document, text in zip(documents, texts, strict=True)]
+            self._warn(f"The KV of {len(report.errors)} documents is not stored: {failures(report, names)}")
         self._last_report = report
         return report
 
@@ -87,12 +91,30 @@ class KVRetriever(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()})
-        self.precompute(documents)
+        self._store(documents)
         return documents
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun
     ) -> list[Document]:
         documents = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()})
-        await asyncio.to_thread(self.precompute, documents)
+        await asyncio.to_thread(self._store, documents)
         return documents
+
+    def _store(self, documents: list[Document]) -> None:
+        """`precompute`, but for a query, which is answered from the documents whether or not they can be stored."""
+        try:
+            self.precompute(documents)
+        except Exception as error:  # noqa: BLE001  # whatever it is: it is not what was asked for
+            self._failed_queries += 1
+            self._warn(f"What queries find cannot be stored, and is read each time ({type(error).__name__}: {error}).")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            _log.warning("%s", message)
+
+
+def _name(document: Document, text: str) -> str:
+    source = document.id or document.metadata.get("source")
+    return f"document {source}" if source else f"document {text[:40]!a}"

@@ -27,6 +27,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble_of
 
 from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
+from lmcache_rag.prompt import encode
 from lmcache_rag.request import (
     DEFAULT_SELECTOR,
     DEFAULT_TARGET_KL,
@@ -180,7 +181,7 @@ class LmcacheRag(CustomLLM):
     def token_ids(self, text: str) -> list[int]:
         """The tokens of a whole prompt's text, or of its beginning. A chat template writes its special tokens itself;
         to plain text the tokenizer adds its own."""
-        return list(self._engine.tokenizer.encode(text, add_special_tokens=not self.chat_template))
+        return encode(self._engine.tokenizer, text, add_special_tokens=not self.chat_template)
 
     def _text(self, messages: Sequence[ChatMessage]) -> str:
         assert self.messages_to_prompt is not None

@@ -15,7 +15,7 @@ from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PR
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.llms.lmcache_rag.base import LmcacheRag
 
-from lmcache_rag.engine import PrecomputeReport
+from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts
 from lmcache_rag.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class KVPrecompute(TransformComponent):
 
     A node is computed as a query engine prompts it, `get_content(metadata_mode=MetadataMode.LLM)`, so this is the last
     step of a pipeline that changes text or metadata. Nodes pass unchanged, and one whose KV is stored costs nothing.
+    One that cannot be stored, as it is longer than the model's context, is named in a warning, and by its number in
+    `last_report.errors`.
 
     Args:
         llm: the model that will answer.
@@ -33,7 +35,7 @@ class KVPrecompute(TransformComponent):
             own for questions. Chunks are also reused behind other templates, with more repair.
 
     Raises:
-        PromptError: no two prompts of the template begin alike; when called: a node does not fit the model.
+        PromptError: no two prompts of the template begin alike.
     """
 
     scope: str = Field(description="Whose KV is computed: namespace, and fingerprint of the model.")
@@ -63,12 +65,11 @@ class KVPrecompute(TransformComponent):
         return self._last_report
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        engine = self._llm.engine
-        texts = [node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in nodes]
-        chunks = [engine.tokenizer.encode(text, add_special_tokens=False) for text in texts if text]
-        self._last_report = report = engine.precompute(self._llm.token_ids(self.preamble), chunks)
+        texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+        self._last_report = report = precompute_texts(self._llm.engine, self._llm.token_ids(self.preamble), texts)
         if report.errors:
-            _log.warning("The KV of %d nodes could not be stored (%s).", len(report.errors), report.errors[0])
+            names = [f"node {node.node_id}" for node in nodes]
+            _log.warning("The KV of %d nodes is not stored: %s", len(report.errors), failures(report, names))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
