@@ -318,8 +318,8 @@ class Corpus:
         return len(self._preamble) + longest >= self._engine.max_model_len
 
     def _delete_unused_kv(self, former_primer: Sequence[int]) -> None:
-        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted. In a store of the
-        index's own, what was computed behind a primer that it has outgrown is deleted too."""
+        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted. In a store of
+        the index's own, what was computed behind a primer that it has outgrown is deleted too."""
         chunks, owner = self._engine.chunk_store(), self.manifest.owner
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
