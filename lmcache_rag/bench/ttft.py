@@ -100,7 +100,7 @@ def bench_ttft(
 
 
 def _phases(answers: Sequence[Completion]) -> dict[str, int]:
-    """Median milliseconds of each phase of a blend; what is left of the TTFT is vLLM's."""
+    """Median milliseconds of each phase; those of one answer add up to its TTFT."""
     return {
         phase: round(1000 * statistics.median(done.reuse.phases_s.get(phase, 0.0) for done in answers))
         for phase in answers[0].reuse.phases_s

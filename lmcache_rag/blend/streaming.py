@@ -82,7 +82,7 @@ class Stream:
 
 
 def _worth_choosing(segment: PlannedSegment) -> PlannedSegment:
-    """The segment without the levels that are not smaller than one of higher fidelity: they are never the better choice.
+    """The segment without the levels that are not smaller than one of higher fidelity, which is the better choice.
     Where its own level is among those, the next one above takes its place."""
     kept: list[StoredForm] = []
     own = None

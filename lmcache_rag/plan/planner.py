@@ -129,7 +129,7 @@ class Planner:
                     report.miss(segment.reason, segment.length)
             return None
         segments[-1] = _cut(segments[-1], end)
-        return BlendPlan(
+        plan = BlendPlan(
             mode="blend",
             namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
@@ -140,6 +140,16 @@ class Planner:
             ratio=ratio,
             ttft_goal_s=options.ttft_goal_s,
         )
+        if not self._config.never_slower or self.cost.worth_blending(plan, self._size_bytes(plan)):
+            return plan
+        report.reason = "plain prefill is faster"
+        for segment in plan.segments:
+            report.miss(segment.reason if segment.name is None else _CHEAPER, segment.length)
+        return None
+
+    def _size_bytes(self, plan: BlendPlan) -> int:
+        """Of the objects to load; the preamble's stays in memory."""
+        return sum(self._store.size(segment.name) or 0 for segment in plan.segments if segment.name is not None)
 
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""

@@ -23,6 +23,7 @@ def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
         dtype="float32",
         kv_cache_bytes=64 << 20,
         primed=False,
+        never_slower=True,
     )
     with LocalEngine(settings) as engine:
         ingest(engine, plan)
