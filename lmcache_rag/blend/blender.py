@@ -96,6 +96,7 @@ class Blender:
         while many_s < 4 * few_s and 2 * many <= limit:
             many *= 2
             many_s = self._pass_s(many)
+        few_s = min(few_s, many_s)
         token_s = (many_s - few_s) / (many - few) if many_s > few_s else many_s / many
         return Rates(1 / token_s, pass_s=max(0.0, few_s - few * token_s))
 
@@ -192,8 +193,8 @@ class _Blend:
 
     def _take_pending(self) -> Tensor:
         """Tokens that have no KV yet and get it by the pass that is made next: bool `[end]`. The first pass through all
-        layers takes them along, be it the probe: the separators between chunks are not worth a pass of their own, and
-        see chunks that are not repaired yet, as all that is reused did when it was computed."""
+        layers takes them along, be it the probe. There they attend to chunks that are not repaired yet, which costs
+        next to nothing (docs/blending.md), and the repair pass need not run all layers for them."""
         pending, self._pending = self._pending, torch.zeros_like(self._pending)
         return pending
 

@@ -31,7 +31,7 @@ class Rates:
         prefill_tokens_per_s: of each further token of a pass, measured at start-up; plain prefill is not slower.
         load_bytes_per_s: of reading stored objects; None where nothing was read.
         pass_s: what a pass takes however few its tokens (reading the weights), measured at start-up.
-        overhead_s: what lately came on top of all these in a blend: the least of the last few.
+        overhead_s: what a blend takes beyond loading and computing: the least of the last few.
     """
 
     prefill_tokens_per_s: float
@@ -43,8 +43,9 @@ class Rates:
         """What probe and repair take, and what lacks its KV."""
         named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
         missing = plan.end - sum(segment.length for segment in named)
+        ratio = 1.0 if plan.selector == "all" else plan.ratio
         repaired = sum(
-            share_of(plan.ratio, foreign=segment.foreign) * segment.length for segment in named if not segment.exact
+            share_of(ratio, foreign=segment.foreign) * segment.length for segment in named if not segment.exact
         )
         if plan.selector == "none" or not repaired:
             return missing / self.prefill_tokens_per_s + (self.pass_s if missing else 0.0)

@@ -90,12 +90,11 @@ class WorkerHalf:
         return StepReports(reports, self._rates) if reports else None
 
     def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
-        """Measure how fast the store was, and what else the blend took beyond what was known of it."""
+        """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""
         rates = replace(self._rates, load_bytes_per_s=self._blender.loader.bytes_per_s)
-        if plan.mode == "blend" and not report.misses:
-            loading_s = report.bytes_loaded / rates.load_bytes_per_s if rates.load_bytes_per_s else 0.0
-            spent_s = sum(report.phases_s.values())
-            self._overheads_s.append(max(0.0, spent_s - loading_s - rates.computing_s(plan)))
+        if plan.mode == "blend" and not report.misses:  # what is missed is computed besides
+            spent_s = sum(report.phases_s.values()) - report.phases_s["load"]
+            self._overheads_s.append(max(0.0, spent_s - rates.computing_s(plan)))
         self._rates = replace(rates, overhead_s=min(self._overheads_s, default=0.0))
 
     def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:

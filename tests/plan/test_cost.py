@@ -72,6 +72,7 @@ RATES = Rates(prefill_tokens_per_s=1000, load_bytes_per_s=100 * MB, pass_s=0.025
         (blend_plan(400, 0.15), 2 * 0.025 + 0.030 + 0.060),  # probe and repair read the weights once each
         (blend_plan(400, 0.15, stored=False), 2 * 0.025 + 0.030 + 0.060 + 0.020),
         (blend_plan(400, 0.15, selector="none"), 0.0),
+        (blend_plan(400, 0.15, selector="all"), 2 * 0.025 + 0.030 + 0.400),
         (blend_plan(400, 0.0), 0.0),
         (blend_plan(400, 0.0, stored=False), 0.025 + 0.020),
     ],
