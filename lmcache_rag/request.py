@@ -106,7 +106,9 @@ class ReuseReport(BaseModel):
         misses: reason -> tokens.
         matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
             not have been found.
-        phases_s: seconds per phase (`load`, `select`, `recompute`, `write`, `store`).
+        phases_s: seconds per phase: `plan`; `queue`, until vLLM takes the request up; of a blend `load`, `select`
+            (where the question is probed, what has no KV is computed too), `recompute`, `write` and `store`. A local
+            engine adds `vllm`, its own work up to the first token, so that they add up to the TTFT.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -209,10 +209,12 @@ def test_bench_ttft(tmp_path: Path, model: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads(rows_file.read_text())
-    assert [row["mode"] for row in rows] == ["full", "prefix_cache", "reuse", "blend", "blend", "ingest"]
-    fields = {"mode", "selector", "ratio", "prompt_tokens", "ttft_median_s", "speedup_vs_full", "times_bound"}
-    assert all(set(row) == fields | {"done_as", "phases_ms", "threads"} for row in rows[:-1])
-    assert all({"load", "recompute", "write"} <= set(row["phases_ms"]) for row in rows[2:-1])
+    assert [row["mode"] for row in rows] == ["full", "prefix_cache", "reuse", *4 * ["blend"], "ingest"]
+    blends = [(row["ratio"], row["chunks"]) for row in rows[3:-1]]
+    assert blends == [(ratio, between) for ratio in (0.05, 0.15) for between in ("touching", "joined")]
+    fields = {"mode", "selector", "ratio", "chunks", "prompt_tokens", "ttft_median_s", "ttft_min_s", "speedup_vs_full"}
+    assert all(set(row) == fields | {"times_bound", "done_as", "phases_ms", "threads"} for row in rows[:-1])
+    assert all({"load", "recompute", "write", "vllm"} <= set(row["phases_ms"]) for row in rows[2:-1])
     assert {"mode", "tokens", "seconds", "vs_plain_prefill", "primed_vs_plain_prefill"} <= set(rows[-1])
 
 
@@ -224,7 +226,7 @@ def test_a_benchmark_on_a_slow_store_says_what_was_done(tmp_path: Path, model: P
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads(rows_file.read_text())
-    assert [row["done_as"] for row in rows[2:-1]] == ["plain", "plain"]
+    assert [row["done_as"] for row in rows[2:-1]] == ["plain", "plain", "plain"]
 
 
 @pytest.mark.parametrize(

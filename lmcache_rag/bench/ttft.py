@@ -1,7 +1,8 @@
 """TTFT of one request over several chunks: full prefill, prefix cache, plain reuse, and blending at several ratios.
 
 A blend cannot be faster than recomputing its share of the prompt and what vLLM does for a prompt that it has in its
-prefix cache: `times_bound` is the distance to that.
+prefix cache: `times_bound` is the distance to that. Chunks touch each other, or are joined by a blank line, as prompt
+templates do it: tokens that nobody has stored.
 
 All modes run in one engine with the same threads, in turn, each repeat with a fresh salt, so that nothing is found in
 the local prefix cache but in `prefix_cache`, where the whole prompt was seen before. Medians over the repeats.
@@ -13,6 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lmcache_rag.bench.text import token_runs
@@ -20,7 +22,7 @@ from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
-from lmcache_rag.prompt import MarkedPrompt, completion_format
+from lmcache_rag.prompt import MarkedPrompt, Segment, completion_format
 from lmcache_rag.request import BlendOptions, SelectorName
 
 Row = dict[str, Any]
@@ -28,6 +30,26 @@ Row = dict[str, Any]
 _ONE_TOKEN = Sampling(max_tokens=1, ignore_eos=True)
 _OFF = BlendOptions(mode="off")
 _QUESTION = "What does the documentation say about the with statement?"
+_BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What one row measures."""
+
+    name: str
+    ratio: float
+    options: BlendOptions
+    prompt: MarkedPrompt
+    chunks: str = ""
+
+    @property
+    def reuses(self) -> bool:
+        return self.options.mode == "blend"
+
+    @property
+    def selector(self) -> str:
+        return self.options.selector if self.reuses else ""
 
 
 def bench_ttft(
@@ -49,58 +71,80 @@ def bench_ttft(
     prompt_format = completion_format()
     preamble = prompt_format.preamble_ids(engine.tokenizer)
     runs = token_runs(engine.tokenizer, chunks, chunk_tokens)
-    plan = MarkedPrompt.assemble(preamble, runs, prompt_format.question_ids(engine.tokenizer, _QUESTION))
+    question = prompt_format.question_ids(engine.tokenizer, _QUESTION)
+    touching = MarkedPrompt.assemble(preamble, runs, question)
+    joined = _joined(preamble, runs, question, engine.tokenizer.encode(_BLANK_LINE, add_special_tokens=False))
     engine.precompute(preamble, runs)
-    modes: list[tuple[str, str, float, BlendOptions]] = [
-        ("full", "", 1.0, _OFF),
-        ("prefix_cache", "", 0.0, _OFF),
-        ("reuse", "none", 0.0, BlendOptions(selector="none", ratio=0.0)),
+    modes = [
+        _Mode("full", 1.0, _OFF, touching),
+        _Mode("prefix_cache", 0.0, _OFF, touching),
+        _Mode("reuse", 0.0, BlendOptions(selector="none", ratio=0.0), touching, "touching"),
         *(
-            ("blend", selector, ratio, BlendOptions(selector=selector, ratio=ratio))
+            _Mode("blend", ratio, BlendOptions(selector=selector, ratio=ratio), prompt, between)
             for selector in selectors
             for ratio in ratios
+            for between, prompt in (("touching", touching), ("joined", joined))
         ),
     ]
     answers: dict[int, list[Completion]] = {number: [] for number in range(len(modes))}
     salts = (f"bench-{number}" for number in itertools.count())
     for turn in range(repeat + 1):  # the first turn warms up and is not counted
-        for number, (mode, selector, ratio, options) in enumerate(modes):
-            progress(f"repeat {turn} of {repeat}: {mode} {selector} {ratio or ''}")
+        for number, mode in enumerate(modes):
+            progress(f"repeat {turn} of {repeat}: {mode.name} {mode.selector} {mode.ratio or ''} {mode.chunks}")
             salt = next(salts)
-            if mode == "prefix_cache":
-                engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
-            done = engine.generate(plan, _ONE_TOKEN, options, cache_salt=salt)
-            if must_reuse and mode in ("reuse", "blend") and not done.reuse.reused_tokens:
+            if mode.name == "prefix_cache":
+                engine.generate(mode.prompt, _ONE_TOKEN, mode.options, cache_salt=salt)
+            done = engine.generate(mode.prompt, _ONE_TOKEN, mode.options, cache_salt=salt)
+            if must_reuse and mode.reuses and not done.reuse.reused_tokens:
                 raise EngineError(
-                    f"Nothing was reused in mode {mode} ({done.reuse.reason}), so there is nothing to measure."
+                    f"Nothing was reused in mode {mode.name} ({done.reuse.reason}), so there is nothing to measure."
                 )
             if turn:
                 answers[number].append(done)
     full, cached = (statistics.median(done.ttft_s for done in answers[number]) for number in (0, 1))
-    rows = []
-    for number, (mode, selector, ratio, _) in enumerate(modes):
-        seconds = statistics.median(done.ttft_s for done in answers[number])
-        bound = ratio * full + cached if mode in ("reuse", "blend") else seconds
-        rows.append(
-            {
-                "mode": mode,
-                "selector": selector,
-                "ratio": ratio,
-                "prompt_tokens": len(plan.token_ids),
-                "ttft_median_s": round(seconds, 4),
-                "speedup_vs_full": round(full / seconds, 2),
-                "times_bound": round(seconds / bound, 2),
-                "done_as": answers[number][-1].reuse.mode,
-                "phases_ms": _phases(answers[number]),
-                "threads": engine.threads,
-            }
-        )
+    rows = [_row(mode, answers[number], full, cached, engine.threads) for number, mode in enumerate(modes)]
     progress("ingest")
     return [*rows, _ingest(engine, preamble, runs, repeat)]
 
 
+def _joined(
+    preamble: Sequence[int], chunks: Sequence[Sequence[int]], question: Sequence[int], separator: Sequence[int]
+) -> MarkedPrompt:
+    """A prompt with a separator between each chunk and the next."""
+    token_ids, segments = list(preamble), []
+    for number, chunk in enumerate(chunks):
+        token_ids += separator if number else ()
+        segments.append(Segment(len(token_ids), len(chunk)))
+        token_ids += chunk
+    return MarkedPrompt((*token_ids, *question), len(preamble), tuple(segments))
+
+
+def _row(mode: _Mode, answers: Sequence[Completion], full: float, cached: float, threads: int) -> Row:
+    """A mode's row.
+
+    Args:
+        full, cached: the TTFT of full prefill, and of a prompt in the prefix cache.
+    """
+    seconds = statistics.median(done.ttft_s for done in answers)
+    bound = mode.ratio * full + cached if mode.reuses else seconds
+    return {
+        "mode": mode.name,
+        "selector": mode.selector,
+        "ratio": mode.ratio,
+        "chunks": mode.chunks,
+        "prompt_tokens": len(mode.prompt.token_ids),
+        "ttft_median_s": round(seconds, 4),
+        "ttft_min_s": round(min(done.ttft_s for done in answers), 4),
+        "speedup_vs_full": round(full / seconds, 2),
+        "times_bound": round(seconds / bound, 2),
+        "done_as": answers[-1].reuse.mode,
+        "phases_ms": _phases(answers),
+        "threads": threads,
+    }
+
+
 def _phases(answers: Sequence[Completion]) -> dict[str, int]:
-    """Median milliseconds of each phase of a blend; what is left of the TTFT is vLLM's."""
+    """Median milliseconds of each phase; those of one answer add up to its TTFT."""
     return {
         phase: round(1000 * statistics.median(done.reuse.phases_s.get(phase, 0.0) for done in answers))
         for phase in answers[0].reuse.phases_s

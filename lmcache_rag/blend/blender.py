@@ -8,28 +8,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lmcache_rag.blend.extrapolation import Extrapolation
 from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
+from lmcache_rag.blend.preambles import Preambles
 from lmcache_rag.blend.selectors import SELECTORS
 from lmcache_rag.blend.workspace import Workspace
-from lmcache_rag.chunk_kv import ChunkKV, KVShape
+from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.chunks import ChunkStore, LoadedKV
 from lmcache_rag.plan.budget import share_of
+from lmcache_rag.plan.cost import PROBE_TOKENS, Rates
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
 
 _MEASURED_TOKENS = 256
-"""Prefill's rate is measured on so many."""
-
-PROBE_TOKENS = 64
-"""The question is probed with its last tokens only, this many at most."""
+"""Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""
 
 
 class Blender:
@@ -42,7 +40,7 @@ class Blender:
 
     Attributes:
         token_layers: of the blend under way: layers run, summed over the tokens run.
-        prefill_tokens_per_s: how fast this machine computes, measured here.
+        rates: how fast this machine computes, measured here.
     """
 
     def __init__(
@@ -58,11 +56,11 @@ class Blender:
         self._run = run
         self.shape = shape
         self._max_pass_tokens = max_pass_tokens
-        self._context: ChunkKV | None = None
+        self.preambles = Preambles()
         self.token_layers = 0
-        self._slower_s = 0.0  # than `_computing_s` said, the last time
-        self.prefill_tokens_per_s = self._measure_prefill()
-        self.loader = Loader(shape, self.prefill_tokens_per_s if never_slower else 0.0)
+        self._slower_s = 0.0  # than `rates` said, the last time
+        self.rates = self._measured_rates()
+        self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
     def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
@@ -73,34 +71,37 @@ class Blender:
         with _timed(report, "load"):
             state = _Blend(self, plan, chunks, report)
         with _timed(report, "select"):
-            selected = SELECTORS[plan.selector].select(state) if state.budget or plan.selector == "all" else None
+            recomputed = state.select()
         with _timed(report, "recompute"):
-            recomputed = torch.zeros_like(state.required)
-            if selected is not None:
-                recomputed[selected] = True
             state.recompute(recomputed)
         state.count(recomputed)
-        self._slower_s = max(0.0, report.phases_s["select"] + report.phases_s["recompute"] - self._computing_s(plan))
-        if plan.mode == "precompute" and plan.preamble.name is None and plan.preamble.length:
-            self._keep_context(plan.token_ids[: plan.preamble.length])
+        computing_s = report.phases_s["select"] + report.phases_s["recompute"]
+        self._slower_s = max(0.0, computing_s - self.rates.computing_s(plan))
+        self.preambles.keep(self.workspace, plan.namespace, plan.token_ids[: plan.preamble.length])
         return report
 
     def loading_s(self, plan: BlendPlan) -> float | None:
         """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
         if plan.ttft_goal_s is None:
             return None
-        return plan.ttft_goal_s - self._computing_s(plan) - self._slower_s
+        rates, question = self.rates, len(plan.token_ids) - plan.end
+        vllm_s = question / rates.prefill_tokens_per_s + rates.pass_s
+        return plan.ttft_goal_s - rates.computing_s(plan) - self._slower_s - vllm_s
 
-    def _computing_s(self, plan: BlendPlan) -> float:
-        """How long computing takes at the rate of a plain prefill; the question is computed twice."""
-        named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
-        computed = plan.end - sum(segment.length for segment in named) + 2.0 * (len(plan.token_ids) - plan.end)
-        repaired = [segment for segment in named if not segment.exact]
-        computed += sum(share_of(plan.ratio, foreign=segment.foreign) * segment.length for segment in repaired)
-        return computed / self.prefill_tokens_per_s
+    def _measured_rates(self) -> Rates:
+        limit = min(self.workspace.max_tokens, self._max_pass_tokens)
+        many = min(_MEASURED_TOKENS, limit)
+        few = max(1, many // 16)
+        few_s, many_s = self._pass_s(few), self._pass_s(many)
+        while many_s < 4 * few_s and 2 * many <= limit:
+            many *= 2
+            many_s = self._pass_s(many)
+        few_s = min(few_s, many_s)
+        token_s = (many_s - few_s) / (many - few) if many_s > few_s else many_s / many
+        return Rates(1 / token_s, pass_s=max(0.0, few_s - few * token_s))
 
-    def _measure_prefill(self) -> float:
-        tokens = min(_MEASURED_TOKENS, self.workspace.max_tokens, self._max_pass_tokens)
+    def _pass_s(self, tokens: int) -> float:
+        """Seconds of a pass of so many tokens."""
         positions = torch.arange(tokens, device=self.workspace.device)
         seconds = []
         for _ in range(3):  # the first one pays for what is only done once
@@ -108,19 +109,7 @@ class Blender:
             self._run(torch.ones_like(positions), Pass(self.workspace, positions))
             float(self.workspace.value[-1, 0, 0, 0])  # waits for a device that runs behind
             seconds.append(time.perf_counter() - start)
-        return tokens / min(seconds)
-
-    def place_context(self, plan: BlendPlan) -> bool:
-        """Put what was computed before the last precomputed chunk in its place, where it is the same for this one."""
-        token_ids = plan.token_ids[: plan.preamble.length]
-        if self._context is None or tuple(self._context.token_ids.tolist()) != token_ids:
-            return False
-        self.workspace.place(self._context, 0, 0, len(token_ids))
-        return True
-
-    def _keep_context(self, token_ids: tuple[int, ...]) -> None:
-        if self._context is None or tuple(self._context.token_ids.tolist()) != token_ids:
-            self._context = ChunkKV(np.array(token_ids, dtype=np.int32), self.workspace.take(0, len(token_ids)))
+        return min(seconds)
 
     def run(self, plan: BlendPlan, positions: Tensor, make: Callable[[Tensor], Pass]) -> None:
         """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question.
@@ -145,7 +134,7 @@ class _Blend:
     """One blend under way: what was loaded, and what selectors may look at (`selectors.Selection`).
 
     Attributes:
-        required: bool `[end]`: tokens whose KV was not loaded.
+        required: bool `[end]`: tokens whose KV is neither in memory nor was loaded. They are run once, in all layers.
         candidates, budget, segments, layers: see `selectors.Selection`.
     """
 
@@ -157,56 +146,57 @@ class _Blend:
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
         self._lossy: set[PlannedSegment] = set()
-        if plan.mode == "precompute" and plan.preamble.name is None and blender.place_context(plan):
-            self.required[: plan.preamble.length] = False
-        loaded = {
-            segment
-            for segment, kv in blender.loader.load(
-                chunks, (plan.preamble, *plan.segments), plan.end, blender.loading_s(plan)
-            )
-            if self._placed(segment, kv)
-        }
-        self.segments = tuple(segment for segment in plan.segments if segment in loaded)
-        for segment in plan.segments:
-            if segment.name is None:
-                self._miss(segment, segment.reason)
+        self._reused = self._load(chunks)
+        self._pending = self.required.clone()
+        self.segments = tuple(segment for segment in plan.segments if segment in self._reused)
         self.candidates = ~self.required
         everything = plan.ratio >= 1 or plan.selector == "all"
-        for segment in (plan.preamble, *self.segments):
+        for segment in self._reused:
             if segment.exact and not (everything and segment in self._lossy):
                 self.candidates[segment.start : segment.end] = False
         wanted = sum(share_of(plan.ratio, foreign=segment.foreign) * segment.length for segment in self.segments)
-        self.budget = min(math.ceil(wanted), int(self.candidates.sum()))
+        candidates = int(self.candidates.sum())
+        self.budget = candidates if plan.selector == "all" else min(math.ceil(wanted), candidates)
+        repairs_all = self.budget == candidates and plan.selector != "none"  # then there is nothing to choose
+        self._selector = SELECTORS["all" if repairs_all else plan.selector]
+
+    def select(self) -> Tensor:
+        """The tokens to recompute: bool `[end]`."""
+        selected = torch.zeros_like(self.required)
+        if self.budget:
+            selected[self._selector.select(self)] = True
+        return selected
 
     def recompute(self, recomputed: Tensor) -> None:
-        """Run what has no KV and what was selected (bool `[end]`)."""
-        last_layer = self._last_layer(recomputed)
+        """Run what was selected (bool `[end]`), and what has no KV yet: that needs all layers, the others as many as
+        their selector says."""
+        depth = 1.0 if bool(self._pending.any()) else self._selector.depth
+        layers = math.ceil(self.layers * depth)
         workspace, extrapolation = self._blender.workspace, None
-        if SELECTORS[self._plan.selector].extrapolates and bool(recomputed.any()):
-            layers = self.layers if last_layer is None else last_layer + 1
+        if self._selector.extrapolates and bool(recomputed.any()):
             extrapolation = Extrapolation(workspace, recomputed, self.segments, layers)
 
         def make(positions: Tensor) -> Pass:
             observe = None if extrapolation is None else extrapolation.after(positions)
-            return Pass(workspace, positions, observe, last_layer)
+            return Pass(workspace, positions, observe, stop_after=layers - 1)
 
-        self._blender.run(self._plan, (self.required | recomputed).nonzero().flatten(), make)
-
-    def _last_layer(self, recomputed: Tensor) -> int | None:
-        """The last layer in which KV is recomputed. None, all of them, where tokens lack their KV, and where every
-        candidate is recomputed, so that the result is full prefill's."""
-        if bool(self.required.any()) or bool(torch.equal(recomputed, self.candidates)):
-            return None
-        return math.ceil(self.layers * SELECTORS[self._plan.selector].depth) - 1
+        self._blender.run(self._plan, (self._take_pending() | recomputed).nonzero().flatten(), make)
 
     def question_attention(self, first_layer: int) -> Tensor:
         workspace, end = self._blender.workspace, self._plan.end
         question = min(PROBE_TOKENS, len(self._plan.token_ids) - end, workspace.max_tokens - end)
         mass = torch.zeros(end, dtype=torch.float32, device=workspace.device)
         probe = torch.arange(end, end + question, device=workspace.device)
-        positions = torch.cat([self.required.nonzero().flatten(), probe])
+        positions = torch.cat([self._take_pending().nonzero().flatten(), probe])
         self._blender.run(self._plan, positions, lambda part: ProbePass(workspace, part, end, first_layer, mass))
         return mass
+
+    def _take_pending(self) -> Tensor:
+        """Tokens that have no KV yet and get it by the pass that is made next: bool `[end]`. The first pass through all
+        layers takes them along, be it the probe. There they attend to chunks that are not repaired yet, which costs
+        next to nothing (docs/blending.md), and the repair pass need not run all layers for them."""
+        pending, self._pending = self._pending, torch.zeros_like(self._pending)
+        return pending
 
     def value_deviation(self, layer: int) -> Tensor:
         workspace = self._blender.workspace
@@ -224,11 +214,26 @@ class _Blend:
         report.recomputed_tokens = int(recomputed[local:].sum())
         report.reused_tokens = int((~self.required & ~recomputed)[local:].sum())
         report.unknown_tokens = int((self.required & ~self._missed)[local:].sum())
-        for segment in (self._plan.preamble, *self.segments):
-            if segment.name is not None:
-                tokens = max(0, segment.end - max(segment.start, local))
-                report.exact_tokens += tokens if segment.exact else 0
-                report.foreign_tokens += tokens if segment.foreign else 0
+        for segment in self._reused:
+            tokens = max(0, segment.end - max(segment.start, local))
+            report.exact_tokens += tokens if segment.exact else 0
+            report.foreign_tokens += tokens if segment.foreign else 0
+
+    def _load(self, chunks: ChunkStore) -> set[PlannedSegment]:
+        """Place all that is in memory or in the store; returns which segments that is."""
+        plan, blender, reused = self._plan, self._blender, set()
+        preamble = plan.preamble
+        if blender.preambles.place(blender.workspace, plan.namespace, plan.token_ids[: preamble.length]):
+            self.required[: preamble.length] = False
+            reused.add(preamble)
+        wanted = [segment for segment in (preamble, *plan.segments) if segment not in reused]
+        for segment, kv in blender.loader.load(chunks, wanted, plan.end, blender.loading_s(plan)):
+            if self._placed(segment, kv):
+                reused.add(segment)
+        for segment in plan.segments:
+            if segment.name is None:
+                self._miss(segment, segment.reason)
+        return reused
 
     def _placed(self, segment: PlannedSegment, kv: LoadedKV | str) -> bool:
         """Put what was loaded in its place; False, and a miss, where that cannot be."""

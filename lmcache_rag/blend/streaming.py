@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lmcache_rag.chunk_kv import StoredForm
 from lmcache_rag.plan.plan import PlannedSegment
@@ -34,7 +35,7 @@ class Stream:
         tokens_per_s: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._waiting = deque(segments)
+        self._waiting = deque(_worth_choosing(segment) for segment in segments)
         self._bytes_per_s = bytes_per_s
         self._tokens_per_s = tokens_per_s
         self._clock = clock
@@ -78,6 +79,19 @@ class Stream:
             return self._bytes_per_s
         start = self._done[0][0]
         return sum(size for _, size in list(self._done)[1:]) / max(self._clock() - start, 1e-6)
+
+
+def _worth_choosing(segment: PlannedSegment) -> PlannedSegment:
+    """The segment without the levels that are not smaller than one of higher fidelity, which is the better choice.
+    Where its own level is among those, the next one above takes its place."""
+    kept: list[StoredForm] = []
+    own = None
+    for level in segment.levels:
+        if not kept or level.size_bytes < kept[-1].size_bytes:
+            kept.append(level)
+        if level.name == segment.name:
+            own = kept[-1].name
+    return replace(segment, name=own, levels=tuple(kept))
 
 
 def _size(segment: PlannedSegment, place: int) -> int:

@@ -25,6 +25,7 @@ class Request:
 
     Attributes:
         deliver: called in the engine's thread with each piece of the answer, or with an exception that ends it.
+        submitted_at, added_at, first_token_at: `time.perf_counter` at submission, when vLLM got it, at its first token.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class Request:
     deliver: Callable[[Delta | BaseException], Any]
     core_id: str = ""
     submitted_at: float = field(default_factory=time.perf_counter)
+    added_at: float | None = None
     first_token_at: float | None = None
     text: str = ""
     answer_ids: list[int] = field(default_factory=list)
@@ -52,13 +54,17 @@ class Request:
         return piece.text
 
     def completion(self, finish_reason: str, reuse: ReuseReport, now: float) -> Completion:
+        assert self.added_at is not None
         assert self.first_token_at is not None
+        ttft_s, phases_s = self.first_token_at - self.submitted_at, reuse.phases_s
+        phases_s["queue"] = phases_s.get("queue", 0.0) + self.added_at - self.submitted_at
+        phases_s["vllm"] = max(0.0, ttft_s - sum(phases_s.values()))
         return Completion(
             text=self.text,
             token_ids=tuple(self.answer_ids),
             finish_reason=finish_reason,
             reuse=reuse,
-            ttft_s=self.first_token_at - self.submitted_at,
+            ttft_s=ttft_s,
             total_s=now - self.submitted_at,
             prompt_tokens=len(self.token_ids),
             logprobs=tuple(self.logprobs),
@@ -181,6 +187,7 @@ class EngineLoop:
         from lmcache_rag.vllm.forced import FORCED_KEY
 
         self._requests[request.request_id] = request
+        request.added_at = time.perf_counter()
         sampling = request.sampling
         prompt = TokensPrompt(prompt_token_ids=request.token_ids)
         if request.cache_salt is not None:

@@ -1,10 +1,17 @@
-"""What is faster: to load a chunk's stored KV and repair it, or to compute it."""
+"""What is faster: to load a chunk's stored KV and repair it, or to compute it; and whether a blend pays at all, since
+it costs something however short the prompt is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lmcache_rag.plan.budget import share_of
+from lmcache_rag.plan.plan import BlendPlan
+
+PROBE_TOKENS = 64
+"""The question is probed with its last tokens only, this many at most."""
 
 REMEMBERED_S = 60.0
 """A store that was slow may have become fast: after so long it is tried again."""
@@ -21,26 +28,47 @@ class Rates:
     """What was measured where the model runs.
 
     Attributes:
-        prefill_tokens_per_s: of a pass over a few hundred tokens at start-up; plain prefill is not slower.
+        prefill_tokens_per_s: of each further token of a pass, measured at start-up; plain prefill is not slower.
         load_bytes_per_s: of reading stored objects; None where nothing was read.
+        pass_s: what a pass takes however few its tokens (reading the weights), measured at start-up.
+        overhead_s: what a blend takes beyond loading and computing: the least of the last few.
     """
 
     prefill_tokens_per_s: float
     load_bytes_per_s: float | None = None
+    pass_s: float = 0.0
+    overhead_s: float = 0.0
+
+    def computing_s(self, plan: BlendPlan) -> float:
+        """What probe and repair take, and what lacks its KV."""
+        named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
+        missing = plan.end - sum(segment.length for segment in named)
+        ratio = 1.0 if plan.selector == "all" else plan.ratio
+        repaired = sum(
+            share_of(ratio, foreign=segment.foreign) * segment.length for segment in named if not segment.exact
+        )
+        if plan.selector == "none" or not repaired:
+            return missing / self.prefill_tokens_per_s + (self.pass_s if missing else 0.0)
+        probed = min(PROBE_TOKENS, len(plan.token_ids) - plan.end)
+        return (missing + probed + repaired) / self.prefill_tokens_per_s + 2 * self.pass_s
 
 
 class CostModel:
-    """Decides chunk by chunk, from the rates measured last."""
+    """Decides from the rates measured last, chunk by chunk and then for the whole prompt."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rates: Rates | None = None
-        self._learned_at = 0.0
+        self._loaded_at = self._blended_at = 0.0
 
     def learn(self, rates: Rates) -> None:
-        """Take over what was just measured; the load rate is kept where nothing was loaded."""
+        """Take over what was measured in a blend; the load rate is kept where nothing was loaded."""
+        self._blended_at = self._clock()
         if rates.load_bytes_per_s is not None:
-            self._rates, self._learned_at = rates, self._clock()
+            self._loaded_at = self._clock()
+        elif self._rates is not None:
+            rates = replace(rates, load_bytes_per_s=self._rates.load_bytes_per_s)
+        self._rates = rates
 
     def worth_loading(self, size_bytes: int, tokens: int, ratio: float, among: int = 1) -> bool:
         """Whether loading an object and recomputing `ratio` of its tokens is faster than computing all of them. Where
@@ -49,8 +77,24 @@ class CostModel:
         Args:
             among: how many objects the prompt has.
         """
-        rates = self._rates
-        if rates is None or rates.load_bytes_per_s is None or self._clock() - self._learned_at > REMEMBERED_S:
+        rates, loading_s = self._rates, self._loading_s(size_bytes)
+        if rates is None or loading_s is None:
             return True
-        loading_s, computing_s = size_bytes / rates.load_bytes_per_s, tokens / rates.prefill_tokens_per_s
-        return loading_s < max(_NEGLIGIBLE_S / among, (1 - ratio) * computing_s)
+        return loading_s < max(_NEGLIGIBLE_S / among, (1 - ratio) * tokens / rates.prefill_tokens_per_s)
+
+    def worth_blending(self, plan: BlendPlan, size_bytes: int) -> bool:
+        """Whether loading so many bytes, probe and repair together are faster than computing all tokens that the blend
+        is to provide. Where nothing is known they are taken to be."""
+        rates = self._rates
+        if rates is None:
+            return True
+        overhead_s = rates.overhead_s if self._clock() - self._blended_at <= REMEMBERED_S else 0.0
+        blending_s = (self._loading_s(size_bytes) or 0.0) + rates.computing_s(plan) + overhead_s
+        return blending_s < plan.end / rates.prefill_tokens_per_s
+
+    def _loading_s(self, size_bytes: int) -> float | None:
+        """None where nobody knows how fast the store is."""
+        rates = self._rates
+        if rates is None or rates.load_bytes_per_s is None or self._clock() - self._loaded_at > REMEMBERED_S:
+            return None
+        return size_bytes / rates.load_bytes_per_s

@@ -32,7 +32,7 @@ class Planner:
         namespace: of requests that name none.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         max_tokens: a blend ends there at the latest.
-        never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
+        never_slower: whether stored KV is left alone where computing is estimated to be faster.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Planner:
                     report.miss(segment.reason, segment.length)
             return None
         segments[-1] = _cut(segments[-1], end)
-        return BlendPlan(
+        plan = BlendPlan(
             mode="blend",
             namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
@@ -153,6 +153,13 @@ class Planner:
             ratio=ratio,
             ttft_goal_s=options.ttft_goal_s,
         )
+        size_bytes = sum(segment.size_bytes for segment in plan.segments)  # the preamble stays in memory
+        if not self._never_slower or self.cost.worth_blending(plan, size_bytes):
+            return plan
+        report.reason = "plain prefill is faster"
+        for segment in plan.segments:
+            report.miss(segment.reason if segment.name is None else _CHEAPER, segment.length)
+        return None
 
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""

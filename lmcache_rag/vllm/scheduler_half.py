@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class _Tracked:
 
     Attributes:
         planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
+        planned_at: when it was planned (`time.perf_counter`), and so began to wait for vLLM to take it up.
         local_tokens: how many tokens the local prefix cache held when last asked, for the report.
         placed: blocks were allocated, so the report says what becomes of the request; a preemption changes it no more.
         blending: a blend is under way, whose figures have not arrived.
@@ -43,6 +45,7 @@ class _Tracked:
     plan: BlendPlan | None
     report: dict[str, Any]
     planned_misses: dict[str, int]
+    planned_at: float
     local_tokens: int = 0
     placed: bool = False
     blending: bool = False
@@ -68,6 +71,7 @@ class SchedulerHalf:
 
     def add(self, request: Request) -> None:
         """Plan a new request, and keep what will be computed for it apart in the prefix cache."""
+        start = time.perf_counter()
         report = ReuseReport(prompt_tokens=request.num_prompt_tokens)
         plan = self._plan(request, report)
         if plan is not None:
@@ -75,7 +79,9 @@ class SchedulerHalf:
         elif report.mode != "off":
             report.mode = "plain"
         report.vllm_tokens = request.num_prompt_tokens - report.missed_tokens
-        self._tracked[request.request_id] = _Tracked(plan, report.model_dump(), dict(report.misses))
+        planned_at = time.perf_counter()
+        report.phases_s["plan"] = planned_at - start
+        self._tracked[request.request_id] = _Tracked(plan, report.model_dump(), dict(report.misses), planned_at)
 
     def _plan(self, request: Request, report: ReuseReport) -> BlendPlan | None:
         given = (request.kv_transfer_params or {}).get(PARAMS_KEY)
@@ -117,6 +123,8 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
+        if not tracked.placed:
+            tracked.report["phases_s"]["queue"] = time.perf_counter() - tracked.planned_at
         if external_tokens and tracked.plan is not None:
             tracked.blending = True
             plan = replace(tracked.plan, local_tokens=_provided(tracked.plan) - external_tokens)
@@ -148,6 +156,7 @@ class SchedulerHalf:
             for reason, tokens in figures["misses"].items():
                 misses[reason] = misses.get(reason, 0) + tokens
             report = {**figures, "misses": misses, "missed_tokens": sum(misses.values())}
+            report["phases_s"] = {**tracked.report["phases_s"], **figures["phases_s"]}
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,13 @@ from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import ModelCodecs, machine_store
-from lmcache_rag.plan.cost import Rates
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.metadata import BlendJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
+
+_RECENT_BLENDS = 8
+"""The least overhead of so many counts, so that what else the machine did in one of them does not."""
 
 
 class WorkerHalf:
@@ -55,7 +58,8 @@ class WorkerHalf:
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
         )
-        self._rates = Rates(self._blender.prefill_tokens_per_s)
+        self._rates = self._blender.rates
+        self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._reports: dict[str, dict[str, Any]] = {}
 
     @torch.inference_mode()
@@ -70,17 +74,25 @@ class WorkerHalf:
             slots = self._slots(job.block_ids, plan.local_tokens, end)
             self._model.write_paged(self._blender.workspace, plan.local_tokens, end, slots)
         report.phases_s["write"] = time.perf_counter() - start
+        self._learn(plan, report)
         if plan.mode == "precompute":
             start = time.perf_counter()
             self._keep(job, chunks, report)
             report.phases_s["store"] = time.perf_counter() - start
         self._reports[job.request_id] = report.model_dump()
-        self._rates = replace(self._rates, load_bytes_per_s=self._blender.loader.bytes_per_s)
 
     def take_reports(self) -> StepReports | None:
         """What was done since the last call."""
         reports, self._reports = self._reports, {}
         return StepReports(reports, self._rates) if reports else None
+
+    def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
+        """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""
+        rates = replace(self._rates, load_bytes_per_s=self._blender.loader.bytes_per_s)
+        if plan.mode == "blend" and not report.misses:  # what is missed is computed besides
+            spent_s = sum(report.phases_s.values()) - report.phases_s["load"]
+            self._overheads_s.append(max(0.0, spent_s - rates.computing_s(plan)))
+        self._rates = replace(rates, overhead_s=min(self._overheads_s, default=0.0))
 
     def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """Slot of each position in the paged cache: block id times block size plus offset."""

@@ -1,4 +1,4 @@
-"""How deep a blend recomputes."""
+"""What a blend runs: which tokens, in which passes, how deep; and what it keeps for the next one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lmcache_rag.blend import Blender, LayerSpec, Workspace
 from lmcache_rag.blend.passes import Pass
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
+from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
+from lmcache_rag.request import ReuseReport
 from tests.helpers import chunk_store
 
 LAYERS, TOKENS, QUESTION = 12, 40, 3
@@ -20,49 +22,153 @@ SHAPE = KVShape(LAYERS, 1, 8, torch.float32)
 
 
 class Recorder:
-    """Runs a pass over arbitrary K and V, and notes how many tokens went through how many layers."""
+    """Runs a pass over arbitrary K and V, and notes which positions went through how many layers."""
 
     def __init__(self) -> None:
-        self.passes: list[tuple[int, int]] = []
+        self.passes: list[tuple[list[int], int]] = []
 
     def __call__(self, token_ids: torch.Tensor, nested: Pass) -> None:
         rows = torch.ones(len(token_ids), 1, 8)
         for layer in range(LAYERS):
             if not nested.attention(layer, rows, rows, rows, torch.empty_like(rows)):
                 break
-        self.passes.append((len(token_ids), layer + 1))
+        self.passes.append((nested.positions.tolist(), layer + 1))
+
+
+class Blends:
+    """Blends over a store of chunks whose KV is all zeros."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.store = DiskStore(folder)
+        self.recorder = Recorder()
+        workspace = Workspace(
+            [LayerSpec(scale=1.0)] * LAYERS, kv_heads=1, head_size=8, max_tokens=TOKENS + QUESTION, dtype=torch.float32
+        )
+        self.workspace = workspace
+        self.blender = Blender(workspace, self.recorder, SHAPE, max_pass_tokens=1000)
+
+    def chunks(self, namespace: str = "default") -> ChunkStore:
+        return chunk_store(self.store, KVScope(namespace, "model"), SHAPE)
+
+    def stored(self, start: int, length: int, namespace: str = "default", *, exact: bool = False) -> PlannedSegment:
+        chunks, token_ids = self.chunks(namespace), np.arange(start, start + length, dtype=np.int32)
+        if exact:
+            chunks.save_preamble(ChunkKV(token_ids, torch.zeros(LAYERS, 2, length, 1, 8)))
+        else:
+            chunks.save(ChunkKV(token_ids, torch.zeros(LAYERS, 2, length, 1, 8)), NO_CONTEXT)
+        return PlannedSegment(start, length, name=chunks.name(token_ids, NO_CONTEXT), exact=exact)
+
+    def blend(
+        self,
+        *segments: PlannedSegment,
+        preamble: PlannedSegment | None = None,
+        selector: str = "none",
+        ratio: float = 0.0,
+        namespace: str = "default",
+    ) -> ReuseReport:
+        plan = BlendPlan(
+            mode="blend",
+            namespace=namespace,
+            token_ids=tuple(range(TOKENS + QUESTION)),
+            preamble=preamble or PlannedSegment(0, segments[0].start, exact=True),
+            segments=segments,
+            end=TOKENS,
+            selector=selector,
+            ratio=ratio,
+        )
+        self.recorder.passes.clear()
+        return self.blender.blend(plan, self.chunks(namespace))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Tokens and layers of each pass of the last blend."""
+        return [(len(positions), layers) for positions, layers in self.recorder.passes]
+
+
+@pytest.fixture
+def blends(tmp_path: Path) -> Blends:
+    return Blends(tmp_path)
+
+
+PROBE = (QUESTION, LAYERS)
 
 
 @pytest.mark.parametrize(
     ("selector", "ratio", "stored", "expected"),
     [
-        ("query", 0.25, TOKENS, (10, 10)),  # five sixths of 12 layers
-        ("query", 1.0, TOKENS, (40, 12)),  # full prefill's KV, so all layers
-        ("head", 0.25, TOKENS, (10, 12)),
-        ("query", 0.25, TOKENS - 20, (25, 12)),  # 20 tokens that are not stored need all layers
+        ("query", 0.25, TOKENS, [PROBE, (10, 10)]),  # five sixths of 12 layers
+        ("query", 1.0, TOKENS, [(40, 12)]),  # full prefill's KV, so all layers, and nothing to choose
+        ("head", 0.25, TOKENS, [(10, 12)]),
+        ("none", 0.0, TOKENS, []),
+        ("all", 0.0, TOKENS, [(40, 12)]),
+        ("query", 0.25, TOKENS - 20, [(20 + QUESTION, 12), (5, 10)]),  # 20 tokens that are not stored
+        ("query", 0.0, TOKENS - 20, [(20, 12)]),
+        ("query", 1.0, TOKENS - 20, [(40, 12)]),
+        ("head", 0.25, TOKENS - 20, [(25, 12)]),
+        ("none", 0.0, TOKENS - 20, [(20, 12)]),
+        ("cacheblend", 0.25, TOKENS - 20, [(40, 2), (25, 12)]),
     ],
 )
-def test_depth_of_the_recompute_pass(
-    selector: str, ratio: float, stored: int, expected: tuple[int, int], tmp_path: Path
+def test_what_is_run_how_deep(
+    selector: str, ratio: float, stored: int, expected: list[tuple[int, int]], blends: Blends
 ) -> None:
-    token_ids = np.arange(stored, dtype=np.int32)
-    chunks = chunk_store(DiskStore(tmp_path), KVScope("default", "model"), SHAPE)
-    chunks.save(ChunkKV(token_ids, torch.zeros(LAYERS, 2, stored, 1, 8)), NO_CONTEXT)
-    segment = PlannedSegment(TOKENS - stored, stored, name=chunks.name(token_ids, NO_CONTEXT))
-    plan = BlendPlan(
-        mode="blend",
-        namespace="default",
-        token_ids=tuple(range(TOKENS + QUESTION)),
-        preamble=PlannedSegment(0, TOKENS - stored, exact=True),
-        segments=(segment,),
-        end=TOKENS,
-        selector=selector,
-        ratio=ratio,
-    )
-    workspace = Workspace(
-        [LayerSpec(scale=1.0)] * LAYERS, kv_heads=1, head_size=8, max_tokens=TOKENS + QUESTION, dtype=torch.float32
-    )
-    recorder = Recorder()
-    report = Blender(workspace, recorder, SHAPE, max_pass_tokens=1000).blend(plan, chunks)
-    assert recorder.passes[-1] == expected
-    assert report.recomputed_tokens == int(ratio * stored)
+    report = blends.blend(blends.stored(TOKENS - stored, stored), selector=selector, ratio=ratio)
+    assert blends.sizes == expected
+    assert report.recomputed_tokens == (stored if selector == "all" else int(ratio * stored))
+    assert report.unknown_tokens == TOKENS - stored
+    assert report.token_layers == sum(tokens * layers for tokens, layers in expected)
+
+
+def test_a_separator_between_chunks_rides_with_the_probe(blends: Blends) -> None:
+    """It needs all layers, the selected tokens do not."""
+    blends.blend(blends.stored(0, 20), blends.stored(21, 19), selector="query", ratio=0.25)
+    assert blends.sizes == [(1 + QUESTION, 12), (10, 10)]
+    assert blends.recorder.passes[0][0] == [20, 40, 41, 42]
+
+
+@pytest.mark.parametrize("selector", ["query", "head", "none"])
+def test_tokens_without_kv_are_run_once(selector: str, blends: Blends) -> None:
+    """A preamble that is not stored, a separator, and a chunk that was there when the plan was made."""
+    gone = blends.stored(25, 10)
+    assert gone.name is not None
+    blends.store.delete([gone.name])
+    report = blends.blend(blends.stored(5, 19), gone, blends.stored(35, 5), selector=selector, ratio=0.25)
+    run = [position for positions, layers in blends.recorder.passes if layers == LAYERS for position in positions]
+    lacking = [*range(5), 24, *range(25, 35)]
+    assert [position for position in run if position in lacking] == lacking
+    assert (report.unknown_tokens, report.missed_tokens) == (6, 10)
+
+
+def test_a_preamble_is_loaded_once(blends: Blends) -> None:
+    preamble, chunk = blends.stored(0, 10, exact=True), blends.stored(10, 30)
+    first = blends.blend(chunk, preamble=preamble)
+    blends.workspace.key[:], blends.workspace.value[:] = 5.0, 5.0
+    assert preamble.name is not None
+    blends.store.delete([preamble.name])  # it need not even be there any more
+    second = blends.blend(chunk, preamble=preamble)
+    assert 0 < second.bytes_loaded < first.bytes_loaded
+    assert first.levels == {"raw": 40} and second.levels == {"raw": 30}
+    for report in (first, second):
+        assert (report.reused_tokens, report.exact_tokens, report.misses) == (40, 10, {})
+    assert not blends.workspace.key[:, :TOKENS].any() and not blends.workspace.value[:, :TOKENS].any()
+
+
+def test_a_preamble_that_had_to_be_computed_is_kept_too(blends: Blends) -> None:
+    preamble, chunk = blends.stored(0, 10, exact=True), blends.stored(10, 30)
+    assert preamble.name is not None
+    blends.store.write(preamble.name, [b"damaged"])
+    first, second = (blends.blend(chunk, preamble=preamble) for _ in range(2))
+    assert (first.misses, first.exact_tokens) == ({"corrupt": 10}, 0)
+    assert (second.misses, second.exact_tokens) == ({}, 10)
+    assert blends.sizes == []
+    assert bool((blends.workspace.key[:, :10] == 1).all())  # what the recorder computes
+
+
+def test_one_namespace_does_not_get_anothers_preamble(blends: Blends) -> None:
+    blends.blend(blends.stored(10, 30))
+    assert blends.sizes == [(10, 12)]
+    blends.blend(blends.stored(10, 30, "other"), namespace="other")
+    assert blends.sizes == [(10, 12)]
+    blends.blend(blends.stored(10, 30))
+    assert blends.sizes == []

@@ -80,6 +80,24 @@ def test_what_is_faster_to_compute_is_computed() -> None:
     assert Store(3, 1.0, known=10.0, tokens_per_s=0.5).read(3, 10.0) == ["small"] * 3
 
 
+def test_what_is_larger_and_worse_is_never_chosen() -> None:
+    """q4 takes more than balanced and is further from the truth; of equal size, the better one is taken too."""
+    sizes = {"high": 300, "balanced": 200, "q4": 260, "small": 100, "cachegen": 100}
+    levels = tuple(StoredForm(f"0.{level}", size) for level, size in sizes.items())
+
+    def chosen(seconds: float, bytes_per_s: float | None, own: str = "balanced") -> str:
+        segment = PlannedSegment(0, 10, name=f"0.{own}", levels=levels)
+        form = Stream([segment], seconds, bytes_per_s, 0.001, clock=lambda: 100.0).choose()
+        assert form is not None
+        return form.name
+
+    assert [chosen(seconds, 1.0) for seconds in (300, 299, 200, 199, 1)] == [
+        "0.high", "0.balanced", "0.balanced", "0.small", "0.small"
+    ]  # fmt: skip
+    assert chosen(1.0, None, own="q4") == "0.balanced"  # the store's rate is not known yet
+    assert chosen(1.0, None, own="cachegen") == "0.small"
+
+
 def test_chunks_that_are_not_stored_are_computed() -> None:
     stream = Stream([PlannedSegment(0, 10, name="gone")], 1.0, None, 1.0)
     assert stream.choose() is None

@@ -1,10 +1,13 @@
-"""When loading is worth it."""
+"""When loading is worth it, and when a blend is."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from lmcache_rag.plan.cost import CostModel, Rates
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 
 MB = 1_000_000
 
@@ -44,3 +47,59 @@ def test_a_slow_store_is_tried_again_after_a_minute_and_not_forgotten_before() -
     assert not cost.worth_loading(40 * MB, 1000, 0.15)
     now = 61.0
     assert cost.worth_loading(40 * MB, 1000, 0.15)
+
+
+def blend_plan(tokens: int, ratio: float, *, selector: str = "query", stored: bool = True) -> BlendPlan:
+    """A preamble of 20 tokens, one chunk, and a question of 30."""
+    return BlendPlan(
+        mode="blend",
+        namespace="default",
+        token_ids=tuple(range(20 + tokens + 30)),
+        preamble=PlannedSegment(0, 20, name="preamble" if stored else None, exact=True),
+        segments=(PlannedSegment(20, tokens, name="chunk"),),
+        end=20 + tokens,
+        selector=selector,
+        ratio=ratio,
+    )
+
+
+RATES = Rates(prefill_tokens_per_s=1000, load_bytes_per_s=100 * MB, pass_s=0.025)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected_s"),
+    [
+        (blend_plan(400, 0.15), 2 * 0.025 + 0.030 + 0.060),  # probe and repair read the weights once each
+        (blend_plan(400, 0.15, stored=False), 2 * 0.025 + 0.030 + 0.060 + 0.020),
+        (blend_plan(400, 0.15, selector="none"), 0.0),
+        (blend_plan(400, 0.15, selector="all"), 2 * 0.025 + 0.030 + 0.400),
+        (blend_plan(400, 0.0), 0.0),
+        (blend_plan(400, 0.0, stored=False), 0.025 + 0.020),
+    ],
+)
+def test_what_is_computed_takes_passes_and_tokens(plan: BlendPlan, expected_s: float) -> None:
+    assert RATES.computing_s(plan) == pytest.approx(expected_s)
+
+
+def test_a_blend_must_pay_with_all_that_it_costs() -> None:
+    """Two passes and a question of 30 tokens take 80 ms: a prompt that is prefilled in less is not blended."""
+    cost = CostModel()
+    assert cost.worth_blending(blend_plan(20, 0.15), 1 * MB)  # nothing is known
+    cost.learn(RATES)
+    assert not cost.worth_blending(blend_plan(60, 0.15), 1 * MB)
+    assert cost.worth_blending(blend_plan(120, 0.15), 1 * MB)
+    assert not cost.worth_blending(blend_plan(120, 0.15), 10 * MB)
+    assert not cost.worth_blending(blend_plan(120, 0.5), 1 * MB)
+    assert cost.worth_blending(blend_plan(60, 0.0), 1 * MB)
+    cost.learn(replace(RATES, overhead_s=0.05))
+    assert not cost.worth_blending(blend_plan(120, 0.15), 1 * MB)
+
+
+def test_overhead_is_forgotten_after_a_minute_so_that_a_blend_is_tried_again() -> None:
+    now = 0.0
+    cost = CostModel(clock=lambda: now)
+    cost.learn(replace(RATES, load_bytes_per_s=None, overhead_s=0.5))
+    assert not cost.worth_blending(blend_plan(300, 0.15), 1 * MB)
+    now = 61.0
+    assert cost.worth_blending(blend_plan(300, 0.15), 1 * MB)
+    assert not cost.worth_blending(blend_plan(60, 0.15), 1 * MB)  # what a pass takes does not change

@@ -58,16 +58,6 @@ def test_a_miss_is_computed_in_full_and_reported(llama: LocalEngine, damage: str
     assert done.reuse.mode == "blend" and done.reuse.missed_tokens == len(chunks[which])
 
 
-def test_a_corrupt_preamble_is_a_miss_too(llama: LocalEngine) -> None:
-    plan = random_plan(10)
-    ingest(llama, plan)
-    preamble, _, _ = parts(plan)
-    flip_last_byte(path_of(llama, preamble, NO_CONTEXT))
-    _, done = answer(llama, plan, REUSE)
-    assert done.reuse.misses == {"corrupt": len(preamble)}
-    assert done.reuse.unknown_tokens == 0
-
-
 def test_a_corrupt_object_is_computed_again_at_the_next_ingest(llama: LocalEngine) -> None:
     plan = random_plan(12)
     ingest(llama, plan)
@@ -362,6 +352,37 @@ def test_precompute_stores_preamble_and_chunk_once(llama: LocalEngine) -> None:
     assert stored == first.bytes_stored
     assert first.bytes_stored == pytest.approx(first.tokens * llama.kv_bytes_per_token, rel=0.1)
     assert np.isclose(llama.kv_bytes_per_token, 2 * 3 * 2 * 32 * 4)
+
+
+def test_phases_add_up_to_the_ttft(llama: LocalEngine) -> None:
+    plan = random_plan(50)
+    ingest(llama, plan)
+    blend = {"load", "select", "recompute", "write"}
+    for options, own in ((REPAIR, blend), (REUSE, blend), (OFF, set())):
+        _, done = answer(llama, plan, options)
+        phases_s = done.reuse.phases_s
+        assert set(phases_s) == {"plan", "queue", "vllm"} | own
+        assert min(phases_s.values()) >= 0
+        assert sum(phases_s.values()) == pytest.approx(done.ttft_s, abs=1e-6)
+
+    async def together() -> list[Completion]:
+        requests = [llama.agenerate(plan, Sampling(max_tokens=2), REPAIR, cache_salt=str(n)) for n in range(3)]
+        return await asyncio.gather(*requests)
+
+    for done in asyncio.run(together()):
+        assert sum(done.reuse.phases_s.values()) == pytest.approx(done.ttft_s, abs=1e-6)
+
+
+def test_a_preamble_in_memory_needs_its_object_no_more(llama: LocalEngine) -> None:
+    plan = random_plan(51)
+    ingest(llama, plan)
+    preamble, _, _ = parts(plan)
+    expected, before = answer(llama, plan, REUSE)
+    flip_last_byte(path_of(llama, preamble, NO_CONTEXT))
+    found, done = answer(llama, plan, REUSE)
+    assert done.reuse.misses == {} and done.reuse.bytes_loaded == before.reuse.bytes_loaded
+    assert done.reuse.exact_tokens == before.reuse.exact_tokens == len(preamble) + plan.segments[0].length
+    assert torch.equal(found, expected)
 
 
 def test_figures_are_summed_for_prometheus(llama: LocalEngine) -> None:

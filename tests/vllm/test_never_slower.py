@@ -1,4 +1,5 @@
-"""A store from which reading takes longer than computing: the answer is right, and it says so."""
+"""A store from which reading takes longer than computing, and a prompt for which a blend costs more than it saves: the
+answer is right, and it says so."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 
 from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.plan.cost import Rates
 from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, ingest, noise, random_plan
 from tests.models import make_tiny
@@ -15,15 +17,20 @@ from tests.models import make_tiny
 REPAIR = BlendOptions(ratio=0.2)
 
 
-def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
-    plan = random_plan(80, chunks=(200, 200, 200))
-    settings = EngineSettings(
-        model=str(make_tiny("llama", tmp_path / "tiny")),
-        store=tmp_path / "kv",
+def settings_in(folder: Path) -> EngineSettings:
+    return EngineSettings(
+        model=str(make_tiny("llama", folder / "tiny")),
+        store=folder / "kv",
         dtype="float32",
         kv_cache_bytes=64 << 20,
         primed=False,
+        never_slower=True,
     )
+
+
+def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(80, chunks=(200, 200, 200))
+    settings = settings_in(tmp_path)
     with LocalEngine(settings) as engine:
         ingest(engine, plan)
     with LocalEngine(settings.model_copy(update={"throttle": Throttle(200_000)})) as engine:
@@ -35,3 +42,19 @@ def test_a_slow_store_is_plain_prefill(no_engine: None, tmp_path: Path) -> None:
         assert second.reuse.misses == {"cheaper to compute": 600} and second.reuse.bytes_loaded == 0
         torch.testing.assert_close(given_up, expected, atol=20 * noise(engine, plan), rtol=0)
         assert torch.equal(refused, expected)
+
+
+def test_where_a_blend_costs_more_than_it_saves_plain_prefill_is_what_happens(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(81)
+    with LocalEngine(settings_in(tmp_path)) as engine:
+        ingest(engine, plan)
+        expected, _ = answer(engine, plan, OFF)
+        cost = engine._loop.engine.engine_core.engine_core.scheduler.connector.scheduler._planner.cost  # type: ignore[attr-defined]
+        cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=1.0))
+        found, done = answer(engine, plan, REPAIR)
+        assert (done.reuse.mode, done.reuse.reason) == ("plain", "plain prefill is faster")
+        assert done.reuse.misses == {"cheaper to compute": sum(segment.length for segment in plan.segments)}
+        assert torch.equal(found, expected)
+        cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=0.001))
+        _, done = answer(engine, plan, REPAIR)
+        assert done.reuse.mode == "blend"

@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "kv_connector_module_path": "lmcache_rag.vllm.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"store": str(folder / "kv"), "codec": "raw"},
+        "kv_connector_extra_config": {"store": str(folder / "kv"), "codec": "raw", "never_slower": False},
     }
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),

@@ -1,0 +1,47 @@
+"""Preambles that stay placed in memory: a prompt's first tokens attend to nothing else, so their KV is exact, and the
+same in every prompt that begins with them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lmcache_rag.blend.workspace import Workspace
+
+_CAPACITY_BYTES = 256 << 20
+
+
+class Preambles:
+    """K (RoPE applied) and V of what prompts began with, in main memory, those used last. Namespaces share nothing.
+
+    Args:
+        capacity_bytes: of all that is kept; what is longer alone is not kept.
+    """
+
+    def __init__(self, capacity_bytes: int = _CAPACITY_BYTES) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._kept: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def place(self, workspace: Workspace, namespace: str, token_ids: Sequence[int]) -> bool:
+        """Put K and V of these first tokens in their place; False where they are not kept."""
+        kept = self._kept.get((namespace, tuple(token_ids)))
+        if kept is None:
+            return False
+        self._kept.move_to_end((namespace, tuple(token_ids)))
+        workspace.key[:, : len(token_ids)], workspace.value[:, : len(token_ids)] = kept
+        return True
+
+    def keep(self, workspace: Workspace, namespace: str, token_ids: Sequence[int]) -> None:
+        """Keep what the workspace holds of these first tokens; what was used longest ago makes room."""
+        name, rows = (namespace, tuple(token_ids)), slice(len(token_ids))
+        size_bytes = workspace.key[:, rows].nbytes + workspace.value[:, rows].nbytes
+        if not token_ids or name in self._kept or size_bytes > self._capacity_bytes:
+            return
+        while self._bytes + size_bytes > self._capacity_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept[name] = torch.stack([workspace.key[:, rows], workspace.value[:, rows]]).cpu()
+        self._bytes += size_bytes
