@@ -101,6 +101,7 @@ class ReuseReport(BaseModel):
         bytes_stored: bytes written to the store.
         levels: codec -> tokens loaded that were stored with it.
         misses: reason -> tokens.
+        failure: the type of the exception that kept the prompt from being blended, or its KV from being stored.
         phases_s: seconds per phase (`load`, `select`, `recompute`, `write`, `store`).
     """
 
@@ -125,6 +126,7 @@ class ReuseReport(BaseModel):
     bytes_stored: int = 0
     levels: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
+    failure: str = ""
     phases_s: dict[str, float] = Field(default_factory=dict)
 
     def miss(self, reason: str, tokens: int) -> None:

@@ -72,6 +72,8 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
                     kv_connector_extra_config={
                         "store": str(settings.store),
                         "namespace": settings.namespace,
+                        "clients_choose_namespace": True,
+                        "clients_precompute": True,
                         "codec": settings.codec,
                         "extra_codecs": settings.extra_codecs,
                         "throttle": asdict(settings.throttle) if settings.throttle is not None else None,

@@ -48,12 +48,6 @@ class Planner:
             return None
 
     def _plan(self, token_ids: Sequence[int], options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
-        if options.namespace not in (None, self._config.namespace) and not self._config.clients_choose_namespace:
-            report.reason = "clients may not choose a namespace here"
-            return None
-        if options.mode == "precompute" and not self._config.clients_precompute:
-            report.reason = "clients may not store KV here"
-            return None
         prompt = np.asarray(token_ids, dtype=np.int32)
         matches = self._matches(prompt, options)
         if not matches:

@@ -25,8 +25,8 @@ class ConnectorConfig(BaseModel):
     Attributes:
         store: folder of the KV store.
         namespace: of requests that name none.
-        clients_choose_namespace: whether requests may name another.
-        clients_precompute: whether requests may store KV.
+        clients_choose_namespace: whether requests may name another, and so read what is stored there.
+        clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
         codec: the level of `codec.CODECS` at which KV is stored.
         extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
@@ -40,8 +40,8 @@ class ConnectorConfig(BaseModel):
 
     store: Path
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
-    clients_choose_namespace: bool = True
-    clients_precompute: bool = True
+    clients_choose_namespace: bool = False
+    clients_precompute: bool = False
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True

@@ -57,7 +57,7 @@ class BlendConnector(KVConnectorBase_V1):
                     self._workspace_tokens,
                     Calibration.read(cache_folder(), self._fingerprint, self._config.codec),
                 ),
-                automatic=self._config.automatic,
+                self._config,
                 unsupported=self._unsupported,
                 hash_block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
             )
@@ -93,6 +93,12 @@ class BlendConnector(KVConnectorBase_V1):
             assert self._worker is not None
             self._worker.do(job)
 
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, (self._worker.take_done() or None) if self._worker is not None else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
@@ -116,7 +122,8 @@ class BlendConnector(KVConnectorBase_V1):
         self.scheduler.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.scheduler.matched_tokens(request, num_computed_tokens), False
+        matched = self.scheduler.matched_tokens(request, num_computed_tokens)
+        return matched, bool(matched)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self.scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
