@@ -31,8 +31,8 @@ _NOISE = 1.0
 """Variance of a change that its neighbours do not share, relative to that which they do."""
 
 _WINDOW = 1024
-"""A longer chunk is dealt with in windows of so many tokens at most, each by itself, so that the cost of a chunk grows with
-its length and not with its square or cube: at ten times the length scale tokens hardly bear on each other."""
+"""A longer chunk is dealt with in windows of so many tokens at most, each by itself, so that the cost grows with its
+length and not with the square or cube of that: at ten times the length scale tokens hardly bear on each other."""
 
 _HEAD = 4
 """A chunk's first tokens have a part of their own (attention sinks): they neither teach nor learn."""

@@ -79,17 +79,19 @@ def fingerprint_of(vllm_config: VllmConfig) -> str:
 
 def unsupported_engine(vllm_config: VllmConfig) -> str:
     """Why an engine's requests all pass through untouched, or nothing."""
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism"
-    if parallel.tensor_parallel_size > 1:
-        return "tensor parallelism"
-    if parallel.decode_context_parallel_size > 1:
-        return "context parallelism"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding"
-    if vllm_config.cache_config.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        return "a quantised KV cache"
-    if vllm_config.model_config.uses_mrope:
-        return "multimodal RoPE"
-    return ""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    of_experts = model.is_moe or parallel.enable_expert_parallel
+    kv_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
+    reasons = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "data parallelism of experts": parallel.data_parallel_size > 1 and of_experts,
+        "expert load balancing": parallel.enable_eplb,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        "dual batch overlap": parallel.enable_dbo or parallel.ubatch_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a quantised KV cache": vllm_config.cache_config.cache_dtype not in kv_dtypes,
+        "multimodal RoPE": model.uses_mrope,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

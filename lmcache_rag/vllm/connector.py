@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+_log = logging.getLogger(__name__)
+
+
 class BlendConnector(KVConnectorBase_V1):
     """Use it with `kv_connector="BlendConnector"`, `kv_connector_module_path="lmcache_rag.vllm.connector"`,
     `kv_role="kv_both"` and `ConnectorConfig`'s fields as `kv_connector_extra_config`."""
@@ -49,6 +53,7 @@ class BlendConnector(KVConnectorBase_V1):
         self._fingerprint = fingerprint_of(vllm_config)
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:
+            _warn_of_failures(vllm_config)
             self._scheduler = SchedulerHalf(
                 Planner(
                     self._store,
@@ -159,3 +164,12 @@ class BlendConnector(KVConnectorBase_V1):
         cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
     ) -> KVConnectorPromMetrics | None:
         return ReusePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _warn_of_failures(vllm_config: VllmConfig) -> None:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_load_failure_policy != "recompute":
+        _log.warning(
+            "vLLM is set to fail a request whose stored KV cannot be loaded: set kv_load_failure_policy to "
+            "'recompute' in the --kv-transfer-config, and it is answered by plain prefill instead."
+        )
