@@ -13,6 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_rag.blobs.base import Store
+from lmcache_rag.library.fingerprints import fingerprints_in
 from lmcache_rag.model import cache_folder
 from lmcache_rag.plan.budget import Calibration
 from lmcache_rag.plan.planner import Planner
@@ -54,6 +56,7 @@ class BlendConnector(KVConnectorBase_V1):
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:
             _warn_of_failures(vllm_config)
+            _warn_of_others(self._store, self._config.namespace, self._fingerprint)
             self._scheduler = SchedulerHalf(
                 Planner(
                     self._store,
@@ -172,4 +175,14 @@ def _warn_of_failures(vllm_config: VllmConfig) -> None:
         _log.warning(
             "vLLM is set to fail a request whose stored KV cannot be loaded: set kv_load_failure_policy to "
             "'recompute' in the --kv-transfer-config, and it is answered by plain prefill instead."
+        )
+
+
+def _warn_of_others(store: Store, namespace: str, fingerprint: str) -> None:
+    found = fingerprints_in(store, namespace)
+    if found and fingerprint not in found:
+        _log.warning(
+            "The store holds KV of %d other models or compute types and none of this one, so nothing will be reused: "
+            "start vLLM with the model and --dtype that the documents were indexed with, or index them with this one.",
+            len(found),
         )
