@@ -15,6 +15,7 @@ from lmcache_rag.chunk_kv import KVShape, StoredForm
 from lmcache_rag.library.chunks import ChunkStore, LoadedKV
 from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.plan.plan import PlannedSegment
+from lmcache_rag.process import OwnProcess
 
 _AT_A_TIME = 4
 _READERS = 2 * _AT_A_TIME
@@ -116,10 +117,12 @@ class _Readers:
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._threads = 0
+        self._process = OwnProcess("A loader of stored KV")
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[], None]) -> None:
         """Have `work`, which raises nothing, done in a thread, as soon as there is one."""
+        self._process.check()
         with self._lock:
             self._waiting.append(work)
             if self._threads == _READERS:
