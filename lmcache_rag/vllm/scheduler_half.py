@@ -65,7 +65,8 @@ class SchedulerHalf:
         self._failures = Failures()
         self._tracked: dict[str, _Tracked] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._blending: str | None = None  # the request whose blend is under way, until vLLM computes the rest of it
+        self._blending: str | None = None  # the request whose blend is under way, until vLLM has computed the rest
+        self._taken_over = False  # its rest is computed in this step
         self._jobs: list[BlendJob] = []
         self.stats = ReuseStats()
 
@@ -139,7 +140,7 @@ class SchedulerHalf:
             plan = replace(tracked.plan, local_tokens=_provided(tracked.plan) - external_tokens)
             self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
         elif self._blending == request.request_id:
-            self._blending = None
+            self._taken_over = True
         elif not tracked.placed:
             report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
             report["local_tokens"] = local
@@ -151,8 +152,10 @@ class SchedulerHalf:
         tracked.placed = True
 
     def take_jobs(self) -> StepJobs:
-        """This step's blend, if any."""
+        """This step's blend, if any; the step's requests are known."""
         jobs, self._jobs = self._jobs, []
+        if self._taken_over:
+            self._blending, self._taken_over = None, False
         return StepJobs(jobs)
 
     def receive(self, step: StepReports) -> None:
@@ -180,7 +183,7 @@ class SchedulerHalf:
         if tracked is None:
             return {}
         if self._blending == request.request_id:
-            self._blending = None
+            self._blending, self._taken_over = None, False
         self.stats.add(tracked.report)
         self._finished[request.request_id] = tracked.report
         while len(self._finished) > _KEPT_REPORTS:
