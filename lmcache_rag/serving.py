@@ -34,7 +34,6 @@ def serve(
     command, environment = server_command(folder, connector, **given(threads=threads))
     command += ["--host", host, "--port", str(port), *(vllm_arguments or ())]
     err.print(f"Serving the index {folder} on http://{host}:{port}", highlight=False, markup=False)
-    sys.stdout.flush()
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606  # vLLM is this process from here on
 
 

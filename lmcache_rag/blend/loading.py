@@ -127,8 +127,9 @@ class _Readers:
             self._waiting.append(work)
             if self._threads == _READERS:
                 return
+            thread = threading.Thread(target=self._serve, name="lmcache-rag-load", daemon=True)
+            thread.start()  # raises where the system has no more threads
             self._threads += 1
-        threading.Thread(target=self._serve, name="lmcache-rag-load", daemon=True).start()
 
     def all_busy(self) -> bool:
         return self._threads == _READERS
