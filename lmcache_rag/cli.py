@@ -1,4 +1,4 @@
-"""The command line: `lmcache-rag index`, `ask`, `calibrate` and `bench`."""
+"""The command line: `lmcache-rag index`, `ask`, `serve`, `calibrate` and `bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
+from lmcache_rag.serving import serve
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, encode_anything, err, given, out
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(store_app, name="store")
 app.command()(calibrate)
+app.command()(serve)
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]

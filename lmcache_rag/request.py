@@ -106,6 +106,7 @@ class ReuseReport(BaseModel):
         misses: reason -> tokens.
         matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
             not have been found.
+        failure: the type of the exception that kept the prompt from being blended, or its KV from being stored.
         phases_s: seconds per phase: `plan`; `queue`, until vLLM takes the request up; of a blend `load`, `select`
             (where the question is probed, what has no KV is computed too), `recompute`, `write` and `store`. A local
             engine adds `vllm`, its own work up to the first token, so that they add up to the TTFT.
@@ -133,6 +134,7 @@ class ReuseReport(BaseModel):
     levels: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
     matching_cut_short: bool = False
+    failure: str = ""
     phases_s: dict[str, float] = Field(default_factory=dict)
 
     def miss(self, reason: str, tokens: int) -> None:

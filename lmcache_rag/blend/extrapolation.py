@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from lmcache_rag_kernels import rotate
@@ -28,6 +29,10 @@ _LENGTH_SCALE = 100.0
 
 _NOISE = 1.0
 """Variance of a change that its neighbours do not share, relative to that which they do."""
+
+_WINDOW = 1024
+"""A longer chunk is dealt with in windows of so many tokens at most, each by itself, so that the cost grows with its
+length and not with the square or cube of that: at ten times the length scale tokens hardly bear on each other."""
 
 _HEAD = 4
 """A chunk's first tokens have a part of their own (attention sinks): they neither teach nor learn."""
@@ -49,12 +54,14 @@ class Extrapolation:
         self._first_layer = int(_FIRST_LAYER * len(workspace.layers))
         self._chunks: list[_Chunk] = []
         for segment in segments:
-            rows = slice(min(segment.start + _HEAD, segment.end), segment.end)
-            span = torch.arange(rows.start, rows.stop, device=recomputed.device)
-            taught = span[recomputed[span]]
-            if not segment.exact and 0 < len(taught) < len(span):
-                key, value = workspace.key[:layers, taught], workspace.value[:layers, taught]
-                self._chunks.append(_Chunk(rows, span, taught, self._weights(span, taught), key, value))
+            if segment.exact:
+                continue
+            for rows in _windows(min(segment.start + _HEAD, segment.end), segment.end):
+                span = torch.arange(rows.start, rows.stop, device=recomputed.device)
+                taught = span[recomputed[span]]
+                if 0 < len(taught) < len(span):
+                    key, value = workspace.key[:layers, taught], workspace.value[:layers, taught]
+                    self._chunks.append(_Chunk(rows, span, taught, self._weights(span, taught), key, value))
 
     def after(self, positions: Tensor) -> Observer:
         """What is done in each layer of the pass of the recomputed tokens at `positions`. A long pass comes in parts: a
@@ -99,10 +106,10 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk in part recomputed.
+    """A chunk, or a window of a long one, in part recomputed.
 
     Attributes:
-        rows, span: positions of its tokens behind its head.
+        rows, span: positions of its tokens behind the chunk's head.
         taught: those of them that are recomputed.
         weights: see `Extrapolation._weights`.
         key, value: what was reused for `taught`: `[layers, taught, kv_heads, head_size]`.
@@ -114,3 +121,10 @@ class _Chunk:
     weights: Tensor
     key: Tensor
     value: Tensor
+
+
+def _windows(start: int, end: int) -> list[slice]:
+    """The rows from `start` to `end` in as few windows as may be, of about the same length."""
+    count = max(1, -(-(end - start) // _WINDOW))
+    edges = [start + (end - start) * number // count for number in range(count + 1)]
+    return [slice(first, last) for first, last in pairwise(edges)]

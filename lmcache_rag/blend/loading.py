@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
 
@@ -15,8 +15,12 @@ from lmcache_rag.chunk_kv import KVShape, StoredForm
 from lmcache_rag.library.chunks import ChunkStore, LoadedKV
 from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.plan.plan import PlannedSegment
+from lmcache_rag.process import OwnProcess
 
 _AT_A_TIME = 4
+_READERS = 2 * _AT_A_TIME
+"""As many reads as a plan has at a time may hang before the next plan reads with fewer threads."""
+
 _LARGE_BYTES = 1 << 20
 """What is smaller tells a store's latency, not its bandwidth."""
 
@@ -48,6 +52,7 @@ class Loader:
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._slow_until = -math.inf
         self._last_rate = (0.0, -math.inf)
+        self._readers = _Readers()
 
     def load(
         self,
@@ -60,13 +65,14 @@ class Loader:
 
         Args:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
-                is read for a while: requests that were planned before this was known are not to wait again.
+                is read for a while: requests that were planned before this was known are not to wait again. Nor is
+                anything read while all readers are busy, which means that they hang.
             seconds: by when loading is to be done, where the segments have levels to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = None
         start = time.perf_counter()
-        if start < self._slow_until:
+        if start < self._slow_until or self._readers.all_busy():
             yield from ((segment, _TOO_SLOW) for segment in named)
             return
         deadline = start + self._patience_s(tokens)
@@ -74,18 +80,21 @@ class Loader:
         if seconds is not None:
             in_time = min(seconds, self._patience_s(tokens))
             stream = Stream(named, in_time, self._known_rate(), self._prefill_tokens_per_s)
-        reads = _Reads(chunks, self._shape, named, stream)
+        reads = _Reads(self._readers, chunks, self._shape, named, stream)
         size_bytes, ended = 0, start
-        for segment, read in zip(named, reads.futures, strict=True):
-            result, at = _result(read, deadline)
-            if isinstance(result, LoadedKV):
-                size_bytes += result.size_bytes
-            elif result == _TOO_SLOW:
-                reads.stop()
-                self._slow_until = at + REMEMBERED_S
-            ended = max(ended, at)
-            reads.taken()
-            yield segment, result
+        try:
+            for segment, read in zip(named, reads.futures, strict=True):
+                result, at = _result(read, deadline)
+                if isinstance(result, LoadedKV):
+                    size_bytes += result.size_bytes
+                elif result == _TOO_SLOW:
+                    reads.stop()
+                    self._slow_until = at + REMEMBERED_S
+                ended = max(ended, at)
+                reads.taken()
+                yield segment, result
+        finally:
+            reads.stop()
         if size_bytes >= _LARGE_BYTES or ended < self._slow_until:  # of what was given up, nothing was read
             self.bytes_per_s = max(1, size_bytes) / max(ended - start, 1e-6)
             self._last_rate = (self.bytes_per_s, ended)
@@ -101,55 +110,99 @@ class Loader:
         return max(_PATIENCE_S, GIVE_UP_SHARE * tokens / self._prefill_tokens_per_s)
 
 
+class _Readers:
+    """Threads that read for all plans, `_READERS` at most. They do not outlive the process, so that a read that hangs
+    does not hold up its end."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._threads = 0
+        self._process = OwnProcess("A loader of stored KV")
+        self._lock = threading.Lock()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Have `work`, which raises nothing, done in a thread, as soon as there is one."""
+        self._process.check()
+        with self._lock:
+            self._waiting.append(work)
+            if self._threads == _READERS:
+                return
+            thread = threading.Thread(target=self._serve, name="lmcache-rag-load", daemon=True)
+            thread.start()  # raises where the system has no more threads
+            self._threads += 1
+
+    def all_busy(self) -> bool:
+        return self._threads == _READERS
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                work = self._waiting.popleft()
+            work()
+
+
 class _Reads:
-    """The reads of one plan, in threads that do not outlive the process: a read that hangs holds up nobody else."""
+    """The reads of one plan. A read that hangs holds up no other plan's."""
 
     def __init__(
-        self, chunks: ChunkStore, shape: KVShape, segments: Sequence[PlannedSegment], stream: Stream | None
+        self,
+        readers: _Readers,
+        chunks: ChunkStore,
+        shape: KVShape,
+        segments: Sequence[PlannedSegment],
+        stream: Stream | None,
     ) -> None:
         self.futures: list[_Read] = [Future() for _ in segments]
+        self._readers = readers
         self._chunks = chunks
         self._shape = shape
         self._stream = stream
-        self._waiting: queue.SimpleQueue[tuple[str, _Read]] = queue.SimpleQueue()
-        self._choosing = threading.Lock()
-        self._room = threading.Semaphore(2 * _AT_A_TIME)  # objects that are read and not yet taken
-        at_a_time = _AT_A_TIME if stream is None else _AT_A_TIME_CHOSEN
-        for segment, future in zip(segments, self.futures, strict=True):
-            self._waiting.put((segment.name or "", future))
-        for _ in range(min(at_a_time, len(segments))):
-            threading.Thread(target=self._work, name="lmcache-rag-load", daemon=True).start()
+        self._waiting = deque((segment.name or "", read) for segment, read in zip(segments, self.futures, strict=True))
+        self._at_a_time = _AT_A_TIME if stream is None else _AT_A_TIME_CHOSEN
+        self._workers = 0
+        self._room = 2 * _AT_A_TIME  # for objects that are read and not yet taken
+        self._lock = threading.Lock()
+        self._go_on()
 
     def taken(self) -> None:
         """The next object in order was taken."""
-        self._room.release()
+        with self._lock:
+            self._room += 1
+        self._go_on()
 
     def stop(self) -> None:
         """Begin no further reads."""
-        while not self._waiting.empty():
-            try:
-                self._waiting.get_nowait()
-            except queue.Empty:
-                return
+        with self._lock:
+            self._waiting.clear()
+
+    def _go_on(self) -> None:
+        """Have as many at work as there are reads to begin."""
+        with self._lock:
+            more = min(self._at_a_time - self._workers, self._room, len(self._waiting))
+            self._workers += max(0, more)
+        for _ in range(more):
+            self._readers.run(self._work)
 
     def _work(self) -> None:
         while True:
-            self._room.acquire()
-            with self._choosing:  # so that choices are made in the segments' order
-                try:
-                    name, future = self._waiting.get_nowait()
-                except queue.Empty:
-                    self._room.release()
+            with self._lock:  # so that choices are made in the segments' order
+                if not self._waiting or not self._room:
+                    self._workers -= 1
                     return
+                self._room -= 1
+                name, read = self._waiting.popleft()
                 try:
                     level = self._stream.choose() if self._stream is not None else None
                 except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
-                    future.set_exception(error)
+                    read.set_exception(error)
                     continue
             try:
-                future.set_result((self._load(name, level), time.perf_counter()))
+                read.set_result((self._load(name, level), time.perf_counter()))
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
-                future.set_exception(error)
+                read.set_exception(error)
 
     def _load(self, name: str, level: StoredForm | None) -> LoadedKV | str:
         if self._stream is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.process import OwnProcess
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, digest TEXT NOT NULL);
@@ -49,6 +50,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._process = OwnProcess("The open index", CorpusError)
         with self._failing():
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA foreign_keys = ON")
@@ -63,7 +65,8 @@ class Database:
             self._connection.executescript(_UPGRADE)
 
     def close(self) -> None:
-        self._connection.close()
+        if self._process.is_here():
+            self._connection.close()
 
     def documents(self) -> dict[str, str]:
         """path -> digest of every indexed document."""
@@ -161,6 +164,7 @@ class Database:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
+        self._process.check()  # SQLite's connections do not survive a fork
         try:
             yield
         except sqlite3.Error as error:

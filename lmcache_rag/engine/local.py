@@ -26,6 +26,7 @@ from lmcache_rag.learn.primer import default_primer, primer_ids
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
+from lmcache_rag.process import OwnProcess
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer, encode
 from lmcache_rag.request import BlendOptions
 
@@ -47,6 +48,9 @@ class LocalEngine:
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
+        if LocalEngine._running is not None:
+            LocalEngine._running._process.check()
+        self._process: OwnProcess = OwnProcess("The engine")
         with LocalEngine._start_lock:
             if LocalEngine._running is not None:
                 raise EngineError(
@@ -126,6 +130,7 @@ class LocalEngine:
         """See `Engine.precompute`. Where a chunk does not fit the model behind the primer too, its primed variant is
         left out.
         """
+        self._process.check()
         self.codec.ensure(self._tokenizer.decode(list(chunk)) for chunk in chunks)
         report = PrecomputeReport()
         start = time.perf_counter()
@@ -216,6 +221,7 @@ class LocalEngine:
         request = self._submit(prompt, sampling, options, cache_salt, events.put)
         try:
             while True:
+                self._process.check()
                 delta = _raised(events.get())
                 yield delta
                 if delta.completion is not None:
@@ -253,6 +259,7 @@ class LocalEngine:
         request = self._submit(prompt, sampling, options, cache_salt, deliver)
         try:
             while True:
+                self._process.check()
                 delta = _raised(await events.get())
                 yield delta
                 if delta.completion is not None:
@@ -262,7 +269,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Stop the engine and free its memory; running requests fail."""
-        if LocalEngine._running is not self:
+        if LocalEngine._running is not self or not self._process.is_here():
             return
         self._loop.close()
         LocalEngine._running = None
@@ -346,6 +353,14 @@ class LocalEngine:
         request = Request(str(next(self._ids)), token_ids, sampling, options, cache_salt, deliver)
         self._loop.submit(request)
         return request
+
+
+def _forget_lock() -> None:
+    """Another thread may have held the lock when this process was forked."""
+    LocalEngine._start_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 def engine_of(engine: LocalEngine | None, settings: EngineSettings | None) -> LocalEngine:

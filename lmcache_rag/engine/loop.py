@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.engine.base import Completion, Delta
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.process import OwnProcess
 from lmcache_rag.request import BlendOptions, ReuseReport
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class EngineLoop:
         self._engine: LLMEngine | None = None
         self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
+        self._process = OwnProcess("The engine")
         self._lock = threading.Lock()
         self._ended: BaseException | None = None  # why requests are no longer taken; guarded by the lock
         started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -114,7 +116,8 @@ class EngineLoop:
         return self._engine
 
     def submit(self, request: Request) -> None:
-        """Take a request. Raises `EngineError` where the engine is closed or has failed."""
+        """Take a request. Raises `EngineError` where the engine is closed, has failed, or is another process'."""
+        self._process.check()
         with self._lock:
             if self._ended is not None:
                 raise EngineError("The engine is closed or has failed: start a new one.") from self._ended
@@ -122,12 +125,14 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> None:
         """End a request, if it still runs."""
-        self._inbox.put(_Abort(request_id))
+        if self._process.is_here():
+            self._inbox.put(_Abort(request_id))
 
     def close(self) -> None:
-        """End the engine and wait for it; requests under way fail."""
-        self._inbox.put(None)
-        self._thread.join()
+        """End the engine and wait for it; requests under way fail. A fork has nothing to end."""
+        if self._process.is_here():
+            self._inbox.put(None)
+            self._thread.join()
 
     def _run(self, started: queue.SimpleQueue[BaseException | None]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Starting vLLM in this process, with our worker class and connector."""
+"""How vLLM is started with our worker class and connector, and starting it in this process."""
 
 from __future__ import annotations
 
@@ -31,60 +31,82 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.forced_answers:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface
-    try:
-        import torch
-        from vllm import EngineArgs, LLMEngine
-        from vllm.config import KVTransferConfig
-        from vllm.platforms import current_platform
-    except (ImportError, RuntimeError, OSError) as error:
-        raise EngineError(
-            f"vLLM cannot be imported ({error}): install the extra `cpu` or `cuda`; where torchvision or torchaudio is "
-            "named, uninstall it (text models do not need it)."
-        ) from error
-    on_cpu = current_platform.is_cpu()
+    on_cpu = runs_on_cpu()
+    import torch
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import KVTransferConfig
+
     set_num_threads = torch.set_num_threads
     if on_cpu:
         set_num_threads(threads)
-    arguments: dict[str, Any] = {
-        "max_model_len": settings.max_model_len,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
-        "block_size": settings.block_tokens or (_CPU_BLOCK_TOKENS if on_cpu else None),
-    }
+    connector = {"clients_choose_namespace": True, "clients_precompute": True}  # its only client is this process
+    arguments = engine_arguments(settings, model_folder, connector, on_cpu=on_cpu)
+    arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
     try:
         return LLMEngine.from_engine_args(
             EngineArgs(
-                model=str(model_folder),
-                dtype=_compute_dtype(settings.dtype, model_folder, on_cpu=on_cpu),
-                enforce_eager=on_cpu,
-                enable_prefix_caching=settings.prefix_caching,
-                max_num_seqs=settings.max_num_seqs,
                 max_logprobs=-1,
                 logits_processors=["lmcache_rag.vllm.forced:ForcedTokens"] if settings.forced_answers else None,
                 use_tqdm_on_load=False,
-                seed=settings.seed,
-                worker_cls="lmcache_rag.vllm.worker.BlendWorker",
-                kv_transfer_config=KVTransferConfig(
-                    kv_connector="BlendConnector",
-                    kv_connector_module_path="lmcache_rag.vllm.connector",
-                    kv_role="kv_both",
-                    kv_load_failure_policy="recompute",
-                    kv_connector_extra_config={
-                        "store": str(settings.store),
-                        "namespace": settings.namespace,
-                        "codec": settings.codec,
-                        "extra_codecs": settings.extra_codecs,
-                        "throttle": asdict(settings.throttle) if settings.throttle is not None else None,
-                        "never_slower": settings.never_slower,
-                    },
-                ),
-                **{name: value for name, value in arguments.items() if value is not None},
+                **arguments,
             )
         )
     except Exception as error:
         raise _failure(error) from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM disables it on CPUs, for the whole process
+
+
+def runs_on_cpu() -> bool:
+    """Whether vLLM computes on the CPU here. Raises `EngineError` where it is missing."""
+    try:
+        from vllm.platforms import current_platform
+    except (ImportError, RuntimeError, OSError) as error:
+        raise EngineError(
+            f"vLLM cannot be imported ({error}): install the extra `cpu` or `cuda`; where torchvision or torchaudio is "
+            "named, uninstall it (text models do not need it)."
+        ) from error
+    return bool(current_platform.is_cpu())
+
+
+def engine_arguments(
+    settings: EngineSettings, model_folder: Path, connector: dict[str, Any], *, on_cpu: bool
+) -> dict[str, Any]:
+    """What vLLM is started with, in this process or as a server: `EngineArgs` by name, those left out that vLLM is to
+    decide.
+
+    Args:
+        connector: fields of `ConnectorConfig` besides those that `settings` name.
+    """
+    arguments = {
+        "model": str(model_folder),
+        "dtype": _compute_dtype(settings.dtype, model_folder, on_cpu=on_cpu),
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+        "block_size": settings.block_tokens or (_CPU_BLOCK_TOKENS if on_cpu else None),
+        "enforce_eager": on_cpu,
+        "enable_prefix_caching": settings.prefix_caching,
+        "seed": settings.seed,
+        "worker_cls": "lmcache_rag.vllm.worker.BlendWorker",
+        "kv_transfer_config": {
+            "kv_connector": "BlendConnector",
+            "kv_connector_module_path": "lmcache_rag.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "store": str(settings.store),
+                "namespace": settings.namespace,
+                "codec": settings.codec,
+                "extra_codecs": settings.extra_codecs,
+                "throttle": asdict(settings.throttle) if settings.throttle is not None else None,
+                "never_slower": settings.never_slower,
+                **connector,
+            },
+        },
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _quieten() -> None:

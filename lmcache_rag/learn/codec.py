@@ -14,6 +14,7 @@ from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
 from lmcache_rag.learn.texts import built_in_texts, learning_prompts, mixed
 from lmcache_rag.library.tables import TableStore, machine_store
+from lmcache_rag.process import OwnProcess
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer, model_format
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class CodecLearning:
         self.tables = tables
         self._model = model
         self._needed = any(CODECS[level].learned for level in levels)
+        self._process = OwnProcess("The engine")
         self._lock = threading.Lock()
         self._ready = not self._needed
 
@@ -74,6 +76,7 @@ class CodecLearning:
             ModelError: they cannot be learned from this model.
             StoreError: they cannot be kept.
         """
+        self._process.check()
         with self._lock:
             if self._ready:
                 return

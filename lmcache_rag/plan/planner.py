@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,8 +20,6 @@ from lmcache_rag.records.catalog import Match, find
 from lmcache_rag.request import BlendOptions, ReuseReport
 
 _CHEAPER = "cheaper to compute"
-
-_log = logging.getLogger(__name__)
 
 
 class Planner:
@@ -52,7 +49,6 @@ class Planner:
         self._max_tokens = max_tokens
         self._never_slower = never_slower
         self.cost = CostModel()
-        self._failed: set[str] = set()
 
     def plan(
         self, token_ids: Sequence[int] | np.ndarray, options: BlendOptions, report: ReuseReport
@@ -63,12 +59,7 @@ class Planner:
             return self._plan(np.asarray(token_ids, dtype=np.int32), options, report)
         except StoreError as error:
             report.reason = f"store: {error}"
-        except Exception as error:  # noqa: BLE001  # a failure is a miss
-            report.reason = f"planning failed: {type(error).__name__}"
-            if report.reason not in self._failed:
-                self._failed.add(report.reason)
-                _log.exception("a request could not be planned, and takes plain prefill")
-        return None
+            return None
 
     def _plan(self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
         chunks = self._chunks.of(options.namespace or self._namespace)

@@ -131,6 +131,32 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     # The worker class
     Attributes("v1/worker/gpu_worker.py", "Worker", ("load_model", "get_model", "determine_available_memory")),
     Attributes("v1/worker/cpu_worker.py", "CPUWorker", ("determine_available_memory",)),
+    # Whatever changes the weights
+    Attributes(
+        "v1/worker/gpu_worker.py",
+        "Worker",
+        ("reload_weights", "reset_weights", "init_weight_transfer_engine", "start_weight_update", "update_weights"),
+    ),
+    Function("v1/worker/gpu_worker.py", "Worker.sleep", ("self", "level")),
+    # Engines that are passed through
+    Attributes(
+        "config/parallel.py",
+        "ParallelConfig",
+        (
+            "pipeline_parallel_size",
+            "tensor_parallel_size",
+            "data_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "enable_expert_parallel",
+            "enable_eplb",
+            "enable_elastic_ep",
+            "enable_dbo",
+            "ubatch_size",
+        ),
+    ),
+    Attributes("config/model.py", "ModelConfig", ("is_moe", "uses_mrope")),
+    Attributes("config/kv_transfer.py", "KVTransferConfig", ("kv_load_failure_policy", "kv_connector_extra_config")),
     # The connector
     Function(_BASE, "KVConnectorBase_V1.__init__", ("self", "vllm_config", "role", "kv_cache_config")),
     Attributes(
@@ -140,6 +166,8 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     ),
     Function(_BASE, "KVConnectorBase_V1.register_kv_caches", ("self", "kv_caches")),
     Function(_BASE, "KVConnectorBase_V1.start_load_kv", ("self", "forward_context")),
+    Function(_BASE, "KVConnectorBase_V1.get_finished", ("self", "finished_req_ids")),
+    Function(_BASE, "KVConnectorBase_V1.get_block_ids_with_load_errors", ("self",)),
     Function(_BASE, "KVConnectorBase_V1.wait_for_layer_load", ("self", "layer_name")),
     Function(_BASE, "KVConnectorBase_V1.save_kv_layer", ("self", "layer_name", "kv_layer", "attn_metadata")),
     Function(_BASE, "KVConnectorBase_V1.wait_for_save", ("self",)),
@@ -174,9 +202,13 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Attributes("v1/kv_cache_interface.py", "KVCacheConfig", ("kv_cache_groups", "hash_block_size")),
     Attributes("v1/outputs.py", "KVConnectorOutput", ("kv_connector_worker_meta",)),
     # What the scheduler does with the connector's answers
-    Attributes("v1/core/sched/output.py", "SchedulerOutput", ("has_sync_kv_loads", "kv_connector_metadata")),
+    Attributes("v1/core/sched/output.py", "SchedulerOutput", ("kv_connector_metadata",)),
     Text(_SCHEDULER, "Scheduler.schedule", "if ext_tokens is None:"),
-    Text(_SCHEDULER, "Scheduler.schedule", "has_sync_kv_loads = True"),
+    Text(_SCHEDULER, "Scheduler.schedule", "delay_cache_blocks=load_kv_async"),
+    Text(_SCHEDULER, "Scheduler._update_waiting_for_remote_kv", "self.kv_cache_manager.cache_blocks("),
+    Text(_SCHEDULER, "Scheduler._update_from_kv_xfer_finished", "self.finished_recving_kv_req_ids.add(req_id)"),
+    Text(_SCHEDULER, "Scheduler._handle_invalid_blocks", "self.failed_recving_kv_req_ids |= async_failed_req_ids"),
+    Text(_SCHEDULER, "Scheduler._update_requests_with_invalid_blocks", "idx * self.block_size"),
     Text(_SCHEDULER, "Scheduler.add_request", "self.connector.on_new_request(request)"),
     Attributes(
         "v1/request.py",

@@ -25,8 +25,8 @@ class ConnectorConfig(BaseModel):
     Attributes:
         store: folder of the KV store.
         namespace: of requests that name none.
-        clients_choose_namespace: whether requests may name another.
-        clients_precompute: whether requests may store KV.
+        clients_choose_namespace: whether requests may name another, and so read what is stored there.
+        clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
         codec: the level of `codec.CODECS` at which KV is stored.
         extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
@@ -40,8 +40,8 @@ class ConnectorConfig(BaseModel):
 
     store: Path
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
-    clients_choose_namespace: bool = True
-    clients_precompute: bool = True
+    clients_choose_namespace: bool = False
+    clients_precompute: bool = False
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True
@@ -79,17 +79,19 @@ def fingerprint_of(vllm_config: VllmConfig) -> str:
 
 def unsupported_engine(vllm_config: VllmConfig) -> str:
     """Why an engine's requests all pass through untouched, or nothing."""
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism"
-    if parallel.tensor_parallel_size > 1:
-        return "tensor parallelism"
-    if parallel.decode_context_parallel_size > 1:
-        return "context parallelism"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding"
-    if vllm_config.cache_config.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        return "a quantised KV cache"
-    if vllm_config.model_config.uses_mrope:
-        return "multimodal RoPE"
-    return ""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    of_experts = model.is_moe or parallel.enable_expert_parallel
+    kv_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
+    reasons = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "data parallelism of experts": parallel.data_parallel_size > 1 and of_experts,
+        "expert load balancing": parallel.enable_eplb,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        "dual batch overlap": parallel.enable_dbo or parallel.ubatch_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a quantised KV cache": vllm_config.cache_config.cache_dtype not in kv_dtypes,
+        "multimodal RoPE": model.uses_mrope,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_rag.blobs.base import Store
 from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.fingerprints import fingerprints_in
 from lmcache_rag.model import cache_folder
 from lmcache_rag.plan.budget import Calibration
 from lmcache_rag.plan.planner import Planner
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+_log = logging.getLogger(__name__)
+
+
 class BlendConnector(KVConnectorBase_V1):
     """Use it with `kv_connector="BlendConnector"`, `kv_connector_module_path="lmcache_rag.vllm.connector"`,
     `kv_role="kv_both"` and `ConnectorConfig`'s fields as `kv_connector_extra_config`."""
@@ -50,6 +56,8 @@ class BlendConnector(KVConnectorBase_V1):
         self._fingerprint = fingerprint_of(vllm_config)
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
         if role is KVConnectorRole.SCHEDULER:
+            _warn_of_failures(vllm_config)
+            _warn_of_others(self._store, self._config.namespace, self._fingerprint)
             self._scheduler = SchedulerHalf(
                 Planner(
                     ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs),
@@ -59,7 +67,7 @@ class BlendConnector(KVConnectorBase_V1):
                     max_tokens=self._workspace_tokens,
                     never_slower=self._config.never_slower,
                 ),
-                automatic=self._config.automatic,
+                self._config,
                 unsupported=self._unsupported,
                 hash_block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
             )
@@ -95,6 +103,12 @@ class BlendConnector(KVConnectorBase_V1):
             assert self._worker is not None
             self._worker.do(job)
 
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, (self._worker.take_done() or None) if self._worker is not None else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
@@ -118,7 +132,8 @@ class BlendConnector(KVConnectorBase_V1):
         self.scheduler.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.scheduler.matched_tokens(request, num_computed_tokens), False
+        matched = self.scheduler.matched_tokens(request, num_computed_tokens)
+        return matched, bool(matched)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self.scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
@@ -154,3 +169,22 @@ class BlendConnector(KVConnectorBase_V1):
         cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
     ) -> KVConnectorPromMetrics | None:
         return ReusePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _warn_of_failures(vllm_config: VllmConfig) -> None:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_load_failure_policy != "recompute":
+        _log.warning(
+            "vLLM is set to fail a request whose stored KV cannot be loaded: set kv_load_failure_policy to "
+            "'recompute' in the --kv-transfer-config, and it is answered by plain prefill instead."
+        )
+
+
+def _warn_of_others(store: Store, namespace: str, fingerprint: str) -> None:
+    found = fingerprints_in(store, namespace)
+    if found and fingerprint not in found:
+        _log.warning(
+            "The store holds KV of %d other models or compute types and none of this one, so nothing will be reused: "
+            "start vLLM with the model and --dtype that the documents were indexed with, or index them with this one.",
+            len(found),
+        )

@@ -13,7 +13,8 @@ _COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stor
 
 @dataclass
 class ReuseStats(KVConnectorStats):
-    """Sums since they were last taken. Flat: counter name -> value; `requests:MODE`, `phase_seconds:PHASE`."""
+    """Sums since they were last taken. Flat: counter name -> value; `requests:MODE`, `failures:KIND`,
+    `phase_seconds:PHASE`."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -21,6 +22,8 @@ class ReuseStats(KVConnectorStats):
         """Add one request's report."""
         added = {name: report[name] for name in _COUNTED}
         added[f"requests:{report['mode']}"] = 1
+        if report["failure"]:
+            added[f"failures:{report['failure']}"] = 1
         added |= {f"phase_seconds:{phase}": seconds for phase, seconds in report["phases_s"].items()}
         self._sum(added)
 
@@ -65,6 +68,11 @@ class ReusePromMetrics(KVConnectorPromMetrics):
                 name="vllm:lmcache_rag_requests",
                 documentation="Requests by what was done.",
                 labelnames=[*labelnames, "mode"],
+            ),
+            "failures": counter(
+                name="vllm:lmcache_rag_failures",
+                documentation="Requests that an exception kept from being blended or stored, by its type.",
+                labelnames=[*labelnames, "kind"],
             ),
             "phase_seconds": counter(
                 name="vllm:lmcache_rag_phase_seconds",

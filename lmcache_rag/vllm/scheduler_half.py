@@ -16,6 +16,8 @@ from lmcache_rag.library.chunks import codec_of
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest
 from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
+from lmcache_rag.vllm.config import ConnectorConfig
+from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
 
@@ -35,11 +37,11 @@ class _Tracked:
     """A request. `report` is the dict that its response carries; it is completed in place.
 
     Attributes:
+        plan: None where vLLM computes the whole prompt; also behind a blend that failed.
         planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
         planned_at: when it was planned (`time.perf_counter`), and so began to wait for vLLM to take it up.
         local_tokens: how many tokens the local prefix cache held when last asked, for the report.
         placed: blocks were allocated, so the report says what becomes of the request; a preemption changes it no more.
-        blending: a blend is under way, whose figures have not arrived.
     """
 
     plan: BlendPlan | None
@@ -48,7 +50,6 @@ class _Tracked:
     planned_at: float
     local_tokens: int = 0
     placed: bool = False
-    blending: bool = False
 
 
 class SchedulerHalf:
@@ -59,13 +60,16 @@ class SchedulerHalf:
         hash_block_tokens: tokens per block hash of the prefix cache.
     """
 
-    def __init__(self, planner: Planner, *, automatic: bool, unsupported: str, hash_block_tokens: int) -> None:
+    def __init__(self, planner: Planner, config: ConnectorConfig, *, unsupported: str, hash_block_tokens: int) -> None:
         self._planner = planner
-        self._automatic = automatic
+        self._config = config
         self._unsupported = unsupported
         self._hash_block_tokens = hash_block_tokens
+        self._failures = Failures()
         self._tracked: dict[str, _Tracked] = {}
-        self._finished: OrderedDict[str, _Tracked] = OrderedDict()
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._blending: str | None = None  # the request whose blend is under way, until vLLM has computed the rest
+        self._taken_over = False  # its rest is computed in this step
         self._jobs: list[BlendJob] = []
         self.stats = ReuseStats()
 
@@ -84,9 +88,9 @@ class SchedulerHalf:
         self._tracked[request.request_id] = _Tracked(plan, report.model_dump(), dict(report.misses), planned_at)
 
     def _plan(self, request: Request, report: ReuseReport) -> BlendPlan | None:
-        given = (request.kv_transfer_params or {}).get(PARAMS_KEY)
         try:
-            options = BlendOptions(**given) if given is not None else BlendOptions()
+            given = _options_of(request)
+            options = BlendOptions() if given is None else given
         except (ValidationError, TypeError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
             report.reason = f"invalid options: {problem}"
@@ -95,18 +99,32 @@ class SchedulerHalf:
         if options.mode == "off":
             report.mode, report.reason = "off", "as asked"
             return None
-        report.reason = self._unsupported or _unhandled(request)
+        report.reason = self._unsupported or _unhandled(request) or self._forbidden(options)
         if report.reason:
             return None
-        if given is None and not self._automatic:
+        if given is None and not self._config.automatic:
             report.reason = "no options given, and automatic matching is off"
             return None
         assert request.prompt_token_ids is not None
-        return self._planner.plan(request.prompt_token_ids, options, report)
+        try:
+            return self._planner.plan(request.prompt_token_ids, options, report)
+        except Exception as error:  # noqa: BLE001  # one request's misfortune is not to end the engine for all
+            report.failure = self._failures.note("Planning a blend", error)
+            report.reason = f"failed: {report.failure}"
+            return None
+
+    def _forbidden(self, options: BlendOptions) -> str:
+        """What a client asks for and the operator has not allowed, or nothing."""
+        config = self._config
+        if options.namespace not in (None, config.namespace) and not config.clients_choose_namespace:
+            return "clients may not choose a namespace here: the connector's clients_choose_namespace allows it"
+        if options.mode == "precompute" and not config.clients_precompute:
+            return "clients may not store KV here: the connector's clients_precompute allows it"
+        return ""
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
         """How many tokens behind the locally computed ones a blend provides; None puts the request off to a later
-        step, since one blend a step is done. Asking changes nothing."""
+        step, since one blend at a time is done. Asking changes nothing."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0
@@ -116,19 +134,21 @@ class SchedulerHalf:
         matched = max(0, _provided(tracked.plan) - computed_tokens)
         if computed_tokens and matched < _SMALL_REST:
             return 0
-        return None if matched and self._jobs else matched
+        return None if matched and self._blending is not None else matched
 
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
-        """vLLM has allocated blocks: the blend is done in this step."""
+        """vLLM has allocated blocks: for what a blend provides, which is then done in this step, or for the rest."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
         if not tracked.placed:
             tracked.report["phases_s"]["queue"] = time.perf_counter() - tracked.planned_at
         if external_tokens and tracked.plan is not None:
-            tracked.blending = True
+            self._blending = request.request_id
             plan = replace(tracked.plan, local_tokens=_provided(tracked.plan) - external_tokens)
             self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
+        elif self._blending == request.request_id:
+            self._taken_over = True
         elif not tracked.placed:
             report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
             report["local_tokens"] = local
@@ -140,18 +160,21 @@ class SchedulerHalf:
         tracked.placed = True
 
     def take_jobs(self) -> StepJobs:
-        """This step's blends."""
+        """This step's blend, if any; the step's requests are known."""
         jobs, self._jobs = self._jobs, []
+        if self._taken_over:
+            self._blending, self._taken_over = None, False
         return StepJobs(jobs)
 
     def receive(self, step: StepReports) -> None:
-        """Complete the reports of requests that the worker half blended, also of those that finished in this step."""
+        """Complete the reports of requests that the worker half blended, or failed to. A blend that failed is not
+        tried again: the prompt is vLLM's to compute."""
         if step.rates is not None:
             self._planner.cost.learn(step.rates)
         for request_id, figures in step.reports.items():
-            tracked = self._tracked.get(request_id) or self._finished.get(request_id)
+            tracked = self._tracked.get(request_id)
             if tracked is None:
-                continue
+                continue  # aborted meanwhile
             misses = dict(tracked.planned_misses)
             for reason, tokens in figures["misses"].items():
                 misses[reason] = misses.get(reason, 0) + tokens
@@ -160,28 +183,27 @@ class SchedulerHalf:
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)
-            if tracked.blending and request_id in self._finished:
-                self.stats.add(tracked.report)
-            tracked.blending = False
+            if figures["mode"] == "plain":
+                tracked.plan = None
 
     def finish(self, request: Request) -> dict[str, Any]:
-        """The report for the response. It is a live dict: where the request finishes in the step of its blend, the
-        worker half's figures arrive just after this, still before the response is sent."""
+        """The report for the response. Nothing but the report is kept of a request that has ended."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return {}
-        self._jobs = [job for job in self._jobs if job.request_id != request.request_id]
-        if not tracked.blending:
-            self.stats.add(tracked.report)
-        self._finished[request.request_id] = tracked
+        if self._blending == request.request_id:
+            self._blending, self._taken_over = None, False
+        self.stats.add(tracked.report)
+        self._finished[request.request_id] = tracked.report
         while len(self._finished) > _KEPT_REPORTS:
             self._finished.popitem(last=False)
         return {PARAMS_KEY: tracked.report}
 
     def report_of(self, request_id: str) -> ReuseReport:
         """The report of a request that is running or was lately finished."""
-        tracked = self._tracked.get(request_id) or self._finished.get(request_id)
-        return ReuseReport() if tracked is None else ReuseReport(**tracked.report)
+        tracked = self._tracked.get(request_id)
+        report = self._finished.get(request_id, {}) if tracked is None else tracked.report
+        return ReuseReport(**report)
 
 
 def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
@@ -223,6 +245,15 @@ def _is_lossless(segment: PlannedSegment) -> bool:
     """Whether a segment's KV will be what was computed, whichever of its levels is loaded."""
     names = [segment.name, *(level.name for level in segment.levels)]
     return all(name is None or CODECS[codec_of(name)].lossless for name in names)
+
+
+def _options_of(request: Request) -> BlendOptions | None:
+    """What a request says about blending; None where it says nothing. Raises `ValidationError` and `TypeError`."""
+    params: Any = request.kv_transfer_params or {}
+    if not isinstance(params, dict):
+        raise TypeError("kv_transfer_params is no object")
+    given = params.get(PARAMS_KEY)
+    return None if given is None else BlendOptions(**given)
 
 
 def _provided(plan: BlendPlan) -> int:

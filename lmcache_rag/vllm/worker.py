@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -34,6 +36,42 @@ class BlendWorker(Worker):
             return available
         tokens = ConnectorConfig.of(self.vllm_config).workspace_tokens(self.model_config.max_model_len)
         return available - tokens * _bound.shape.bytes_per_token
+
+    def sleep(self, level: int = 1) -> None:
+        """Level 1 keeps the weights; level 2 forgets them, so that others can be loaded."""
+        if level > 1:
+            _refuse_other_weights()
+        super().sleep(level)
+
+
+def _refuse_other_weights() -> None:
+    if _bound is not None:
+        raise ModelError(
+            "The weights cannot be changed while stored KV is used, which was computed with those of the start: "
+            "restart vLLM with the new weights, or run it without lmcache-rag."
+        )
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    """The worker's method `name`, which would change the weights, refused where stored KV is used."""
+    method = getattr(Worker, name)
+
+    @functools.wraps(method)
+    def refusing(self: BlendWorker, *args: Any, **kwargs: Any) -> Any:
+        _refuse_other_weights()
+        return method(self, *args, **kwargs)
+
+    return refusing
+
+
+for _name in (
+    "reload_weights",
+    "reset_weights",
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "update_weights",
+):
+    setattr(BlendWorker, _name, _refusing(_name))
 
 
 def bound_model() -> BoundModel:

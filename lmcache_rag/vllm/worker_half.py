@@ -19,6 +19,7 @@ from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.request import ReuseReport
+from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 
@@ -60,11 +61,34 @@ class WorkerHalf:
         )
         self._rates = self._blender.rates
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
+        self._failures = Failures()
+        self._done: set[str] = set()
+        self._failed_blocks: set[int] = set()
         self._reports: dict[str, dict[str, Any]] = {}
 
     @torch.inference_mode()
     def do(self, job: BlendJob) -> None:
-        """Do one blend, and keep its report for the scheduler half."""
+        """Do one blend, and keep its report for the scheduler half. Where it fails, whatever the reason, vLLM is told
+        that the request's blocks were not loaded."""
+        try:
+            report = self._blended(job)
+        except Exception as error:  # noqa: BLE001  # one request's misfortune is not to end the engine for all
+            report = _failed(job.plan, self._failures.note("A blend", error))
+            self._failed_blocks.update(job.block_ids[job.plan.local_tokens // self._block_tokens :])
+        self._done.add(job.request_id)
+        self._reports[job.request_id] = report.model_dump()
+
+    def take_done(self) -> set[str]:
+        """The requests whose blends ended since the last call, well or not."""
+        done, self._done = self._done, set()
+        return done
+
+    def take_failed_blocks(self) -> set[int]:
+        """The blocks of the paged cache that were to be written since the last call, and were not."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def _blended(self, job: BlendJob) -> ReuseReport:
         plan = job.plan
         chunks = self._chunks.of(plan.namespace)
         report = self._blender.blend(plan, chunks)
@@ -79,7 +103,7 @@ class WorkerHalf:
             start = time.perf_counter()
             self._keep(job, chunks, report)
             report.phases_s["store"] = time.perf_counter() - start
-        self._reports[job.request_id] = report.model_dump()
+        return report
 
     def take_reports(self) -> StepReports | None:
         """What was done since the last call."""
@@ -117,7 +141,25 @@ class WorkerHalf:
                 report.stored_tokens += length
         except StoreError as error:
             report.reason = str(error)
+        except Exception as error:  # noqa: BLE001  # the blend is done, and the request can be answered
+            report.failure = self._failures.note("Storing KV", error)
+            report.reason = f"failed: {report.failure}"
 
     def _taken(self, plan: BlendPlan, start: int, length: int) -> ChunkKV:
         token_ids = np.array(plan.token_ids[start : start + length], dtype=np.int32)
         return ChunkKV(token_ids, self._blender.workspace.take(start, length))
+
+
+def _failed(plan: BlendPlan, failure: str) -> ReuseReport:
+    """The report of a blend that an exception ended: what was to be reused is missed."""
+    report = ReuseReport(
+        reason=f"failed: {failure}",
+        failure=failure,
+        prompt_tokens=len(plan.token_ids),
+        local_tokens=plan.local_tokens,
+    )
+    planned = (plan.preamble, *plan.segments) if plan.preamble.name is not None else plan.segments
+    for segment in planned:
+        reason = segment.reason if segment.name is None else report.reason
+        report.miss(reason, max(0, segment.end - max(segment.start, plan.local_tokens)))
+    return report

@@ -82,3 +82,37 @@ def test_a_chunk_recomputed_in_two_passes_learns_once_from_all(workspace: Worksp
     in_parts = recompute(other, taught, change, parts=3)
     for found, expected in zip(in_parts, once, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def extrapolated(tokens: int, monkeypatch: pytest.MonkeyPatch | None = None) -> tuple[Extrapolation, torch.Tensor]:
+    """What every seventh token of a long chunk changes in all the others' V; in one window where monkeypatched."""
+    if monkeypatch is not None:
+        monkeypatch.setattr("lmcache_rag.blend.extrapolation._WINDOW", tokens)
+    draw = torch.Generator().manual_seed(4)
+    workspace = Workspace([LayerSpec(1.0)] * 2, kv_heads=1, head_size=8, max_tokens=tokens, dtype=torch.float32)
+    workspace.key.normal_(generator=draw)
+    workspace.value.copy_(torch.randn(2, 1, 1, 8, generator=draw).expand(-1, tokens, -1, -1))
+    workspace.value[:, ::2] += 3.0
+    recomputed = torch.zeros(tokens, dtype=torch.bool)
+    recomputed[4::7] = True
+    extrapolation = Extrapolation(workspace, recomputed, [PlannedSegment(0, tokens)], 2)
+    before, positions = workspace.value.clone(), recomputed.nonzero().flatten()
+    workspace.value[1, positions] += (positions / 1000).sin()[:, None, None]
+    extrapolation.after(positions)(1)
+    return extrapolation, (workspace.value - before)[1, ~recomputed]
+
+
+def test_the_cost_of_a_long_chunk_grows_with_its_length_only() -> None:
+    extrapolation, _ = extrapolated(1 << 15)
+    windows = [chunk.weights.shape for chunk in extrapolation._chunks]
+    assert len(windows) == 32
+    assert max(span for span, _ in windows) <= 1024 and max(taught for _, taught in windows) <= 1024 // 7 + 1
+
+
+def test_short_chunks_are_one_window_and_long_ones_come_near_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens, closest in ((1028, 1e-9), (1500, 0.03)):
+        with monkeypatch.context() as whole:
+            _, expected = extrapolated(tokens, whole)
+        _, found = extrapolated(tokens)
+        assert float((found - expected).norm() / expected.norm()) <= closest
+    assert not torch.equal(found, expected)

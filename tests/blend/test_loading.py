@@ -126,3 +126,45 @@ def test_an_error_in_choosing_reaches_whoever_waits(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("lmcache_rag.blend.streaming.Stream.choose", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(Loader(SHAPE, 0.0).load(chunks, segments, TOKENS, seconds=1.0))
+
+
+class HangingStore(DiskStore):
+    """Reads nothing until it is released."""
+
+    released = threading.Event()
+
+    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
+        self.released.wait()
+        return super().read(name, limit_bytes)
+
+
+def load_threads() -> int:
+    return sum(thread.name == "lmcache-rag-load" for thread in threading.enumerate())
+
+
+def test_reads_that_hang_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_rag.blend.loading.REMEMBERED_S", -1.0)  # each plan tries again
+    monkeypatch.setattr("lmcache_rag.blend.loading._PATIENCE_S", 0.01)
+    chunks, segments = stored(tmp_path, 6)
+    hanging = chunk_store(HangingStore(tmp_path), chunks.scope, SHAPE)
+    loader, before = Loader(SHAPE, prefill_tokens_per_s=1e9), load_threads()
+    for _ in range(50):
+        assert [kv for _, kv in loader.load(hanging, segments, TOKENS)] == ["too slow"] * 6
+        assert load_threads() - before <= 8
+    monkeypatch.setattr("lmcache_rag.blend.loading._PATIENCE_S", 10.0)
+    HangingStore.released.set()
+    found: list[LoadedKV | str] = ["too slow"]
+    while "too slow" in found:  # until the threads are back
+        found = [kv for _, kv in loader.load(hanging, segments, TOKENS)]
+    assert all(isinstance(kv, LoadedKV) for kv in found)
+
+
+def test_a_plan_that_is_given_up_begins_no_further_reads(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 30)
+    loader, before = Loader(SHAPE, 0.0), load_threads()
+    plan = loader.load(chunks, segments, TOKENS)
+    next(plan)
+    plan.close()  # type: ignore[attr-defined]
+    while load_threads() > before:  # none is left waiting for somebody to take what it has read
+        continue
+    assert len(list(loader.load(chunks, segments, TOKENS))) == 30

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lmcache_rag.bench.store import Counting
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, context_digest, key_of, variant_of
-from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.plan.planner import Planner
@@ -145,22 +144,6 @@ def test_planning_asks_the_store_for_nothing_but_what_is_new(chunks: ChunkStores
         store.calls.clear()
         assert planned(plan, prompt, options)[0] is not None
         assert store.calls == {"read": 1}  # whether there is a next segment
-
-
-def test_a_failure_is_plain_prefill_and_is_said(
-    chunks: ChunkStores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ingest(chunks, PREAMBLE)
-    own = planner(chunks)
-
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("none left")
-
-    monkeypatch.setattr(ChunkStore, "variants", fail)
-    for _ in range(3):
-        plan, report = planned(own, [*PREAMBLE, *CHUNKS[1], 7])
-        assert plan is None and report.reason == "planning failed: OutOfMemoryError"
-    assert caplog.text.count("could not be planned") == 1
 
 
 def test_namespaces_know_nothing_of_each_other(chunks: ChunkStores) -> None:

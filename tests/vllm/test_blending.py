@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,6 +238,34 @@ def test_several_requests_at_once(llama: LocalEngine) -> None:
         found = torch.stack([torch.tensor([row[token] for token in sorted(row)]) for row in completion.logprobs])
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
     assert all(completion.reuse.mode == "off" for completion in done[len(plans) :])
+
+
+def test_a_first_token_does_not_wait_for_the_next_blend(llama: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    plans = [random_plan(seed, chunks=(60, 80)) for seed in (38, 39)]
+    for plan in plans:
+        ingest(llama, plan)
+    events: list[str] = []
+    worker, ended = get_kv_transfer_group()._worker, threading.Semaphore(0)
+    do = worker.do
+
+    def noted(job: Any) -> None:
+        events.append("blend")
+        do(job)
+
+    def deliver(name: str, delta: Any) -> None:
+        events.append(name)
+        if delta.completion is not None:
+            ended.release()
+
+    monkeypatch.setattr(worker, "do", noted)
+    sampling = Sampling(max_tokens=1, ignore_eos=True)
+    for name, plan in zip(("first", "second"), plans, strict=True):
+        llama._submit(plan, sampling, REPAIR, "pair", functools.partial(deliver, name))
+    for _ in plans:
+        ended.acquire()
+    assert events == ["blend", "first", "blend", "second"]
 
 
 def test_a_question_longer_than_a_step_is_chunked_by_vllm(llama: LocalEngine) -> None:

@@ -1,9 +1,10 @@
-"""vLLM's own OpenAI server with our worker and connector: the two halves in different processes, over HTTP."""
+"""`lmcache-rag serve`: vLLM's own OpenAI server with worker and connector in another process, over HTTP."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmcache_rag.corpus import Manifest
+from lmcache_rag.prompt import completion_format
 from tests.helpers import parts, random_plan
 from tests.models import make_tiny
 
@@ -28,24 +32,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    transfer = {
-        "kv_connector": "BlendConnector",
-        "kv_connector_module_path": "lmcache_rag.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"store": str(folder / "kv"), "codec": "raw", "never_slower": False},
-    }
+    index = folder / "index"
+    index.mkdir()
+    Manifest(
+        model=str(model), model_fingerprint="", dtype="float32", tokenizer_fingerprint="", namespace="default",
+        store=Path("kv"), codec="raw", prompt=completion_format(), chunk_tokens=512, overlap_tokens=0,
+        embedding_model="none",
+    ).write(index)  # fmt: skip
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10",
-        "--worker-cls", "lmcache_rag.vllm.worker.BlendWorker", "--kv-transfer-config", json.dumps(transfer),
+        sys.executable, "-c", "from lmcache_rag.cli import main; main()", "serve", "--index", str(index),
+        "--port", str(port), "--clients-precompute", "--",
+        "--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10", "--served-model-name", "tiny",
     ]  # fmt: skip
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500
     while True:
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -55,8 +58,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except OSError:
             time.sleep(1)
     yield address
-    process.terminate()
-    process.wait(timeout=60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0, "Ctrl-C did not end the server cleanly"
 
 
 def complete(server: str, token_ids: list[int], max_tokens: int = 1, **fields: Any) -> dict[str, Any]:

@@ -44,6 +44,13 @@ def test_requests(fields: dict[str, Any], reason: str) -> None:
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.tensor_parallel_size", 2, "tensor parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.data_parallel_size", 2, ""),
+        ("parallel_config.enable_expert_parallel", True, ""),
+        ("parallel_config.enable_eplb", True, "expert load balancing"),
+        ("parallel_config.enable_elastic_ep", True, "elastic expert parallelism"),
+        ("parallel_config.enable_dbo", True, "dual batch overlap"),
+        ("parallel_config.ubatch_size", 2, "dual batch overlap"),
         ("speculative_config", object(), "speculative decoding"),
         ("cache_config.cache_dtype", "fp8", "a quantised KV cache"),
         ("cache_config.cache_dtype", "float32", ""),
@@ -52,17 +59,34 @@ def test_requests(fields: dict[str, Any], reason: str) -> None:
     ],
 )
 def test_engines(place: str, value: object, reason: str) -> None:
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            pipeline_parallel_size=1, tensor_parallel_size=1, decode_context_parallel_size=1
-        ),
-        speculative_config=None,
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(dtype="torch.float32", uses_mrope=False),
-    )
+    config = vllm_config()
     target: Any = config
     *path, last = place.split(".")
     for name in path:
         target = getattr(target, name)
-    setattr(target, last, value)
+    assert hasattr(target, last), "vLLM has no such setting"
+    object.__setattr__(target, last, value)
     assert unsupported_engine(config) == reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_of_several_engines(*, moe: bool, expert_parallel: bool) -> None:
+    """A pass of one engine would wait for the others at every layer with experts."""
+    config = vllm_config(moe=moe)
+    config.parallel_config.data_parallel_size = 2
+    config.parallel_config.enable_expert_parallel = expert_parallel
+    expected = "data parallelism of experts" if moe or expert_parallel else ""
+    assert unsupported_engine(config) == expected  # type: ignore[arg-type]
+
+
+def vllm_config(*, moe: bool = False) -> SimpleNamespace:
+    """An engine's configuration, its parallelism vLLM's own."""
+    from vllm.config import ParallelConfig
+
+    return SimpleNamespace(
+        parallel_config=ParallelConfig(),
+        speculative_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(dtype="torch.float32", uses_mrope=False, is_moe=moe),
+    )

@@ -1,0 +1,93 @@
+"""What clients of a server may do, and what comes of options that are none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.plan.budget import ASSUMED
+from lmcache_rag.plan.planner import Planner
+from lmcache_rag.request import PARAMS_KEY
+from lmcache_rag.vllm.config import ConnectorConfig
+from lmcache_rag.vllm.connector import _warn_of_failures
+from lmcache_rag.vllm.scheduler_half import SchedulerHalf
+
+
+def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
+    """The report of a request with these `kv_transfer_params`, over an empty store."""
+    config = ConnectorConfig(store=folder, **settings)
+    half = SchedulerHalf(
+        Planner(DiskStore(folder), "model", config, 1024, ASSUMED), config, unsupported="", hash_block_tokens=16
+    )
+    request = SimpleNamespace(
+        request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
+        lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,
+        skip_reading_prefix_cache=False, cache_salt=None, block_hashes=[], update_block_hashes=lambda: None,
+    )  # fmt: skip
+    half.add(request)  # type: ignore[arg-type]
+    return half.report_of("1").model_dump()
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        ({"namespace": "other"}, "clients_choose_namespace"),
+        ({"namespace": "other", "segments": [[8, 16]]}, "clients_choose_namespace"),
+        ({"mode": "precompute", "segments": [[8, 56]]}, "clients_precompute"),
+        ({"mode": "precompute", "segments": [[8, 56]], "primer_tokens": 4}, "clients_precompute"),
+    ],
+)
+def test_what_the_operator_has_to_allow(tmp_path: Path, options: dict[str, Any], setting: str) -> None:
+    report = report_of(tmp_path, {PARAMS_KEY: options})
+    assert report["mode"] == "plain" and setting in report["reason"]
+    allowed = report_of(tmp_path, {PARAMS_KEY: options}, **{setting: True})
+    assert setting not in allowed["reason"]
+
+
+def test_the_engines_own_namespace_may_be_named(tmp_path: Path) -> None:
+    report = report_of(tmp_path, {PARAMS_KEY: {"namespace": "mine"}}, namespace="mine")
+    assert report["reason"] == "no stored chunk in the prompt"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "text",
+        [1, 2],
+        7,
+        {PARAMS_KEY: "text"},
+        {PARAMS_KEY: [["mode", "off"]]},
+        {PARAMS_KEY: 7},
+        {PARAMS_KEY: {1: 2}},
+        {PARAMS_KEY: {"unknown": 1}},
+        {PARAMS_KEY: {"ratio": float("nan")}},
+        {PARAMS_KEY: {"ratio": 7}},
+        {PARAMS_KEY: {"target_kl": float("nan")}},
+        {PARAMS_KEY: {"target_kl": -1}},
+        {PARAMS_KEY: {"ttft_goal_s": float("nan")}},
+        {PARAMS_KEY: {"segments": [[-5, 10]]}},
+        {PARAMS_KEY: {"segments": [[0, 2**80]]}},
+        {PARAMS_KEY: {"segments": [[2**80, 1]]}},
+        {PARAMS_KEY: {"segments": [[0, 10], [5, 10]]}},
+        {PARAMS_KEY: {"segments": [[0, 0]]}},
+        {PARAMS_KEY: {"namespace": "../other"}},
+        {PARAMS_KEY: {"namespace": ".tables"}},
+    ],
+)
+def test_options_that_are_none_give_plain_prefill(tmp_path: Path, params: Any) -> None:
+    report = report_of(tmp_path, params, clients_choose_namespace=True, clients_precompute=True)
+    assert report["mode"] == "plain" and not report["failure"]
+    assert "invalid options" in report["reason"] or "behind the prompt" in report["reason"]
+    assert report["vllm_tokens"] == 64
+
+
+def test_a_policy_that_fails_requests_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for policy in ("recompute", "fail"):
+        with caplog.at_level(logging.WARNING, "lmcache_rag"):
+            _warn_of_failures(SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy)))  # type: ignore[arg-type]
+        assert ("kv_load_failure_policy" in caplog.text) == (policy == "fail")
