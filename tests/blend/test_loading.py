@@ -133,9 +133,9 @@ class HangingStore(DiskStore):
 
     released = threading.Event()
 
-    def read(self, name: str, limit_bytes: int | None = None) -> memoryview | None:
+    def read(self, name: str, start: int = 0, length: int | None = None) -> memoryview | None:
         self.released.wait()
-        return super().read(name, limit_bytes)
+        return super().read(name, start, length)
 
 
 def load_threads() -> int:
