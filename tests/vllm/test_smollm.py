@@ -89,3 +89,22 @@ def test_text_prompts_find_their_chunks(smollm: LocalEngine) -> None:
     done = smollm.generate(text, Sampling(max_tokens=4))
     assert done.reuse.mode == "blend"
     assert done.reuse.reused_tokens + done.reuse.recomputed_tokens > 0.9 * len(plan.token_ids)
+
+
+@pytest.mark.parametrize("joint", ["\n\n", "\n", " "], ids=["blank line", "line", "space"])
+def test_a_prompt_tokenised_as_one_text_finds_its_chunks_and_none_is_foreign(smollm: LocalEngine, joint: str) -> None:
+    """As frameworks write prompts: the end of the preamble, and the chunks' edges, merge with what is beside them."""
+    examples = json.loads((Path(__file__).parents[1] / "data" / "questions.json").read_text())[:2]
+    texts = [context["text"] for example in examples for context in example["ctxs"][:2]]
+    opening = f"Answer the question with the words of the passages below.{joint}"
+    encode = smollm.tokenizer.encode
+    preamble, chunks = encode(opening), [encode(text) for text in texts]
+    assert not smollm.precompute(preamble, chunks).errors
+    prompt = opening + joint.join(texts) + f"{joint}Question: {examples[0]['question']}\nAnswer:"
+    whole = encode(prompt)
+    reuse = smollm.generate(prompt, Sampling(max_tokens=1), BlendOptions(ratio=0.1), cache_salt=joint).reuse
+    assert reuse.foreign_tokens == 0
+    assert reuse.reused_tokens + reuse.recomputed_tokens >= sum(map(len, chunks)) - 2 * len(chunks)
+    assert reuse.prompt_tokens == len(whole)
+    if joint == "\n\n":
+        assert whole[: len(preamble)] != preamble
