@@ -244,6 +244,23 @@ def test_bad_measurements_are_one_sentence(arguments: list[object], problem: str
     assert problem in error_of(run(*arguments))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ttft", "--store-mb-s", 0],
+        ["streaming", "--ratio", 2],
+        ["streaming", "--goal-s", 0],
+        ["streaming", "--slow-mb-s", -1],
+        ["throughput", "--requests", "many"],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_numbers_out_of_range_are_refused_before_anything_starts(arguments: list[object]) -> None:
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert str(arguments[1]) in result.output
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lmcache_rag", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})

@@ -26,6 +26,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 JsonOption = Annotated[Optional[Path], typer.Option("--json", help="Write the rows to this file.")]
 SelectorsOption = Annotated[str, typer.Option(help="Selectors, separated by commas; `default` is one.")]
 
+_LEAST = 0.001
+"""Of bandwidths and goals, which none may be zero."""
 _MEASURED = {"forced_answers": True, "never_slower": False}
 
 
@@ -81,7 +83,8 @@ def bench_ttft_command(
     selectors: SelectorsOption = "default",
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
     store_mb_s: Annotated[
-        Optional[float], typer.Option(help="Slow the store down to so many MB/s, to see what a slow one does.")
+        Optional[float],
+        typer.Option(min=_LEAST, help="Slow the store down to so many MB/s, to see what a slow one does."),
     ] = None,
     json_file: JsonOption = None,
     model: ModelOption = None,
@@ -178,11 +181,13 @@ def bench_fidelity_command(
 def bench_streaming_command(
     chunks: Annotated[int, typer.Option(min=3, help="Chunks in the prompt.")] = 8,
     chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens per chunk.")] = 360,
-    goal_s: Annotated[float, typer.Option(help="TTFT goal in seconds.")] = 1.0,
-    fast_mb_s: Annotated[float, typer.Option(help="The store's bandwidth at first, MB/s.")] = 50.0,
-    slow_mb_s: Annotated[float, typer.Option(help="Its bandwidth after a quarter of the chunks, MB/s.")] = 8.0,
+    goal_s: Annotated[float, typer.Option(min=_LEAST, help="TTFT goal in seconds.")] = 1.0,
+    fast_mb_s: Annotated[float, typer.Option(min=_LEAST, help="The store's bandwidth at first, MB/s.")] = 50.0,
+    slow_mb_s: Annotated[
+        float, typer.Option(min=_LEAST, help="Its bandwidth after a quarter of the chunks, MB/s.")
+    ] = 8.0,
     extra_codecs: Annotated[str, typer.Option(help="Stored besides --codec, separated by commas.")] = "high,small",
-    ratio: Annotated[float, typer.Option(help="Recompute ratio.")] = 0.05,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Recompute ratio.")] = 0.05,
     repeat: Annotated[int, typer.Option(min=1, help="Measurements per row; their median is given.")] = 5,
     json_file: JsonOption = None,
     model: ModelOption = None,
