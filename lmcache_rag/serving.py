@@ -26,7 +26,7 @@ def serve(
     ] = False,
     threads: ThreadsOption = None,
     vllm_arguments: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[-- VLLM ARGUMENTS]", help="Passed on to vLLM's server.")
+        Optional[list[str]], typer.Argument(metavar="VLLM ARGUMENTS", help="Behind --: passed on to vLLM's server.")
     ] = None,
 ) -> None:
     """Serve an index's model with vLLM's OpenAI server, which reuses the index's passages in every prompt."""

@@ -66,13 +66,13 @@ class Loader:
         Args:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
                 is read for a while: requests that were planned before this was known are not to wait again. Nor is
-                anything read while all readers are busy, which means that they hang.
+                anything read while all readers hang.
             seconds: by when loading is to be done, where the segments have levels to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = None
         start = time.perf_counter()
-        if start < self._slow_until or self._readers.all_busy():
+        if start < self._slow_until or self._readers.hang():
             yield from ((segment, _TOO_SLOW) for segment in named)
             return
         deadline = start + self._patience_s(tokens)
@@ -117,6 +117,7 @@ class _Readers:
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._threads = 0
+        self._moved_at = 0.0  # when one of them last took up something
         self._process = OwnProcess("A loader of stored KV")
         self._lock = threading.Lock()
 
@@ -130,9 +131,11 @@ class _Readers:
             thread = threading.Thread(target=self._serve, name="lmcache-rag-load", daemon=True)
             thread.start()  # raises where the system has no more threads
             self._threads += 1
+            self._moved_at = time.perf_counter()
 
-    def all_busy(self) -> bool:
-        return self._threads == _READERS
+    def hang(self) -> bool:
+        """Whether all threads are busy, and have been with the same things for long."""
+        return self._threads == _READERS and time.perf_counter() - self._moved_at > _PATIENCE_S
 
     def _serve(self) -> None:
         while True:
@@ -141,6 +144,7 @@ class _Readers:
                     self._threads -= 1
                     return
                 work = self._waiting.popleft()
+                self._moved_at = time.perf_counter()
             work()
 
 
