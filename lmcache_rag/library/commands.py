@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.status import Status
 
 from lmcache_rag.errors import StoreError
 from lmcache_rag.terminal import err, out
@@ -30,12 +29,12 @@ def rebuild_command(folder: Annotated[Path, typer.Argument(help="Folder of the K
     store = DiskStore(folder)
     scopes = scopes_of(store)
     if not scopes:
-        out.print(f"Nothing is stored in {folder}.", markup=False)
+        out.print(f"Nothing is stored in {folder}.")
     for scope in scopes:
         with err.status(f"Reading {scope.prefix}") as status:
 
-            def say(seen: int, status: Status = status) -> None:
-                status.update(f"{seen} objects read")
+            def say(seen: int, note: Any = status) -> None:
+                note.update(f"{seen} objects read")
 
             found = rebuild(store, scope, say)
-        out.print(f"{scope.namespace}, model {scope.model}: {found} objects recorded", highlight=False, markup=False)
+        out.print(f"{scope.namespace}, model {scope.model}: {found} objects recorded")

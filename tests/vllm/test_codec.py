@@ -79,7 +79,7 @@ def test_where_there_are_no_tables_they_are_learned_once(
 def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None:
     plan = random_plan(70, chunks=(200,))
     ingest(engine, plan)
-    preamble, chunks, _ = parts(plan)
+    _, chunks, _ = parts(plan)
     stored = engine.chunk_store()
     [name] = (form.name for form in stored.variants(key_of(chunks[0])).values())
     sizes = {level.name.split(".")[-2]: level.size_bytes for level in stored.forms(name)}
