@@ -312,7 +312,11 @@ def test_a_layer_that_does_not_fit_is_a_miss(llama: LocalEngine) -> None:
     preamble, chunks, _ = parts(plan)
     path = path_of(llama, chunks[1], variant_of(preamble))
     stored = unpack(memoryview(bytearray(path.read_bytes())))
-    halves = [layer[: len(layer) // 2] for layer in stored.layers]
+    coded = stored.coded
+    halves = [
+        [coded.stream(group, layer)[: int(length) // 2] for layer, length in enumerate(lengths)]
+        for group, lengths in enumerate(coded.places[:, :, 1])
+    ]
     path.write_bytes(b"".join(bytes(part) for part in pack(stored.header, stored.token_ids, halves)))
     _, done = answer(llama, plan, REPAIR)
     assert done.reuse.misses == {"corrupt": len(chunks[1])}
