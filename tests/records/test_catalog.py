@@ -130,5 +130,5 @@ def test_a_chunk_of_which_one_object_is_damaged_is_found_by_another(tmp_path: Pa
     assert len(names) == 3
     for name in (names[0], names[2]):
         store.write(name, [b"damaged"])
-    store.write(names[1].replace(".v2", ".v1"), [b"of an older release"])
+    store.write(names[1].replace(".v3", ".v2"), [b"of an older release"])
     assert found(Catalog(store, SCOPE), token_ids) == [(0, 100, 0)]

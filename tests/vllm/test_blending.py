@@ -355,7 +355,7 @@ def test_precompute_stores_preamble_and_chunk_once(llama: LocalEngine) -> None:
     assert path_of(llama, preamble, NO_CONTEXT).is_file()
     second = llama.precompute(preamble, chunks)
     assert (second.computed, second.present, second.bytes_stored) == (0, 3, 0)
-    stored = sum(file.stat().st_size for file in (llama.store.root / "default").rglob("*.v2"))
+    stored = sum(file.stat().st_size for file in (llama.store.root / "default").rglob("*.v3"))
     assert stored == first.bytes_stored
     assert first.bytes_stored == pytest.approx(first.tokens * llama.kv_bytes_per_token, rel=0.1)
     assert np.isclose(llama.kv_bytes_per_token, 2 * 3 * 2 * 32 * 4)
