@@ -2,12 +2,22 @@
 // instruction sets. Each name says which -m options of CMakeLists.txt it allows.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace isa {
 
 #if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows it.
+inline bool f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 inline bool avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c();
 }
 
 inline bool avx512() {

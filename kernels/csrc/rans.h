@@ -16,17 +16,20 @@ struct Tables {
     int64_t columns;
     const uint32_t *slots;           // [distributions, kSlots]: symbol 8 bits, frequency 12, offset 12, from the top
     int64_t symbols;                 // of a distribution: -largest ... largest, and the escape
+    float step;                      // what a symbol is multiplied by
 };
 
-// What is left of one coded matrix, decoded in groups of kLanes rows, each column by column.
+// What is left of one coded matrix, decoded in blocks of kLanes rows, each column by column. Behind `words_end` there
+// are kPadding words more, which may be read, though not used.
 struct Stream {
     const uint16_t *words, *words_end;
-    const int16_t *escapes, *escapes_end;
     uint32_t states[kLanes];
 };
 
-// Decodes the next group, of `rows` rows, to out[column * stride + row]; false where the stream is used up.
-using DecodeGroup = bool (*)(Stream &, const Tables &, int rows, float *out, int64_t stride);
+constexpr int kPadding = kLanes;
+
+// Decodes the next block, of `rows` rows, to out[column * stride + row]; false where the stream is used up.
+using DecodeBlock = bool (*)(Stream &, const Tables &, int rows, float *out, int64_t stride);
 
 #ifdef RANS_X86
 bool decode_avx512(Stream &, const Tables &, int rows, float *out, int64_t stride);

@@ -1,9 +1,10 @@
 // Decoding of interleaved range asymmetric numeral systems (Duda 2013, https://arxiv.org/abs/1311.2540; interleaving:
 // Giesen 2014, https://arxiv.org/abs/1402.3392).
 //
-// Sixteen decoders share one stream of 16-bit words. Decoder i has row i of a group of sixteen rows; a step decodes one
+// Sixteen decoders share one stream of 16-bit words. Decoder i has row i of a block of sixteen rows; a step decodes one
 // column, so all sixteen read the same distribution's table and a step is a handful of vector instructions. A decoder
-// whose state falls below 2^16 takes the stream's next word; among decoders, the order is that of their rows.
+// whose state falls below 2^16 takes the stream's next word, and then one that found the escape takes its integer from
+// there; among decoders, the order is that of their rows.
 //
 // This file is compiled once per instruction set. It must not use inline functions of the standard library: the linker
 // keeps one copy of those, which could be the one with instructions that the machine lacks.
@@ -19,19 +20,11 @@
 namespace rans {
 namespace {
 
-// What one decoder does in a step, or false where the stream is used up.
-inline bool step(Stream &in, const Tables &tables, const uint32_t *slots, uint32_t &state, float &out) {
-    const uint32_t entry = slots[state & (kSlots - 1)];
-    const int32_t symbol = static_cast<int32_t>(entry >> 24), largest = static_cast<int32_t>(tables.symbols - 2) / 2;
-    state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
-    if (state < kLowest) {
-        if (in.words == in.words_end) return false;
-        state = state << 16 | *in.words++;
-    }
-    out = static_cast<float>(symbol - largest);
-    if (symbol == tables.symbols - 1) {
-        if (in.escapes == in.escapes_end) return false;
-        out = *in.escapes++;
+// The integers of the decoders that found the escape; false where the stream is used up.
+inline bool take_escapes(unsigned found, const uint16_t *&words, const uint16_t *end, float step, float *target) {
+    for (; found != 0; found &= found - 1) {
+        if (words >= end) return false;
+        target[__builtin_ctz(found)] = step * static_cast<float>(static_cast<int16_t>(*words++));
     }
     return true;
 }
@@ -72,16 +65,21 @@ inline __m256i step_of_eight(const uint32_t *slots, __m256i active, __m256i &sta
 }  // namespace
 
 bool RANS_DECODE(Stream &in, const Tables &tables, int rows, float *out, int64_t stride) {
-    int64_t column = 0;
-#ifdef __AVX512F__
+    const uint16_t *words = in.words, *const end = in.words_end;
+    const int32_t largest = static_cast<int32_t>(tables.symbols - 2) / 2, escape = static_cast<int32_t>(tables.symbols - 1);
+    const float step = tables.step;
+    const uint8_t *const distribution = tables.distribution;
+    const int64_t columns = tables.columns;
+#if defined(__AVX512F__)
     const __mmask16 active = static_cast<__mmask16>((1u << rows) - 1);
     const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
-    const __m512i largest = _mm512_set1_epi32(static_cast<int>((tables.symbols - 2) / 2));
-    const __m512i escaped = _mm512_set1_epi32(static_cast<int>(tables.symbols - 1));
+    const __m512i centre = _mm512_set1_epi32(largest), escaped = _mm512_set1_epi32(escape);
+    const __m512 steps = _mm512_set1_ps(step);
     __m512i state = _mm512_loadu_si512(in.states);
-    // The last words are read one by one below, since a vector load would read past them.
-    for (; column < tables.columns && in.words_end - in.words >= kLanes; ++column) {
-        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
+    // A step takes no more words than there are of padding, so it is enough to look before each whether they are used up.
+    for (int64_t column = 0; column < columns; ++column) {
+        if (words > end) return false;
+        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
         float *target = out + column * stride;
         const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
         const __m512i symbol = _mm512_srli_epi32(entry, 24);
@@ -90,49 +88,63 @@ bool RANS_DECODE(Stream &in, const Tables &tables, int rows, float *out, int64_t
                                               _mm512_and_si512(entry, low12));
         state = _mm512_mask_mov_epi32(state, active, next);
         const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active, state, lowest);
-        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.words)));
+        const __m512i ahead = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words)));
         state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
-                                     _mm512_maskz_expand_epi32(hungry, words));
-        in.words += __builtin_popcount(hungry);
-        _mm512_mask_storeu_ps(target, active, _mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, largest)));
-        const __mmask16 out_of_range = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
-        for (unsigned left = out_of_range; left != 0; left &= left - 1) {
-            if (in.escapes == in.escapes_end) return false;
-            target[__builtin_ctz(left)] = *in.escapes++;
-        }
+                                     _mm512_maskz_expand_epi32(hungry, ahead));
+        words += __builtin_popcount(hungry);
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, centre)), steps);
+        _mm512_mask_storeu_ps(target, active, value);
+        const __mmask16 found = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
+        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
     }
     _mm512_storeu_si512(in.states, state);
 #elif defined(__AVX2__)
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32(rows);
     const __m256i active[2] = {_mm256_cmpgt_epi32(count, lane),
                                _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)))};
-    const __m256i largest = _mm256_set1_epi32(static_cast<int>((tables.symbols - 2) / 2));
-    const __m256i escaped = _mm256_set1_epi32(static_cast<int>(tables.symbols - 1));
+    const __m256i centre = _mm256_set1_epi32(largest), escaped = _mm256_set1_epi32(escape);
+    const __m256 steps = _mm256_set1_ps(step);
     __m256i state[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states)),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states + 8))};
-    for (; column < tables.columns && in.words_end - in.words >= kLanes; ++column) {
-        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
+    // A step takes no more words than there are of padding, so it is enough to look before each whether they are used up.
+    for (int64_t column = 0; column < columns; ++column) {
+        if (words > end) return false;
+        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
+        float *target = out + column * stride;
+        unsigned found = 0;
         for (int half = 0; half < 2; ++half) {
-            float *target = out + column * stride + 8 * half;
-            const __m256i symbol = step_of_eight(slots, active[half], state[half], in.words);
-            _mm256_maskstore_ps(target, active[half], _mm256_cvtepi32_ps(_mm256_sub_epi32(symbol, largest)));
+            const __m256i symbol = step_of_eight(slots, active[half], state[half], words);
+            const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(symbol, centre)), steps);
+            _mm256_maskstore_ps(target + 8 * half, active[half], value);
             const __m256i out_of_range = _mm256_and_si256(active[half], _mm256_cmpeq_epi32(symbol, escaped));
-            unsigned left = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(out_of_range)));
-            for (; left != 0; left &= left - 1) {
-                if (in.escapes == in.escapes_end) return false;
-                target[__builtin_ctz(left)] = *in.escapes++;
-            }
+            found |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(out_of_range))) << 8 * half;
         }
+        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states), state[0]);
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states + 8), state[1]);
-#endif
-    for (; column < tables.columns; ++column) {
-        const uint32_t *slots = tables.slots + tables.distribution[column] * static_cast<int64_t>(kSlots);
-        for (int row = 0; row < rows; ++row)
-            if (!step(in, tables, slots, in.states[row], out[column * stride + row])) return false;
+#else
+    for (int64_t column = 0; column < columns; ++column) {
+        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
+        float *target = out + column * stride;
+        unsigned found = 0;
+        for (int row = 0; row < rows; ++row) {
+            uint32_t &state = in.states[row];
+            const uint32_t entry = slots[state & (kSlots - 1)];
+            const int32_t symbol = static_cast<int32_t>(entry >> 24);
+            state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
+            if (state < kLowest) {
+                if (words >= end) return false;
+                state = state << 16 | *words++;
+            }
+            target[row] = step * static_cast<float>(symbol - largest);
+            if (symbol == escape) found |= 1u << row;
+        }
+        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
     }
-    return true;
+#endif
+    in.words = words;
+    return words <= end;
 }
 
 }  // namespace rans

@@ -5,25 +5,35 @@
 
 namespace restore {
 
-constexpr int kGroup = 16;  // tokens at a time
+constexpr int kBlock = 16;  // tokens at a time
 
-// The inverse transform of a group of tokens.
+// The inverse transform of a block of tokens, in one group of heads.
 struct Product {
-    const float *coordinates;  // [count, kGroup]
+    const float *coordinates;  // [count, kBlock]
     int64_t count;
     const float *directions;   // [count, channels]
     const float *mean;         // [channels]
     int64_t channels;
     int tokens;
     float *out;                // [tokens, channels]: the mean, and the sum of coordinates times directions
+    int64_t stride;            // of `out`: all channels of a token
 };
 
 using Multiply = void (*)(const Product &);
 
+// Rounds to the nearest, of two to the even one, as PyTorch does.
+using Narrow = void (*)(const float *in, int64_t count, uint16_t *out);
+
 #ifdef RESTORE_X86
 void multiply_avx512(const Product &);
 void multiply_avx2(const Product &);
+void bfloat16_avx512(const float *, int64_t, uint16_t *);
+void bfloat16_avx2(const float *, int64_t, uint16_t *);
+void float16_avx512(const float *, int64_t, uint16_t *);
+void float16_avx2(const float *, int64_t, uint16_t *);
 #endif
 void multiply_generic(const Product &);
+void bfloat16_generic(const float *, int64_t, uint16_t *);
+void float16_generic(const float *, int64_t, uint16_t *);
 
 }  // namespace restore

@@ -1,5 +1,5 @@
-// The Python extension `_restore`: checks, the choice of the instruction set, and the order of work. Layers are
-// independent, so each is one thread's.
+// The Python extension `_restore`: checks, the choice of the instruction set, and the order of work. Each layer's groups
+// of tokens are coded apart, so each is work for any thread.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -25,17 +25,20 @@ namespace {
 
 struct Version {
     std::string name;
-    rans::DecodeGroup decode;
+    rans::DecodeBlock decode;
     Multiply multiply;
+    Narrow bfloat16, float16;
 };
 
 std::vector<Version> versions() {
     std::vector<Version> found;
 #ifdef RESTORE_X86
-    if (isa::avx512()) found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512});
-    if (isa::avx2()) found.push_back({"avx2", &rans::decode_avx2, &multiply_avx2});
+    if (isa::avx512())
+        found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512, &bfloat16_avx512, &float16_avx512});
+    if (isa::avx2())
+        found.push_back({"avx2", &rans::decode_avx2, &multiply_avx2, &bfloat16_avx2, &float16_avx2});
 #endif
-    found.push_back({"generic", &rans::decode_generic, &multiply_generic});
+    found.push_back({"generic", &rans::decode_generic, &multiply_generic, &bfloat16_generic, &float16_generic});
     return found;
 }
 
@@ -52,25 +55,32 @@ void check(bool ok, const char *message) {
 
 template <typename T, int D>
 using In = nb::ndarray<nb::ro, const T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;
-using Rows = nb::ndarray<float, nb::device::cpu, nb::ndim<4>>;
+using Rows = nb::ndarray<nb::device::cpu, nb::ndim<4>>;
 
-static_assert(kGroup == rans::kLanes);
+static_assert(kBlock == rans::kLanes);
 
 struct Layer {
-    const uint8_t *data;
-    int64_t size;
     rans::Tables tables;
-    int64_t counts[2];           // coordinates of K and of V
-    const float *directions[2];  // [count, channels]
+    const int64_t *counts;       // [2, head groups]: coordinates of K and of V
+    const float *directions[2];  // [head groups, width, width], of which the first coordinates' rows are used
     const float *mean[2];        // [channels]
     const float *cosine, *sine;  // [tokens restored, half of the dimensions that are rotated]
     int64_t half;
-    float *out[2];  // K and V, a token's channels in a row
+    uint8_t *out[2];  // K and V, a token's channels in a row
 };
 
 struct Shape {
-    int64_t tokens, offset, length, heads, size;
-    int64_t token_stride[2];
+    int64_t layers, tokens, group, offset, length, heads, size, channels, head_groups;
+    int64_t token_bytes[2];  // from one token to the next in K and in V
+    Narrow narrow;           // null where K and V are float32
+
+    int64_t width() const { return channels / head_groups; }
+};
+
+// One layer's coded tokens `token` to `end`.
+struct Coded {
+    const uint8_t *data;
+    int64_t size, token, end;
 };
 
 // Rotates the heads of one token; pair i is (i, i + half).
@@ -85,80 +95,137 @@ void rotate(const float *in, const Layer &layer, const Shape &shape, int64_t tok
     }
 }
 
+// What a thread works in.
 struct Scratch {
-    std::vector<float> coordinates, values;
+    rans::OpenStream stream;
+    std::vector<float> coordinates, values, rotated;
 };
 
-bool restore_layer(const Layer &layer, const Shape &shape, const Version &version, Scratch &scratch) {
-    rans::OpenStream stream;
-    if (!stream.open(layer.data, layer.size)) return false;
-    const int64_t channels = shape.heads * shape.size, end = shape.offset + shape.length;
-    scratch.coordinates.resize(kGroup * layer.tables.columns);
-    scratch.values.resize(kGroup * channels);
-    float *coordinates = scratch.coordinates.data(), *values = scratch.values.data();
-    for (int64_t token = 0; token < shape.tokens; token += kGroup) {
-        const int rows = static_cast<int>(std::min<int64_t>(kGroup, shape.tokens - token));
-        if (!version.decode(stream, layer.tables, rows, coordinates, kGroup)) return false;
-        const int64_t first = std::max(token, shape.offset), last = std::min(token + rows, end);
-        if (first >= last) continue;
-        for (int part = 0; part < 2; ++part) {
-            const float *own = coordinates + (part == 0 ? 0 : layer.counts[0] * kGroup);
-            version.multiply({own, layer.counts[part], layer.directions[part], layer.mean[part], channels, rows, values});
-            for (int64_t t = first; t < last; ++t) {
-                const float *from = values + (t - token) * channels;
-                float *to = layer.out[part] + (t - shape.offset) * shape.token_stride[part];
-                if (part == 0 && layer.half > 0)
-                    rotate(from, layer, shape, t - shape.offset, to);
-                else
-                    std::memcpy(to, from, sizeof(float) * channels);
-            }
-        }
+// Writes token `token` of those restored, rotated if it is K's.
+void place(const float *from, int part, const Layer &layer, const Shape &shape, int64_t token, float *rotated) {
+    uint8_t *to = layer.out[part] + token * shape.token_bytes[part];
+    if (part == 0 && layer.half > 0) {
+        float *turned = shape.narrow == nullptr ? reinterpret_cast<float *>(to) : rotated;
+        rotate(from, layer, shape, token, turned);
+        if (shape.narrow == nullptr) return;
+        from = turned;
     }
-    return stream.ended();
+    if (shape.narrow != nullptr)
+        shape.narrow(from, shape.channels, reinterpret_cast<uint16_t *>(to));
+    else
+        std::memcpy(to, from, sizeof(float) * shape.channels);
 }
 
-int64_t restore(const std::vector<In<uint8_t, 1>> &streams, In<uint8_t, 1> distribution, In<int64_t, 2> counts,
-                In<uint32_t, 2> slots, int64_t symbols, In<float, 2> directions, In<float, 3> mean,
+bool restore_group(const Coded &coded, const Layer &layer, const Shape &shape, const Version &version, Scratch &scratch) {
+    if (!scratch.stream.open(coded.data, coded.size, coded.end - coded.token)) return false;
+    const int64_t width = shape.width(), wanted = shape.offset + shape.length;
+    scratch.coordinates.resize(kBlock * layer.tables.columns);
+    scratch.values.resize(kBlock * shape.channels);
+    scratch.rotated.resize(shape.channels);
+    float *coordinates = scratch.coordinates.data(), *values = scratch.values.data();
+    for (int64_t token = coded.token; token < coded.end; token += kBlock) {
+        if (token >= wanted) return true;  // a part costs its part
+        const int rows = static_cast<int>(std::min<int64_t>(kBlock, coded.end - token));
+        if (!version.decode(scratch.stream, layer.tables, rows, coordinates, kBlock)) return false;
+        const int64_t first = std::max(token, shape.offset), last = std::min(token + rows, wanted);
+        if (first >= last) continue;
+        const float *own = coordinates;
+        for (int part = 0; part < 2; ++part) {
+            for (int64_t g = 0; g < shape.head_groups; ++g) {
+                const int64_t count = layer.counts[part * shape.head_groups + g];
+                version.multiply({own, count, layer.directions[part] + g * width * width, layer.mean[part] + g * width,
+                                  width, rows, values + g * width, shape.channels});
+                own += count * kBlock;
+            }
+            for (int64_t t = first; t < last; ++t)
+                place(values + (t - token) * shape.channels, part, layer, shape, t - shape.offset,
+                      scratch.rotated.data());
+        }
+    }
+    return scratch.stream.ended();
+}
+
+// The next work of a thread: several items while many are left, so that threads seldom share a layer's directions, and
+// single ones at the end, so that threads end together. Negative where nothing is left.
+int64_t take(std::atomic<int64_t> &next, int64_t items, int threads, int64_t most, int64_t &count) {
+    int64_t first = next;
+    do {
+        if (first >= items) return -1;
+        count = std::max<int64_t>(1, std::min(most, (items - first) / (2 * threads)));
+    } while (!next.compare_exchange_weak(first, first + count));
+    return first;
+}
+
+Narrow narrow_to(const Rows &rows, const std::string &type, const Version &version) {
+    const bool fits = type == "float32" ? rows.dtype() == nb::dtype<float>() : rows.dtype() == nb::dtype<uint16_t>();
+    check(fits, "key and value must be float32, or uint16 that stand for a narrower type");
+    if (type == "float32") return nullptr;
+    check(type == "bfloat16" || type == "float16", "type must be float32, bfloat16 or float16");
+    return type == "bfloat16" ? version.bfloat16 : version.float16;
+}
+
+int64_t restore(In<uint8_t, 1> data, In<int64_t, 3> places, In<uint8_t, 1> distribution, In<int64_t, 3> counts,
+                In<uint32_t, 2> slots, int64_t symbols, float step, In<float, 5> directions, In<float, 3> mean,
                 const std::vector<In<float, 2>> &cosines, const std::vector<In<float, 2>> &sines, Rows key, Rows value,
-                int64_t tokens, int64_t offset, int threads, const std::string &isa) {
-    const int64_t layers = streams.size(), length = key.shape(1), channels = directions.shape(1);
-    const Shape shape{tokens,        offset, length, static_cast<int64_t>(key.shape(2)), static_cast<int64_t>(key.shape(3)),
-                      {key.stride(1), value.stride(1)}};
-    check(counts.shape(0) == streams.size() && counts.shape(1) == 2, "counts must be [layers, 2]");
-    check(mean.shape(0) == streams.size() && mean.shape(1) == 2 && mean.shape(2) == directions.shape(1),
-          "mean must be [layers, 2, channels]");
-    check(cosines.size() == streams.size() && sines.size() == streams.size(), "cosines and sines: one for each layer");
+                int64_t tokens, int64_t group, int64_t first_group, int64_t offset, int threads,
+                const std::string &type, const std::string &isa) {
+    const Version &version = version_named(isa);
+    const int64_t groups = places.shape(0), layers = places.shape(1), length = key.shape(1);
+    const int64_t head_groups = directions.shape(2), channels = mean.shape(2), itemsize = key.itemsize();
+    check(places.shape(2) == 2, "places must be [groups, layers, 2]");
+    check(static_cast<int64_t>(counts.shape(0)) == layers && counts.shape(1) == 2 &&
+              static_cast<int64_t>(counts.shape(2)) == head_groups,
+          "counts must be [layers, 2, head groups]");
+    check(static_cast<int64_t>(mean.shape(0)) == layers && mean.shape(1) == 2, "mean must be [layers, 2, channels]");
+    check(static_cast<int64_t>(directions.shape(0)) == layers && directions.shape(1) == 2 && head_groups > 0 &&
+              directions.shape(3) == directions.shape(4) &&
+              static_cast<int64_t>(directions.shape(3)) * head_groups == channels,
+          "directions must be [layers, 2, head groups, width, width], of so many channels");
+    check(static_cast<int64_t>(cosines.size()) == layers && static_cast<int64_t>(sines.size()) == layers,
+          "cosines and sines: one for each layer");
+    const Shape shape{layers, tokens, group, offset, length, static_cast<int64_t>(key.shape(2)),
+                      static_cast<int64_t>(key.shape(3)), channels, head_groups,
+                      {key.stride(1) * itemsize, value.stride(1) * itemsize}, narrow_to(key, type, version)};
+    narrow_to(value, type, version);
     for (const Rows *rows : {&key, &value}) {
-        check(rows->shape(0) == streams.size() && rows->shape(1) == key.shape(1) && rows->shape(2) == key.shape(2) &&
-                  rows->shape(3) == key.shape(3),
+        check(static_cast<int64_t>(rows->shape(0)) == layers && rows->shape(1) == key.shape(1) &&
+                  rows->shape(2) == key.shape(2) && rows->shape(3) == key.shape(3),
               "key and value must be [layers, tokens, heads, size]");
         check(rows->stride(3) == 1 && rows->stride(2) == shape.size, "a token's channels must lie in a row");
     }
-    check(shape.heads * shape.size == channels, "directions must be [coordinates, heads * size]");
-    check(tokens >= 0 && offset >= 0 && length <= tokens - offset, "the tokens restored must be among those stored");
+    check(shape.heads * shape.size == channels, "key and value must have heads * size channels");
+    check(group > 0 && first_group >= 0 && tokens >= 0 && first_group <= tokens / group && groups <= tokens / group + 1,
+          "the groups must be some of those that the tokens are in");
+    const int64_t begin = first_group * group, end = std::min(tokens, begin + groups * group);
+    check(offset >= begin && length <= end - offset, "the tokens restored must be among those of the groups");
     check(slots.shape(1) == rans::kSlots, "slots must be [distributions, 4096]");
     for (size_t i = 0; i < distribution.shape(0); ++i)
         check(distribution(i) < slots.shape(0), "distribution must name one of the distributions");
-    const Version &version = version_named(isa);
+    const int64_t size = data.shape(0);
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t i = 0; i < layers; ++i)
+            check(places(g, i, 0) >= 0 && places(g, i, 1) >= 0 && places(g, i, 0) <= size &&
+                      places(g, i, 1) <= size - places(g, i, 0),
+                  "places must be in data");
 
     std::vector<Layer> all(layers);
     int64_t at = 0;
     for (int64_t i = 0; i < layers; ++i) {
         Layer &layer = all[i];
-        layer.data = streams[i].data();
-        layer.size = streams[i].shape(0);
+        int64_t columns = 0;
         for (int part = 0; part < 2; ++part) {
-            layer.counts[part] = counts(i, part);
-            check(layer.counts[part] >= 0, "counts must not be negative");
+            for (int64_t g = 0; g < head_groups; ++g) {
+                check(counts(i, part, g) >= 0 && counts(i, part, g) <= shape.width(),
+                      "counts must be of coordinates that have directions");
+                columns += counts(i, part, g);
+            }
+            layer.directions[part] = &directions(i, part, 0, 0, 0);
             layer.mean[part] = &mean(i, part, 0);
         }
-        const int64_t columns = layer.counts[0] + layer.counts[1];
-        check(columns <= static_cast<int64_t>(distribution.shape(0)) - at &&
-                  columns <= static_cast<int64_t>(directions.shape(0)) - at,
+        layer.counts = &counts(i, 0, 0);
+        check(columns <= static_cast<int64_t>(distribution.shape(0)) - at,
               "counts must add up to the number of coordinates");
-        layer.tables = {distribution.data() + at, columns, slots.data(), symbols};
-        layer.directions[0] = directions.data() + at * channels;
-        layer.directions[1] = layer.directions[0] + layer.counts[0] * channels;
+        layer.tables = {distribution.data() + at, columns, slots.data(), symbols, step};
         at += columns;
         layer.half = cosines[i].shape(1);
         check(2 * layer.half <= shape.size && sines[i].shape(1) == cosines[i].shape(1),
@@ -168,16 +235,26 @@ int64_t restore(const std::vector<In<uint8_t, 1>> &streams, In<uint8_t, 1> distr
               "cosines and sines: one row for each token");
         layer.cosine = cosines[i].data();
         layer.sine = sines[i].data();
-        layer.out[0] = key.data() + i * key.stride(0);
-        layer.out[1] = value.data() + i * value.stride(0);
+        layer.out[0] = static_cast<uint8_t *>(key.data()) + i * key.stride(0) * itemsize;
+        layer.out[1] = static_cast<uint8_t *>(value.data()) + i * value.stride(0) * itemsize;
     }
+    if (length <= 0) return -1;
 
     nb::gil_scoped_release unlocked;
+    // Of the groups, those that hold wanted tokens; a layer's lie next to each other in the order of work.
+    const int64_t from = (offset - begin) / group, wanted = (offset + length - 1 - begin) / group + 1 - from;
+    const int64_t items = layers * wanted;
     std::atomic<int64_t> next{0}, failed{-1};
-    attend::parallel(static_cast<int>(std::min<int64_t>(threads, layers)), [&](int) {
+    const int workers = static_cast<int>(std::min<int64_t>(threads, items));
+    attend::parallel(workers, [&](int) {
         Scratch scratch;
-        for (int64_t i = next++; i < layers; i = next++)
-            if (!restore_layer(all[i], shape, version, scratch)) failed = i;
+        for (int64_t count, item; (item = take(next, items, workers, wanted, count)) >= 0;)
+            for (; count > 0; --count, ++item) {
+                const int64_t layer = item / wanted, g = from + item % wanted, token = begin + g * group;
+                const Coded coded{data.data() + places(g, layer, 0), places(g, layer, 1), token,
+                                  std::min(end, token + group)};
+                if (!restore_group(coded, all[layer], shape, version, scratch)) failed = layer;
+            }
     });
     return failed;
 }
@@ -194,8 +271,9 @@ std::vector<std::string> instruction_sets() {
 NB_MODULE(_restore, m) {
     using namespace nb::literals;
     // No conversions: a converted `key` would be a copy.
-    m.def("restore", &restore::restore, "streams"_a, "distribution"_a.noconvert(), "counts"_a.noconvert(),
-          "slots"_a.noconvert(), "symbols"_a, "directions"_a.noconvert(), "mean"_a.noconvert(), "cosines"_a, "sines"_a,
-          "key"_a.noconvert(), "value"_a.noconvert(), "tokens"_a, "offset"_a, "threads"_a, nb::kw_only(), "isa"_a = "");
+    m.def("restore", &restore::restore, "data"_a.noconvert(), "places"_a.noconvert(), "distribution"_a.noconvert(),
+          "counts"_a.noconvert(), "slots"_a.noconvert(), "symbols"_a, "step"_a, "directions"_a.noconvert(),
+          "mean"_a.noconvert(), "cosines"_a, "sines"_a, "key"_a.noconvert(), "value"_a.noconvert(), "tokens"_a,
+          "group"_a, "first_group"_a, "offset"_a, "threads"_a, "type"_a, nb::kw_only(), "isa"_a = "");
     m.def("instruction_sets", &restore::instruction_sets, "What `isa` may be on this machine, the default first.");
 }

@@ -1,7 +1,16 @@
 """ChunkKV to bytes and back: one codec a file, one registry, and the container that every codec's bytes lie in."""
 
 from lmcache_rag.codec.base import Codec
-from lmcache_rag.codec.container import ObjectHeader, StoredObject, pack, peek_tokens, unpack
+from lmcache_rag.codec.container import (
+    ObjectHeader,
+    ObjectIndex,
+    StoredObject,
+    open_index,
+    pack,
+    peek_tokens,
+    unpack,
+    unpack_range,
+)
 from lmcache_rag.codec.registry import CODECS, DEFAULT_CODEC, LOSSLESS_CODEC, NamedCodec, codec_named
 
 __all__ = [
@@ -11,9 +20,12 @@ __all__ = [
     "Codec",
     "NamedCodec",
     "ObjectHeader",
+    "ObjectIndex",
     "StoredObject",
     "codec_named",
+    "open_index",
     "pack",
     "peek_tokens",
     "unpack",
+    "unpack_range",
 ]

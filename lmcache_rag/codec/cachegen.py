@@ -27,7 +27,8 @@ _ANCHOR_LEVELS = 127
 
 
 class CacheGenCodec(Codec):
-    """A stream is, for K and then V: a scale for anchors and one for differences (float32); then each channel's
+    """All tokens are one group, as in the paper, since the names of the distributions would cost each group a tenth of
+    its bytes. A stream is, for K and then V: a scale for anchors and one for differences (float32); then each channel's
     distribution for anchors (uint8), K's before V's, and for differences; then the length of what `rans` wrote of the
     anchors (uint32), that, and what it wrote of the differences.
 
@@ -35,10 +36,12 @@ class CacheGenCodec(Codec):
         layers: how many the model has.
     """
 
+    group = 1 << 24
+
     def __init__(self, layers: int) -> None:
         self._layers = layers
 
-    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
+    def encode_group(self, layer: int, kv: Tensor) -> memoryview:
         x = kv.detach().flatten(2).float().cpu()
         anchors = x[:, ::_GROUP]
         anchor_step = (anchors.abs().amax((1, 2), keepdim=True) / _ANCHOR_LEVELS).clamp_min(1e-12)
@@ -54,12 +57,12 @@ class CacheGenCodec(Codec):
         head = torch.cat([anchor_step, step], dim=1).numpy().astype("<f4").tobytes()
         head += np.concatenate(distribution).tobytes()
         streams = [
-            rans.encode(part.to(torch.int16), own, _distributions())
+            rans.encode(part.to(torch.int16), own, _distributions(), part.shape[1])[0]
             for part, own in zip(parts, distribution, strict=True)
         ]
         return memoryview(head + len(streams[0]).to_bytes(4, "little") + b"".join(streams))
 
-    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape
         channels, groups = 2 * heads * size, -(-tokens // _GROUP)
         at = 16 + 2 * channels

@@ -1,7 +1,7 @@
 """Fixed width: each value is one of 256 or 16 steps between the smallest and the largest of its group.
 
-K's channels differ much and each is much the same for all tokens, so K's groups are runs of tokens in one channel; V's
-are a token's channels of one head (Liu et al. 2024, "KIVI", https://arxiv.org/abs/2402.02750).
+K's channels differ much and each is much the same for all tokens, so a group of K is one channel of all the tokens that
+are coded together; of V it is a token's channels of one head (Liu et al. 2024, "KIVI", https://arxiv.org/abs/2402.02750).
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lmcache_rag.codec.base import Codec
 from lmcache_rag.errors import CorruptObjectError
-
-_RUN = 64
 
 
 class GroupedCodec(Codec):
@@ -26,25 +24,22 @@ class GroupedCodec(Codec):
         self._levels = (1 << bits) - 1
         self._bits = bits
 
-    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
+    def encode_group(self, layer: int, kv: Tensor) -> memoryview:
         key, value = kv.detach().float().cpu()
-        coded = [self._quantised(group) for group in (_runs(key), value)]
+        coded = [self._quantised(group) for group in (key.flatten(1).mT, value)]
         parts = [ranges for ranges, _ in coded] + [self._narrow(steps) for _, steps in coded]
         return memoryview(bytearray().join(part.contiguous().numpy().tobytes() for part in parts))
 
-    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape
-        runs = -(-tokens // _RUN)
-        run = -(-tokens // runs)
-        of_key, of_value = (runs, heads * size, run), (tokens, heads, size)
-        lengths = [4 * runs * heads * size, 4 * tokens * heads]
+        of_key, of_value = (1, heads * size, tokens), (tokens, heads, size)
+        lengths = [4 * heads * size, 4 * tokens * heads]
         lengths += [self._bytes(groups) for groups in (of_key, of_value)]
         if len(stream) != sum(lengths):
             raise CorruptObjectError(f"a q{self._bits} layer of shape {shape} cannot have {len(stream)} bytes")
         key_range, value_range, key, value = torch.frombuffer(stream, dtype=torch.uint8).split(lengths)
         decoded = torch.empty(2, *shape, dtype=dtype)
-        runs_of_key = self._values(key, key_range, of_key)
-        decoded[0] = runs_of_key.mT.reshape(runs * run, heads, size)[:tokens]
+        decoded[0] = self._values(key, key_range, of_key)[0].mT.unflatten(1, (heads, size))
         decoded[1] = self._values(value, value_range, of_value)
         return decoded
 
@@ -77,12 +72,3 @@ class GroupedCodec(Codec):
             return narrow.view(groups)
         packed = narrow.view(*groups[:-1], -1)
         return torch.cat([packed & 15, packed >> 4], dim=-1)[..., : groups[2]]
-
-
-def _runs(key: Tensor) -> Tensor:
-    """`[runs, C, run]` from `[tokens, heads, size]`: runs of about equal length, the last token repeated to fill up."""
-    tokens = key.shape[0]
-    runs = -(-tokens // _RUN)
-    run = -(-tokens // runs)
-    filled = torch.cat([key, key[-1:].expand(runs * run - tokens, -1, -1)])
-    return filled.reshape(runs, run, -1).mT

@@ -12,11 +12,11 @@ from lmcache_rag.errors import CorruptObjectError
 class RawCodec(Codec):
     """K's bytes, then V's."""
 
-    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
+    def encode_group(self, layer: int, kv: Tensor) -> memoryview:
         data = kv.detach().cpu().contiguous().view(torch.uint8).numpy()
         return memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
 
-    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         tokens, heads, size = shape
         if len(stream) != 2 * tokens * heads * size * dtype.itemsize:
             raise CorruptObjectError(f"a raw layer of shape {shape} in {dtype} cannot have {len(stream)} bytes")

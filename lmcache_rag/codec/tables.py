@@ -37,26 +37,42 @@ _PRIOR = 20.0
 """How many observations a distribution's Laplace prior counts for."""
 
 
+_TOGETHER = 256
+"""Of no more channels one matrix serves: it is small, and knows what heads have in common."""
+
+_WIDTH = 128
+"""Else heads are grouped, whole ones, of so many channels together at most, if not a single head has more."""
+
+_FORM = 2
+"""Of the arrays that tables are. Those of another form are learned again."""
+
+
 @dataclass(frozen=True)
 class CodecTables:
-    """For each layer and for K (0) and V (1), with C = kv_heads * head_size.
+    """For each layer and for K (0) and V (1), with C = kv_heads * head_size channels. Heads are in groups, of
+    W = C / head groups channels, with a matrix each.
 
     Attributes:
         mean: float32 `[layers, 2, C]`.
-        backward: float16 `[layers, 2, C, C]`: row i is coordinate i's direction; falling sizes.
-        size: float32 `[layers, 2, C]`: mean absolute value of each coordinate.
+        directions: float16 `[layers, 2, head groups, W, W]`: row i is coordinate i's direction; falling sizes.
+        size: float32 `[layers, 2, C]`: mean absolute value of each coordinate, a head group's after another's.
         distributions: of coordinates in steps, one for each of `SCALES`.
     """
 
     mean: np.ndarray
-    backward: np.ndarray
+    directions: np.ndarray
     size: np.ndarray
     distributions: Distributions
 
     @functools.cached_property
+    def backward(self) -> Tensor:
+        """The directions in float32, to compute with: the same for all levels. PyTorch aligns them, NumPy would not."""
+        return torch.from_numpy(self.directions).float()
+
+    @functools.cached_property
     def forward(self) -> Tensor:
-        """float32 `[layers, 2, C, C]`: `(x - mean) @ forward` are the coordinates of x."""
-        return _inverse(self.backward)
+        """float32 `[layers, 2, head groups, W, W]`: `(x - mean) @ forward` are the coordinates of a head group's x."""
+        return _inverse(self.directions)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -66,9 +82,11 @@ class CodecTables:
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def distribution(self, step: float) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Per layer, for K and V: the distribution (uint8) of each coordinate that is stored at this step."""
-        return tuple((_stored(k / step), _stored(v / step)) for k, v in self.size)
+    def distribution(self, step: float) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Per layer, for K's head groups and then V's: the distribution (uint8) of each coordinate that is stored at
+        this step."""
+        width = self.directions.shape[-1]
+        return tuple(tuple(_stored(own / step) for own in layer.reshape(-1, width)) for layer in self.size)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
@@ -76,11 +94,13 @@ class CodecTables:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CodecTables:
-        """Raises `CorruptObjectError` where it is not what `to_bytes` wrote."""
+        """Raises `CorruptObjectError` where it is not what `to_bytes` wrote, or what another release wrote."""
         try:
             arrays = safetensors.numpy.load(data)
+            if "form" not in arrays or arrays["form"].tolist() != [_FORM]:
+                raise CorruptObjectError("codec tables of another form, which this release does not read")
             distributions = Distributions(arrays["frequencies"])
-            tables = cls(arrays["mean"], arrays["backward"], arrays["size"], distributions)
+            tables = cls(arrays["mean"], arrays["directions"], arrays["size"], distributions)
             _check(tables)
         except (SafetensorError, KeyError, ValueError) as error:
             raise CorruptObjectError(f"codec tables that cannot be read ({error})") from error
@@ -88,11 +108,23 @@ class CodecTables:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {
+            "form": np.array([_FORM], np.int32),
             "mean": self.mean,
-            "backward": self.backward,
+            "directions": self.directions,
             "size": self.size,
             "frequencies": self.distributions.frequencies,
         }
+
+
+def head_groups(kv_heads: int, head_size: int) -> int:
+    """Into how many groups a layer's heads are divided, as many heads in each: one where all their channels are few,
+    else as few as `_WIDTH` allows."""
+    if kv_heads * head_size <= _TOGETHER:
+        return 1
+    together = max(1, _WIDTH // head_size)
+    return next(
+        groups for groups in range(1, kv_heads + 1) if kv_heads % groups == 0 and kv_heads // groups <= together
+    )
 
 
 def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
@@ -100,29 +132,32 @@ def learn_tables(kv: Tensor, fisher: Tensor) -> CodecTables:
 
     Args:
         kv: `[layers, 2, tokens, C]`, RoPE taken off K.
-        fisher: `[layers, 2, C, C]`: mean of g g' over tokens, g being the gradient of a log-probability by a row of kv.
+        fisher: `[layers, 2, head groups, W, W]`, W being C / head groups: mean of g g' over tokens, g being the
+            gradient of a log-probability by a head group's channels of a row of kv.
 
     Raises:
         ModelError: kv or fisher are not finite numbers, or all of fisher is 0.
     """
-    layers, _, _, width = kv.shape
+    layers, _, groups, width, _ = fisher.shape
     mean = kv.float().mean(2)
     unit = fisher.double().diagonal(dim1=-2, dim2=-1).mean()
     if not (unit > 0 and unit.isfinite() and bool(kv.isfinite().all())):
         raise ModelError("The codec's tables cannot be learned from KV or gradients that are no numbers or all 0.")
-    backward = np.empty((layers, 2, width, width), np.float16)
-    size = torch.empty_like(mean)
+    directions = np.empty((layers, 2, groups, width, width), np.float16)
+    size = torch.empty(layers, 2, groups, width)
     counts = np.zeros((len(SCALES), 2 * _LARGEST + 2))
-    for layer in range(layers):
-        for part in range(2):
-            x = kv[layer, part].float() - mean[layer, part]
-            metric = (fisher[layer, part].double() / unit).numpy()
-            backward[layer, part] = _axes(x.double().numpy(), metric)
-            coordinates = x @ _inverse(backward[layer, part])
-            size[layer, part] = coordinates.abs().mean(0).clamp(min=1e-12)
-            for step in _LEARNED_STEPS:
-                counts += _count(quantise(coordinates, step), size[layer, part].numpy() / step)
-    tables = CodecTables(mean.numpy(), backward, size.numpy(), _distributions(counts))
+    for place in np.ndindex(layers, 2, groups):
+        layer, part, group = place
+        own = slice(group * width, (group + 1) * width)
+        x = kv[layer, part, :, own].float() - mean[layer, part, own]
+        metric = (fisher[place].double() / unit).numpy()
+        of_layer = float(fisher[layer, part].diagonal(dim1=-2, dim2=-1).double().mean() / unit)
+        directions[place] = _axes(x.double().numpy(), metric, of_layer)
+        coordinates = x @ _inverse(directions[place])
+        size[place] = coordinates.abs().mean(0).clamp(min=1e-12)
+        for step in _LEARNED_STEPS:
+            counts += _count(quantise(coordinates, step), size[place].numpy() / step)
+    tables = CodecTables(mean.numpy(), directions, size.flatten(2).numpy(), _distributions(counts))
     try:
         _check(tables)
     except ValueError as error:
@@ -140,10 +175,9 @@ def quantise(coordinates: Tensor, step: float) -> Tensor:
     return (coordinates / step).round().clamp(-32768, 32767).to(torch.int16)
 
 
-def _axes(x: np.ndarray, fisher: np.ndarray) -> np.ndarray:
-    """`backward` of one layer's K or V: the directions, by falling size."""
-    width = len(fisher)
-    metric = (1 - _SHRINKAGE) * fisher + (_SHRINKAGE * np.trace(fisher) / width + _FLOOR) * np.eye(width)
+def _axes(x: np.ndarray, fisher: np.ndarray, mean: float) -> np.ndarray:
+    """The directions of a head group of one layer's K or V, by falling size; `mean` is that of F over all its heads."""
+    metric = (1 - _SHRINKAGE) * fisher + (_SHRINKAGE * mean + _FLOOR) * np.eye(len(fisher))
     values, vectors = np.linalg.eigh(metric)
     values = np.sqrt(np.maximum(values, values[-1] * 1e-9))
     root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
@@ -152,8 +186,8 @@ def _axes(x: np.ndarray, fisher: np.ndarray) -> np.ndarray:
     return axes[:, ::-1].T @ inverse
 
 
-def _inverse(backward: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.linalg.inv(backward.astype(np.float64)).astype(np.float32))
+def _inverse(directions: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.linalg.inv(directions.astype(np.float64)).astype(np.float32))
 
 
 def nearest_scale(size: np.ndarray) -> np.ndarray:
@@ -203,20 +237,21 @@ def _frequencies(weights: np.ndarray) -> np.ndarray:
 def _check(tables: CodecTables) -> None:
     """Raises `ValueError` where shapes, dtypes or values do not fit each other."""
     frequencies = tables.distributions.frequencies
-    layers, two, width = tables.mean.shape
+    layers, two, groups, width, _ = tables.directions.shape
     fits = (
         two == 2
-        and tables.backward.shape == (layers, 2, width, width)
+        and tables.directions.shape[3] == tables.directions.shape[4]
+        and tables.mean.shape == (layers, 2, groups * width)
         and tables.size.shape == tables.mean.shape
         and frequencies.ndim == 2
         and len(frequencies) == len(SCALES)
         and tables.mean.dtype == tables.size.dtype == np.float32
-        and tables.backward.dtype == np.float16
+        and tables.directions.dtype == np.float16
         and frequencies.dtype == np.uint16
     )
     if not fits:
         raise ValueError("shapes or dtypes that do not fit each other")
-    finite = all(bool(np.isfinite(array).all()) for array in (tables.mean, tables.size, tables.backward))
+    finite = all(bool(np.isfinite(array).all()) for array in (tables.mean, tables.size, tables.directions))
     if not finite or not (tables.size > 0).all():
         raise ValueError("values that are not numbers, or sizes of 0")
     _ = tables.distributions.slots

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from lmcache_rag_kernels import Rotation, Transform, rans, restore
+from lmcache_rag_kernels import CodedGroups, Rotation, Transform, rans, restore
 from torch import Tensor
 
 from lmcache_rag.codec.base import Codec
@@ -16,50 +16,54 @@ from lmcache_rag.errors import CorruptObjectError
 
 
 class TransformCodec(Codec):
-    """Coordinates in steps of `step`. A layer's stream is that of `lmcache_rag_kernels.rans`: K's, then V's."""
+    """Coordinates in steps of `step`. A stream is that of `lmcache_rag_kernels.rans`: the coordinates of K's head
+    groups, then of V's."""
 
     def __init__(self, tables: CodecTables, step: float) -> None:
         self._tables = tables
         self._step = step
         stored = tables.distribution(step)
-        directions = [
-            torch.from_numpy(rows[: len(own)].astype(np.float32)) * step
-            for layer, owns in zip(tables.backward, stored, strict=True)
-            for rows, own in zip(layer, owns, strict=True)
-        ]
+        layers, _, head_groups, _, _ = tables.directions.shape
+        counts = np.array([[len(own) for own in layer] for layer in stored], dtype=np.int64)
         self._all = Transform(
-            counts=np.array([[len(k), len(v)] for k, v in stored], dtype=np.int64),
+            counts=counts.reshape(layers, 2, head_groups),
             distribution=np.concatenate([own for layer in stored for own in layer]),
-            directions=torch.cat(directions),
+            directions=tables.backward,
             mean=torch.from_numpy(tables.mean),
+            step=step,
             distributions=tables.distributions,
         )
-        self._layers = [self._all.layer(index) for index in range(len(stored))]
+        self._layers = [self._all.layer(index) for index in range(layers)]
 
-    def encode_layer(self, layer: int, kv: Tensor) -> memoryview:
-        own = self._layers[layer]
+    def encode_group(self, layer: int, kv: Tensor) -> bytes:
+        [stream] = self.encode_layer(layer, kv)
+        return stream
+
+    def encode_layer(self, layer: int, kv: Tensor) -> list[bytes]:
+        own, forward = self._layers[layer], self._tables.forward[layer].flatten(0, 1)
         x = kv.flatten(2).float().cpu() - own.mean[0, :, None]
-        coordinates = torch.bmm(x, self._tables.forward[layer]).mT
-        stored = [part[:count] for part, count in zip(coordinates, own.counts[0], strict=True)]
+        by_group = x.unflatten(2, (-1, forward.shape[1])).permute(0, 2, 1, 3).flatten(0, 1)
+        coordinates = torch.bmm(by_group, forward).mT
+        stored = [part[:count] for part, count in zip(coordinates, own.counts.flatten(), strict=True)]
         symbols = quantise(torch.cat(stored), self._step)
-        return memoryview(rans.encode(symbols, own.distribution, own.distributions))
+        return rans.encode(symbols, own.distribution, own.distributions, self.group)
 
-    def decode_layer(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        kv = torch.empty(2, *shape)
-        if restore([stream], self._layers[layer], shape[0], 0, [None], 0, kv[:1], kv[1:]) is not None:
+    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        kv = torch.empty(2, *shape, dtype=dtype)
+        coded = CodedGroups(stream, np.array([[[0, len(stream)]]]), shape[0], shape[0])
+        if restore(coded, self._layers[layer], 0, [None], 0, kv[:1], kv[1:]) is not None:
             raise CorruptObjectError(f"a coded layer that cannot be one of {shape[0]} tokens")
-        return kv.to(dtype)
+        return kv
 
     def restore(
         self,
-        streams: Sequence[memoryview],
-        tokens: int,
+        coded: CodedGroups,
         offset: int,
         rotations: Sequence[Rotation | None],
         start: int,
         key: Tensor,
         value: Tensor,
     ) -> None:
-        failed = restore(streams, self._all, tokens, offset, rotations, start, key, value)
+        failed = restore(coded, self._all, offset, rotations, start, key, value)
         if failed is not None:
-            raise CorruptObjectError(f"layer {failed} cannot be one of {tokens} tokens")
+            raise CorruptObjectError(f"layer {failed} cannot be one of {coded.tokens} tokens")

@@ -14,7 +14,7 @@ import torch
 from lmcache_rag_kernels import Rotation, rotate
 from torch import Tensor
 
-from lmcache_rag.codec.tables import CodecTables, learn_tables
+from lmcache_rag.codec.tables import CodecTables, head_groups, learn_tables
 from lmcache_rag.errors import ModelError
 from lmcache_rag.prompt import MarkedPrompt
 
@@ -31,6 +31,7 @@ def learn(
     rotations: Sequence[Rotation | None],
     prompts: Sequence[MarkedPrompt],
     progress: Callable[[int], Any] | None = None,
+    groups: int | None = None,
 ) -> CodecTables:
     """Tables of the model in `folder`; the same for the same prompts.
 
@@ -38,13 +39,14 @@ def learn(
         rotations: RoPE of each layer.
         prompts: several passages and a question each; a thousand tokens or so each, forty of them.
         progress: gets the number of prompts done.
+        groups: into how many a layer's heads are divided, each with a matrix of its own; else what their size asks for.
 
     Raises:
         ModelError: Hugging Face's version of the model cannot be loaded, or has its KV in another form.
     """
     try:
         with torch.enable_grad():
-            return _learn(load_model(folder, dtype, device), device, rotations, prompts, progress)
+            return _learn(load_model(folder, dtype, device), device, rotations, prompts, progress, groups)
     except RuntimeError as error:  # of which running out of memory is one
         raise ModelError(
             f"The codec's tables could not be learned ({error}): give the engine less memory, or use --codec q8, which "
@@ -58,6 +60,7 @@ def _learn(
     rotations: Sequence[Rotation | None],
     prompts: Sequence[MarkedPrompt],
     progress: Callable[[int], Any] | None,
+    groups: int | None,
 ) -> CodecTables:
     draw = torch.Generator(device).manual_seed(0)
     stride = max(1, sum(plan.segments[-1].end for plan in prompts) // _KEPT_TOKENS)
@@ -65,11 +68,11 @@ def _learn(
     fisher: Tensor | None = None
     for number, plan in enumerate(prompts, start=1):
         kv, gradients = _read(model, rotations, plan, draw)
-        own = _second_moment(gradients)
+        own = _second_moment(gradients, groups or head_groups(*gradients.shape[3:]))
         # A few prompts would outweigh all others: one of forty has a sixth of the trace of all.
         own *= own.diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-30).rsqrt()
         fisher = own if fisher is None else fisher.add_(own)
-        kept.append(kv[:, :, ::stride].cpu())
+        kept.append(kv[:, :, ::stride].flatten(3).cpu())
         if progress is not None:
             progress(number)
     if fisher is None:
@@ -99,8 +102,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def _read(
     model: Any, rotations: Sequence[Rotation | None], plan: MarkedPrompt, draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Position-free KV of the passages `[layers, 2, tokens, C]`, and gradients by it
-    `[layers, 2, samples * tokens, C]`."""
+    """Position-free KV of the passages `[layers, 2, tokens, kv_heads, head_size]`, and gradients by it
+    `[layers, 2, samples * tokens, kv_heads, head_size]`."""
     from transformers import DynamicCache
 
     start, end = plan.preamble_length, plan.segments[-1].end
@@ -131,7 +134,8 @@ def _read(
         position_free(torch.autograd.grad(likelihood, leaves, retain_graph=True), rotations, start, end)
         for likelihood in likelihoods
     ]
-    return kv, torch.cat(gradients, dim=2)
+    heads = (leaves[0].shape[1], leaves[0].shape[3])
+    return kv.unflatten(3, heads), torch.cat(gradients, dim=2).unflatten(3, heads)
 
 
 def _answered(model: Any, question: Tensor, cache: Any, draw: torch.Generator) -> Tensor:
@@ -156,7 +160,9 @@ def position_free(tensors: Sequence[Tensor], rotations: Sequence[Rotation | None
     return torch.stack(rows).flatten(2).unflatten(0, (len(rotations), 2))
 
 
-def _second_moment(gradients: Tensor) -> Tensor:
-    """`[layers, 2, C, C]`: the mean of g g' over the third axis."""
-    flat = gradients.flatten(0, 1)
-    return (torch.bmm(flat.mT, flat) / gradients.shape[2]).unflatten(0, gradients.shape[:2])
+def _second_moment(gradients: Tensor, groups: int) -> Tensor:
+    """`[layers, 2, groups, W, W]`: the mean of g g' over the third axis, g being a group's heads."""
+    layers, parts, count, heads, size = gradients.shape
+    grouped = gradients.reshape(layers, parts, count, groups, heads // groups * size).transpose(2, 3)
+    flat = grouped.flatten(0, 2)
+    return (torch.bmm(flat.mT, flat) / count).unflatten(0, (layers, parts, groups))

@@ -47,12 +47,12 @@ class LoadedKV:
 
     def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
         """See `ChunkKV.place`. Raises `CorruptObjectError`."""
-        self._codec.restore(self._stored.layers, self.tokens, offset, rotations, start, key, value)
+        self._codec.restore(self._stored.coded, offset, rotations, start, key, value)
 
     def layer(self, index: int) -> Tensor:
         """`[2, tokens, kv_heads, head_size]`: K with RoPE taken off, and V."""
-        shape = (self.tokens, self._shape.kv_heads, self._shape.head_size)
-        return self._codec.decode_layer(index, self._stored.layers[index], shape, self._shape.dtype)
+        shape = self._shape
+        return self._codec.decode_layer(index, self._stored.coded, shape.kv_heads, shape.head_size, shape.dtype)
 
 
 def codec_of(name: str) -> str:
@@ -77,13 +77,14 @@ def coded(
         codec=level,
         tables=tables,
         tokens=tokens,
+        group=codec.group,
         layers=layers,
         kv_heads=kv_heads,
         head_size=head_size,
         dtype=str(chunk.kv.dtype).removeprefix("torch."),
     )
-    streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
-    return header, pack(header, chunk.token_ids, streams)
+    layer_streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
+    return header, pack(header, chunk.token_ids, list(zip(*layer_streams, strict=True)))
 
 
 class ChunkStore:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmcache_rag_kernels import Rotation
 
-from lmcache_rag.codec import CODECS, Codec, codec_named
+from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
+from lmcache_rag.codec import CODECS, Codec, StoredObject, codec_named, open_index, unpack, unpack_range
 from lmcache_rag.codec.tables import CodecTables, learn_tables
 from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.library.chunks import coded
 
 LAYERS, HEADS, SIZE = 3, 2, 8
 UNLEARNED = [level for level in CODECS if not CODECS[level].learned]
@@ -26,13 +30,28 @@ def sample(tokens: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def tables() -> CodecTables:
-    return learn_tables(sample(3000, 1).flatten(3), torch.eye(HEADS * SIZE).expand(LAYERS, 2, -1, -1))
+    return learn_tables(sample(3000, 1).flatten(3), torch.eye(HEADS * SIZE).expand(LAYERS, 2, 1, -1, -1))
+
+
+def stored(codec: Codec, level: str, kv: torch.Tensor) -> memoryview:
+    """The whole object."""
+    chunk = ChunkKV(np.arange(kv.shape[2], dtype=np.int32), kv)
+    _, parts = coded(chunk, KVScope("default", "m" * 32), NO_CONTEXT, level, codec, "")
+    return memoryview(bytearray().join(parts))
+
+
+def restored(codec: Codec, found: StoredObject, offset: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[layers, 2, length, heads, size]`, K rotated to positions from 3 + offset on."""
+    angles = torch.outer(torch.arange(300).float(), torch.tensor([1.0, 0.2]))
+    turns = [Rotation(angles.cos(), angles.sin())] * LAYERS
+    key, value = torch.zeros(2, LAYERS, length, HEADS, SIZE, dtype=dtype)
+    codec.restore(found.coded, offset, turns, 3 + offset, key, value)
+    return torch.stack([key, value], dim=1)
 
 
 def there_and_back(codec: Codec, kv: torch.Tensor) -> torch.Tensor:
-    coded = [codec.encode_layer(layer, kv[layer]) for layer in range(LAYERS)]
-    shape = (kv.shape[2], HEADS, SIZE)
-    return torch.stack([codec.decode_layer(layer, stream, shape, kv.dtype) for layer, stream in enumerate(coded)])
+    found = unpack(stored(codec, "raw", kv)).coded
+    return torch.stack([codec.decode_layer(layer, found, HEADS, SIZE, kv.dtype) for layer in range(LAYERS)])
 
 
 def error(codec: Codec, kv: torch.Tensor) -> float:
@@ -40,7 +59,7 @@ def error(codec: Codec, kv: torch.Tensor) -> float:
     return float((there_and_back(codec, kv) - kv).norm() / (kv - kv.mean(2, keepdim=True)).norm())
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 16, 63, 64, 65, 130])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 200])
 @pytest.mark.parametrize("level", CODECS)
 def test_what_comes_back_is_near_what_went_in(level: str, tokens: int, tables: CodecTables) -> None:
     kv = sample(tokens, 2)
@@ -49,6 +68,30 @@ def test_what_comes_back_is_near_what_went_in(level: str, tokens: int, tables: C
     assert decoded.shape == kv.shape and decoded.dtype == kv.dtype
     wrong = (decoded - kv).norm() / (kv - sample(4000, 2).mean(2, keepdim=True)).norm()
     assert float(wrong) <= {"raw": 0.0, "q8": 0.02, "q4": 0.25, "high": 0.1, "balanced": 0.15}.get(level, 0.45)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 17, 63, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", CODECS)
+def test_a_part_is_read_and_restored_alone(level: str, dtype: torch.dtype, tokens: int, tables: CodecTables) -> None:
+    codec = CODECS[level].make(LAYERS, tables)
+    data = stored(codec, level, sample(tokens, 2).to(dtype))
+    whole = restored(codec, unpack(data), 0, tokens, dtype)
+    index = open_index(data)
+    assert not isinstance(index, int)
+    for offset, length in {(0, tokens), (0, 1), (tokens // 2, tokens - tokens // 2), (tokens - 1, 1)}:
+        begin, end = index.range_of(offset, length)
+        part = unpack_range(index, offset, length, data[begin:end])
+        assert torch.equal(restored(codec, part, offset, length, dtype), whole[:, :, offset : offset + length])
+
+
+@pytest.mark.parametrize("level", sorted(set(CODECS) - {"cachegen"}))
+def test_half_a_chunk_is_half_the_bytes(level: str, tables: CodecTables) -> None:
+    data = stored(CODECS[level].make(LAYERS, tables), level, sample(256, 2))
+    index = open_index(data)
+    assert not isinstance(index, int)
+    begin, end = index.range_of(128, 128)
+    assert end - begin < 0.52 * len(data)
 
 
 def test_levels_are_in_the_order_of_their_fidelity(tables: CodecTables) -> None:
@@ -79,7 +122,7 @@ def test_what_does_not_vary_comes_back(level: str) -> None:
 @pytest.mark.parametrize("level", UNLEARNED)
 def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(level: str, data: st.DataObject) -> None:
     codec = CODECS[level].make(LAYERS, None)
-    stream = bytearray(codec.encode_layer(0, sample(20, 1)[0]))
+    stream = bytearray(codec.encode_group(0, sample(20, 1)[0]))
     kind = data.draw(st.sampled_from(["cut", "flip", "junk"]))
     if kind == "cut":
         stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
@@ -88,7 +131,7 @@ def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(level: str, data:
     else:
         stream = bytearray(data.draw(st.binary(max_size=2000)))
     try:
-        decoded = codec.decode_layer(0, memoryview(stream), (20, HEADS, SIZE), torch.float32)
+        decoded = codec.decode_group(0, memoryview(stream), (20, HEADS, SIZE), torch.float32)
     except CorruptObjectError:
         return
     assert decoded.shape == (2, 20, HEADS, SIZE)

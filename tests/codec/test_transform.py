@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_rag.codec.tables import CodecTables, learn_tables
+from lmcache_rag.codec.tables import CodecTables, head_groups, learn_tables
 from lmcache_rag.codec.transform import TransformCodec
 from lmcache_rag.errors import CorruptObjectError
 
@@ -33,17 +33,23 @@ def fisher() -> torch.Tensor:
     return torch.diag(torch.tensor([10.0] * (WIDTH // 2) + [0.1] * (WIDTH // 2))).expand(LAYERS, 2, -1, -1)
 
 
-@pytest.fixture(scope="module")
-def tables(fisher: torch.Tensor) -> CodecTables:
-    return learn_tables(sample(4000), fisher)
+@pytest.fixture(scope="module", params=[1, HEADS], ids=["one matrix", "per head"])
+def tables(fisher: torch.Tensor, request: pytest.FixtureRequest) -> CodecTables:
+    heads = fisher.unflatten(3, (request.param, -1)).unflatten(2, (request.param, -1))
+    return learn_tables(sample(4000), heads.diagonal(dim1=2, dim2=4).movedim(-1, 2))
 
 
 def coded(codec: TransformCodec, kv: torch.Tensor) -> tuple[torch.Tensor, int]:
     """What comes back, and the number of bytes."""
-    shape = (kv.shape[2], HEADS, SIZE)
-    streams = [codec.encode_layer(layer, kv[layer].view(2, *shape)) for layer in range(LAYERS)]
-    decoded = [codec.decode_layer(layer, stream, shape, kv.dtype) for layer, stream in enumerate(streams)]
-    return torch.stack(decoded).view(kv.shape), sum(map(len, streams))
+    decoded, size = [], 0
+    for layer, own in enumerate(kv.unflatten(3, (HEADS, SIZE))):
+        streams = codec.encode_layer(layer, own)
+        size += sum(map(len, streams))
+        decoded += [
+            codec.decode_group(layer, memoryview(stream), tuple(part.shape[1:]), kv.dtype)
+            for stream, part in zip(streams, own.split(codec.group, dim=1), strict=True)
+        ]
+    return torch.cat(decoded, dim=1).view(2, LAYERS, *kv.shape[2:]).transpose(0, 1), size
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -89,7 +95,7 @@ def test_errors_shrink_nothing(tables: CodecTables) -> None:
 @settings(max_examples=100, deadline=None)
 def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(tables: CodecTables, data: st.DataObject) -> None:
     codec = TransformCodec(tables, 0.26)
-    stream = bytearray(codec.encode_layer(0, sample(20)[0].view(2, *SHAPE)))
+    stream = bytearray(codec.encode_group(0, sample(20)[0].view(2, *SHAPE)))
     match data.draw(st.sampled_from(["cut", "flip", "any"])):
         case "cut":
             stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
@@ -98,7 +104,7 @@ def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(tables: CodecTabl
         case _:
             stream = bytearray(data.draw(st.binary(max_size=400)))
     try:
-        decoded = codec.decode_layer(0, memoryview(stream), SHAPE, torch.float32)
+        decoded = codec.decode_group(0, memoryview(stream), SHAPE, torch.float32)
     except CorruptObjectError:
         return
     assert decoded.shape == (2, *SHAPE)
@@ -111,7 +117,7 @@ def test_tables_are_read_as_they_were_written(tables: CodecTables) -> None:
     assert torch.equal(coded(TransformCodec(again, 0.26), kv)[0], coded(TransformCodec(tables, 0.26), kv)[0])
 
 
-@pytest.mark.parametrize("spoil", ["cut", "missing", "shape", "frequencies", "flat", "dtype", "nan"])
+@pytest.mark.parametrize("spoil", ["cut", "missing", "shape", "square", "frequencies", "flat", "dtype", "nan"])
 def test_spoilt_tables_are_refused(tables: CodecTables, spoil: str) -> None:
     data = tables.to_bytes()
     arrays = safetensors.numpy.load(data)
@@ -122,6 +128,8 @@ def test_spoilt_tables_are_refused(tables: CodecTables, spoil: str) -> None:
             del arrays["size"]
         case "shape":
             arrays["mean"] = arrays["mean"][:1]
+        case "square":
+            arrays["directions"] = arrays["directions"][..., :-1].copy()
         case "flat":
             arrays["frequencies"] = arrays["frequencies"].flatten()
         case "nan":
@@ -129,6 +137,46 @@ def test_spoilt_tables_are_refused(tables: CodecTables, spoil: str) -> None:
         case "frequencies":
             arrays["frequencies"] = np.zeros_like(arrays["frequencies"])
         case _:
-            arrays["backward"] = arrays["backward"].astype(np.float64)
+            arrays["directions"] = arrays["directions"].astype(np.float64)
     with pytest.raises(CorruptObjectError, match="codec tables"):
         CodecTables.from_bytes(data if spoil == "cut" else safetensors.numpy.save(arrays))
+
+
+def test_tables_of_another_form_say_so(tables: CodecTables) -> None:
+    """As the release before wrote them: one matrix for all heads, under another name, and no word of their form."""
+    arrays = safetensors.numpy.load(tables.to_bytes())
+    newer = {**arrays, "form": arrays["form"] + 1}
+    del arrays["form"]
+    arrays["backward"] = arrays.pop("directions")[:, :, 0]
+    for other in (arrays, newer):
+        with pytest.raises(CorruptObjectError, match="of another form"):
+            CodecTables.from_bytes(safetensors.numpy.save(other))
+
+
+def test_all_levels_share_one_copy_of_the_directions(tables: CodecTables) -> None:
+    codecs = [TransformCodec(tables, step) for step in STEPS]
+    assert len({codec._all.directions.data_ptr() for codec in codecs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_size", "groups"),
+    [(3, 64, 1), (1, 256, 1), (2, 128, 1), (8, 128, 8), (32, 128, 32), (8, 64, 4), (5, 64, 5), (4, 256, 4)],
+)
+def test_a_matrix_of_its_own_for_few_heads(kv_heads: int, head_size: int, groups: int) -> None:
+    assert head_groups(kv_heads, head_size) == groups
+
+
+def test_tables_of_an_8b_model_are_below_20_mb() -> None:
+    layers, kv_heads, head_size = 32, 8, 128
+    few = learn_tables(torch.randn(1, 2, 300, 16), torch.eye(16).expand(1, 2, 1, -1, -1))
+    groups, channels = head_groups(kv_heads, head_size), kv_heads * head_size
+    shape = (layers, 2, groups, channels // groups, channels // groups)
+    tables = CodecTables(
+        np.zeros((layers, 2, channels), np.float32),
+        np.broadcast_to(np.eye(shape[-1], dtype=np.float16), shape).copy(),
+        np.ones((layers, 2, channels), np.float32),
+        few.distributions,
+    )
+    data = tables.to_bytes()
+    assert len(data) < 20e6
+    assert CodecTables.from_bytes(data).digest == tables.digest

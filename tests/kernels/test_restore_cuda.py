@@ -14,7 +14,18 @@ import torch
 from lmcache_rag_kernels import Rotation
 from lmcache_rag_kernels.restore import reference
 
-from tests.kernels.test_restore import LAYERS, START, TOKENS, coded, rotation
+from tests.kernels.test_restore import (
+    GROUP,
+    LAYERS,
+    NOTHING,
+    START,
+    TOKENS,
+    coded,
+    coded_streams,
+    in_groups,
+    rotation,
+    transform_of,
+)
 
 pytest.importorskip("triton")
 
@@ -32,13 +43,21 @@ def test_under_the_interpreter() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "size"), [(2, 8), (1, 64), (3, 20)])
-@pytest.mark.parametrize(("offset", "length"), [(0, TOKENS), (3, 30), (36, 1)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_as_the_reference(heads: int, size: int, offset: int, length: int, interleaved: bool) -> None:
+@pytest.mark.parametrize(
+    ("heads", "size", "head_groups", "offset", "length", "interleaved"),
+    [
+        (2, 8, 1, 0, TOKENS, False),
+        (1, 20, 1, 3, 30, True),
+        (4, 16, 2, 3, 30, False),
+        (3, 8, 3, 36, 1, False),
+        (2, 8, 2, 16, 16, True),
+        (2, 8, 2, 7, 0, False),
+    ],
+)
+def test_as_the_reference(heads: int, size: int, head_groups: int, offset: int, length: int, interleaved: bool) -> None:
     from lmcache_rag_kernels.restore import cuda
 
-    streams, transform = coded(heads, size)
+    groups, transform = coded(heads, size, head_groups)
     whole = rotation(8)
     turned = Rotation(whole.cos, whole.sin, interleaved=interleaved)
     other = Rotation(whole.sin, whole.cos, interleaved=interleaved)
@@ -46,7 +65,7 @@ def test_as_the_reference(heads: int, size: int, offset: int, length: int, inter
         expected, found = torch.zeros(2, 2, LAYERS, 64, heads, size, dtype=dtype)
         for run, into in ((reference.restore, expected), (cuda.restore, found)):
             key, value = into[:, :, 9 : 9 + length]
-            assert run(streams, transform, TOKENS, offset, [turned, None, other], START, key, value) is None
+            assert run(groups, transform, offset, [turned, None, other], START, key, value) is None
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-2)
         assert not found[:, :, :9].any() and not found[:, :, 9 + length :].any()
 
@@ -55,10 +74,13 @@ def test_as_the_reference(heads: int, size: int, offset: int, length: int, inter
 def test_a_stream_that_does_not_fit_is_named() -> None:
     from lmcache_rag_kernels.restore import cuda
 
-    streams, transform = coded(2, 8)
+    transform = transform_of(2, 8, 2)
+    streams = coded_streams(transform)
     key, value = torch.zeros(2, LAYERS, TOKENS, 2, 8)
-    flipped = bytearray(streams[1])
-    flipped[100] ^= 1
-    for wrong in (streams[1][:-2], memoryview(b""), streams[0], memoryview(flipped)):
-        broken = [streams[0], wrong, streams[2]]
-        assert cuda.restore(broken, transform, TOKENS, 0, [None] * LAYERS, START, key, value) == 1
+    right = streams[2][1]
+    flipped = bytearray(right)
+    flipped[3] ^= 0x40
+    for wrong in (right[:-2], right[:-1], b"", bytes(flipped)):
+        broken = [*streams[:2], [streams[2][0], wrong, streams[2][2]]]
+        groups = in_groups(broken, TOKENS, GROUP)
+        assert cuda.restore(groups, transform, 0, NOTHING, START, key, value) == 1

@@ -89,7 +89,10 @@ def test_the_same_prompts_give_the_same_tables(llama: LocalEngine, monkeypatch: 
     first = learn(llama.model_folder, torch.float32, CPU, rotations(llama), prompts, done.append)
     assert done == [1, 2]
     assert first.digest == learn(llama.model_folder, torch.float32, CPU, rotations(llama), prompts).digest
-    assert first.mean.shape == (3, 2, 64)
+    assert first.mean.shape == (3, 2, 64) and first.directions.shape == (3, 2, 1, 64, 64)
+    per_head = learn(llama.model_folder, torch.float32, CPU, rotations(llama), prompts, groups=2)
+    assert per_head.directions.shape == (3, 2, 2, 32, 32)
+    assert per_head.digest != first.digest
 
 
 def test_a_model_that_transformers_keeps_otherwise_is_refused(llama: LocalEngine) -> None:

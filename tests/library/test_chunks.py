@@ -43,6 +43,21 @@ def test_objects_of_unknown_codecs_are_no_variants(chunks: ChunkStore) -> None:
     assert chunks.variants(key) == {}
 
 
+def test_objects_of_the_version_before_are_a_miss(chunks: ChunkStore) -> None:
+    """They are not looked at under their own name, and under another they are not what this release reads."""
+    chunks.save(ChunkKV(TOKENS, torch.randn(2, 2, 5, 1, 4)), OWN)
+    name = chunks.name(TOKENS, OWN)
+    data = chunks.store.read(name)
+    assert data is not None
+    data[8] = 2
+    chunks.store.delete([name])
+    chunks.store.write(f"{name.removesuffix('.v3')}.v2", [data])
+    assert chunks.variants(TOKENS) == {} and chunks.missing(TOKENS, OWN) == ["raw"]
+    chunks.store.write(name, [data])
+    assert chunks.load(name, SHAPE) == "corrupt"
+    assert chunks.missing(TOKENS, OWN) == ["raw"]  # and so it is computed again
+
+
 def test_absent(chunks: ChunkStore) -> None:
     assert chunks.load(chunks.name(TOKENS, OWN), SHAPE) == "absent"
 

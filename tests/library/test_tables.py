@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from lmcache_rag.blobs.disk import DiskStore
@@ -23,7 +24,7 @@ VARIANT = "a" * 16
 
 def tables(seed: int, width: int = 8) -> CodecTables:
     draw = torch.Generator().manual_seed(seed)
-    return learn_tables(torch.randn(2, 2, 500, width, generator=draw), torch.eye(width).expand(2, 2, -1, -1))
+    return learn_tables(torch.randn(2, 2, 500, width, generator=draw), torch.eye(width).expand(2, 2, 1, -1, -1))
 
 
 @pytest.fixture
@@ -105,6 +106,23 @@ def test_damaged_tables_are_a_miss_until_they_are_there_again(store: DiskStore, 
     TableStore(own, SCOPE.model).add(tables(1))
     assert isinstance(chunks_of(store, own=own).load(name, SHAPE), LoadedKV)
     assert isinstance(chunks_of(store).load(name, SHAPE), LoadedKV)  # the store has them again
+
+
+def test_tables_of_another_form_are_none(store: DiskStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the release before left in the store and on the machine: learned again, and passed over from then on."""
+    arrays = safetensors.numpy.load(tables(1).to_bytes())
+    arrays["backward"] = arrays.pop("directions")[:, :, 0]
+    del arrays["form"]
+    own = DiskStore(tmp_path / "own")
+    for where in (store, own):
+        where.write(f".tables/{SCOPE.model}/000001.{'0' * 16}", [safetensors.numpy.save(arrays)])
+    assert TableStore(store, SCOPE.model).last() is None
+    assert "tables of another form" in caplog.text
+    with pytest.raises(StoreError, match="no tables yet"):
+        chunks_of(store, own=own).save(chunk(), VARIANT)
+    TableStore(store, SCOPE.model).add(tables(1))
+    chunks_of(store, own=own).save(chunk(), VARIANT)
+    assert isinstance(chunks_of(store).load(chunks_of(store).name(TOKENS, VARIANT), SHAPE), LoadedKV)
 
 
 def test_tables_of_another_shape_are_refused(store: DiskStore) -> None:

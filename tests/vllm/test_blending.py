@@ -340,7 +340,11 @@ def test_a_layer_that_does_not_fit_is_a_miss(llama: LocalEngine) -> None:
     preamble, chunks, _ = parts(plan)
     path = path_of(llama, chunks[1], variant_of(preamble))
     stored = unpack(memoryview(bytearray(path.read_bytes())))
-    halves = [layer[: len(layer) // 2] for layer in stored.layers]
+    coded = stored.coded
+    halves = [
+        [coded.stream(group, layer)[: int(length) // 2] for layer, length in enumerate(lengths)]
+        for group, lengths in enumerate(coded.places[:, :, 1])
+    ]
     path.write_bytes(b"".join(bytes(part) for part in pack(stored.header, stored.token_ids, halves)))
     _, done = answer(llama, plan, REPAIR)
     assert done.reuse.misses == {"corrupt": len(chunks[1])}
@@ -379,7 +383,7 @@ def test_precompute_stores_preamble_and_chunk_once(llama: LocalEngine) -> None:
     assert path_of(llama, preamble, NO_CONTEXT).is_file()
     second = llama.precompute(preamble, chunks)
     assert (second.computed, second.present, second.bytes_stored) == (0, 3, 0)
-    stored = sum(file.stat().st_size for file in (llama.store.root / "default").rglob("*.v2"))
+    stored = sum(file.stat().st_size for file in (llama.store.root / "default").rglob("*.v3"))
     assert stored == first.bytes_stored
     assert first.bytes_stored == pytest.approx(first.tokens * llama.kv_bytes_per_token, rel=0.1)
     assert np.isclose(llama.kv_bytes_per_token, 2 * 3 * 2 * 32 * 4)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,13 +125,14 @@ def test_a_preamble_is_never_made_from_lossy_kv(engine: LocalEngine) -> None:
     name = stored.preamble_name(preamble)
     computed = engine.store.read(name)
     assert computed is not None
-    before = unpack(computed).layers
+    before = unpack(computed).coded
     engine.store.delete([name])
     assert not engine.precompute(preamble, chunks).errors
     again = engine.store.read(name)
     assert again is not None
-    for was, found in zip(before, unpack(again).layers, strict=True):
-        numbers = (torch.frombuffer(bytearray(layer), dtype=torch.float32) for layer in (was, found))
+    for group, layer in np.ndindex(*before.places.shape[:2]):
+        streams = (stored.stream(group, layer) for stored in (before, unpack(again).coded))
+        numbers = (torch.frombuffer(bytearray(stream), dtype=torch.float32) for stream in streams)
         torch.testing.assert_close(*numbers, atol=1e-4, rtol=1e-4)
 
 

@@ -40,8 +40,8 @@ class Distributions:
         return reference.slot_table(self.frequencies)
 
 
-def encode(symbols: Tensor, distribution: np.ndarray, distributions: Distributions) -> bytes:
-    """Code a matrix.
+def encode(symbols: Tensor, distribution: np.ndarray, distributions: Distributions, group: int) -> list[bytes]:
+    """Code a matrix, so many rows at a time, each group of them apart: their streams.
 
     Args:
         symbols: int16 `[columns, rows]`.
@@ -52,13 +52,16 @@ def encode(symbols: Tensor, distribution: np.ndarray, distributions: Distributio
     """
     matrix = symbols.contiguous().numpy()
     if cpu.compiled():
-        return cpu.encode(matrix, distribution, distributions.frequencies)
+        return cpu.encode(matrix, distribution, distributions.frequencies, group)
     _say_not_compiled()
-    return reference.encode(matrix, distribution, distributions.frequencies)
+    return [
+        reference.encode(matrix[:, row : row + group], distribution, distributions.frequencies)
+        for row in range(0, matrix.shape[1], group)
+    ]
 
 
 def decode(data: memoryview, distribution: np.ndarray, distributions: Distributions, rows: int) -> Tensor | None:
-    """A coded matrix, as float32 `[columns, rows]`; None where `data` is not one of this shape."""
+    """A stream's matrix, as float32 `[columns, rows]`; None where `data` is not one of this shape."""
     out = torch.empty(len(distribution), rows)
     version = cpu if cpu.compiled() else reference
     if version is reference:

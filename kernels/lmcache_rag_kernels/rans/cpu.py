@@ -20,9 +20,9 @@ def instruction_sets() -> list[str]:
     return _rans.instruction_sets()
 
 
-def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarray) -> bytes:
-    """Arguments as `reference.encode`; without the GIL."""
-    return _rans.encode(symbols, distribution, frequencies)
+def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarray, group: int) -> list[bytes]:
+    """Arguments as `reference.encode`, so many rows a stream; without the GIL."""
+    return _rans.encode(symbols, distribution, frequencies, group)
 
 
 def decode(

@@ -1,7 +1,8 @@
 """The entropy coder in NumPy: what the C++ version must do, bit for bit.
 
-A stream is, little-endian: sixteen states (uint32), the number of words and of escapes (uint32), the words (uint16) and
-the escapes (int16). Lane i codes row i of a group of sixteen rows. Groups follow one another; in a group, columns.
+A stream is, little-endian: sixteen states (uint32), or as many as it has rows if those are fewer, and then words
+(uint16). Lane i codes row i of a block of sixteen rows. Blocks follow one another; in a block, columns. At each column
+the lanes whose state is too small take a word each, and then those at an escape take theirs, the integer itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ PROBABILITY_BITS = 12
 LANES = 16
 _SLOTS = 1 << PROBABILITY_BITS
 LOWEST = 1 << 16
-HEADER_BYTES = 4 * (LANES + 2)
 
 
 def slot_table(frequencies: np.ndarray) -> np.ndarray:
@@ -39,6 +39,11 @@ def check_frequencies(frequencies: np.ndarray) -> None:
         raise ValueError("frequencies must add up to 4096, and the escape's must be neither 0 nor 4096")
 
 
+def header_bytes(rows: int) -> int:
+    """What the states of a stream of so many rows take."""
+    return 4 * min(LANES, rows)
+
+
 def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarray) -> bytes:
     """A stream from int16 `[columns, rows]`; uint8 `[columns]` says which row of `frequencies` a column has."""
     check_frequencies(frequencies)
@@ -47,7 +52,6 @@ def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarra
     starts = np.cumsum(frequencies, 1, dtype=np.uint64) - frequencies
     states = np.full(LANES, LOWEST, np.uint64)
     words: list[np.ndarray] = []
-    escapes: list[np.ndarray] = []
     for row in reversed(range(0, rows, LANES)):
         for column in reversed(range(columns)):
             values = symbols[column, row : row + LANES]
@@ -55,30 +59,24 @@ def encode(symbols: np.ndarray, distribution: np.ndarray, frequencies: np.ndarra
             index = values.astype(np.int64) + (count - 2) // 2
             inside = (index >= 0) & (index < count - 1)
             escaped = ~inside | (frequency[np.where(inside, index, 0)] == 0)
-            escapes.append(values[escaped])
+            words.append(values[escaped].astype("<i2").view("<u2"))
             index[escaped] = count - 1
             f, x = frequency[index].astype(np.uint64), states[: len(values)]
             full = x >= f << np.uint64(32 - PROBABILITY_BITS)
             words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
             x = np.where(full, x >> np.uint64(16), x)
             states[: len(values)] = (x // f << np.uint64(PROBABILITY_BITS)) + x % f + start[index]
-    body = np.concatenate(words[::-1] or [np.empty(0, "<u2")]), np.concatenate(escapes[::-1] or [np.empty(0, "<i2")])
-    sizes = np.array([len(part) for part in body], "<u4")
-    return b"".join([states.astype("<u4").tobytes(), sizes.tobytes(), *(part.tobytes() for part in body)])
+    return b"".join([states[:rows].astype("<u4").tobytes(), *(part.tobytes() for part in reversed(words))])
 
 
 def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbols: int, out: np.ndarray) -> bool:
     """Write the integers of a stream (uint8 `[bytes]`) to float32 `[columns, rows]`; False where it does not fit."""
-    content = data.tobytes()
-    if len(content) < HEADER_BYTES:
+    content, header = data.tobytes(), header_bytes(out.shape[1])
+    if len(content) < header or len(content) % 2:
         return False
-    states = np.frombuffer(content, "<u4", LANES).astype(np.uint32)
-    word_count, escape_count = (int(size) for size in np.frombuffer(content, "<u4", 2, 4 * LANES))
-    if HEADER_BYTES + 2 * (word_count + escape_count) != len(content):
-        return False
-    words = np.frombuffer(content, "<u2", word_count, HEADER_BYTES).astype(np.uint32)
-    escapes = np.frombuffer(content, "<i2", escape_count, HEADER_BYTES + 2 * word_count)
-    word = escape = 0
+    states = np.frombuffer(content[:header], "<u4").astype(np.uint32)
+    words = np.frombuffer(content[header:], "<u2")
+    at = 0
     for row in range(0, out.shape[1], LANES):
         for column, which in enumerate(distribution):
             target = out[column, row : row + LANES]
@@ -86,15 +84,14 @@ def decode(data: np.ndarray, distribution: np.ndarray, slots: np.ndarray, symbol
             entry = slots[which, x & np.uint32(_SLOTS - 1)]
             symbol = entry >> np.uint32(24)
             x = (entry >> np.uint32(12) & np.uint32(0xFFF)) * (x >> np.uint32(12)) + (entry & np.uint32(0xFFF))
-            hungry = x < LOWEST
-            taken = words[word : word + int(hungry.sum())]
-            escaped = symbol == symbols - 1
-            raw = escapes[escape : escape + int(escaped.sum())]
-            if len(taken) < hungry.sum() or len(raw) < escaped.sum():
+            hungry, escaped = x < LOWEST, symbol == symbols - 1
+            middle = at + int(hungry.sum())
+            end = middle + int(escaped.sum())
+            if end > len(words):
                 return False
-            x[hungry] = x[hungry] << np.uint32(16) | taken
+            x[hungry] = x[hungry] << np.uint32(16) | words[at:middle].astype(np.uint32)
             states[: len(target)] = x
             target[:] = symbol.astype(np.float32) - (symbols - 2) // 2
-            target[escaped] = raw
-            word, escape = word + len(taken), escape + len(raw)
-    return bool((states == LOWEST).all()) and (word, escape) == (word_count, escape_count)
+            target[escaped] = words[middle:end].astype("<u2").view("<i2")
+            at = end
+    return bool((states == LOWEST).all()) and at == len(words)

@@ -10,65 +10,71 @@ from torch import Tensor
 
 from lmcache_rag_kernels.rans import Distributions
 from lmcache_rag_kernels.restore import cpu, reference
+from lmcache_rag_kernels.restore.coded import CodedGroups
 from lmcache_rag_kernels.rope import Rotation
 
-__all__ = ["Transform", "restore"]
+__all__ = ["CodedGroups", "Transform", "restore"]
 
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """How a model's K and V are coded, C being heads * head_size.
+    """How a model's K and V are coded. A layer's heads are in groups of `width` channels, coded with a matrix each.
 
     Attributes:
-        counts: int64 `[layers, 2]`: how many coordinates K and V have in each layer.
+        counts: int64 `[layers, 2, head groups]`: how many coordinates of K and V are stored.
         distribution: uint8 `[coordinates]`: the distribution of each, layer by layer, K's before V's.
-        directions: float32 `[coordinates, C]`: what one step of each coordinate adds to K or V.
-        mean: float32 `[layers, 2, C]`.
+        directions: float32 `[layers, 2, head groups, width, width]`: what coordinate i adds to K or V is row i.
+        mean: float32 `[layers, 2, channels]`.
+        step: what coordinates are stored in multiples of.
     """
 
     counts: np.ndarray
     distribution: np.ndarray
     directions: Tensor
     mean: Tensor
+    step: float
     distributions: Distributions
 
     def layer(self, index: int) -> Transform:
         """Of one layer alone."""
         start, count = int(self.counts[:index].sum()), int(self.counts[index].sum())
-        own = slice(start, start + count)
+        own = slice(index, index + 1)
         return Transform(
-            self.counts[index : index + 1],
-            self.distribution[own],
+            self.counts[own],
+            self.distribution[start : start + count],
             self.directions[own],
-            self.mean[index : index + 1],
+            self.mean[own],
+            self.step,
             self.distributions,
         )
 
 
 def restore(
-    streams: Sequence[memoryview],
+    coded: CodedGroups,
     transform: Transform,
-    tokens: int,
     offset: int,
     rotations: Sequence[Rotation | None],
     start: int,
     key: Tensor,
     value: Tensor,
 ) -> int | None:
-    """Write stored tokens, from `offset` on, as many as `key` has.
+    """Write stored tokens, from `offset` on, as many as `key` has; only the groups that hold them are decoded.
 
     Args:
-        streams: of `rans`, one a layer; int16 coordinates of so many `tokens`, K's and then V's.
+        coded: streams of `rans`, of the int16 coordinates of a group's tokens, K's and then V's.
         rotations: of each layer's K, for positions from `start` on.
         key, value: `[layers, length, heads, head_size]`, written; strided, but a token's channels lie in a row.
 
-    On CPUs C++ restores, on CUDA Triton; other devices, compute types on CPUs and interleaved rotations there take the
-    PyTorch reference.
+    On CPUs C++ restores, to float32, bfloat16 or float16; on CUDA Triton. Other devices and types, and interleaved
+    rotations on CPUs, take the PyTorch reference.
 
     Returns:
-        A layer whose stream does not fit; None where all was restored.
+        A layer of which a stream does not fit; None where all was restored.
+
+    Raises:
+        ValueError: the tokens are not among those of `coded`, or shapes do not fit each other.
     """
-    arguments = (streams, transform, tokens, offset, rotations, start, key, value)
+    arguments = (coded, transform, offset, rotations, start, key, value)
     if cpu.fits(key, rotations):
         return cpu.restore(*arguments)
     if key.is_cuda:

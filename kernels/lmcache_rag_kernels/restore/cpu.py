@@ -13,6 +13,7 @@ from lmcache_rag_kernels.rope import Rotation
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels.restore import Transform
+    from lmcache_rag_kernels.restore.coded import CodedGroups
 
 try:
     from lmcache_rag_kernels.restore import _restore  # type: ignore[attr-defined]
@@ -20,6 +21,7 @@ except ImportError:  # installed without a C++ compiler
     _restore = None
 
 _NOTHING = np.zeros((0, 0), np.float32)
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
@@ -27,7 +29,7 @@ def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
     return (
         _restore is not None
         and key.device.type == "cpu"
-        and key.dtype == torch.float32
+        and key.dtype in _TYPES
         and not any(rotation is not None and rotation.interleaved for rotation in rotations)
     )
 
@@ -38,9 +40,8 @@ def instruction_sets() -> list[str]:
 
 
 def restore(
-    streams: Sequence[memoryview],
+    coded: CodedGroups,
     transform: Transform,
-    tokens: int,
     offset: int,
     rotations: Sequence[Rotation | None],
     start: int,
@@ -49,8 +50,8 @@ def restore(
     *,
     isa: str = "",
 ) -> int | None:
-    """See `lmcache_rag_kernels.restore.restore`; without the GIL, a layer a thread. `isa` is one of
-    `instruction_sets()`, empty for the best."""
+    """See `lmcache_rag_kernels.restore.restore`; without the GIL, each layer's groups shared out among the threads.
+    `isa` is one of `instruction_sets()`, empty for the best."""
     rows = slice(start, start + key.shape[1])
     angles = [
         (_NOTHING, _NOTHING) if rotation is None else (rotation.cos[rows].numpy(), rotation.sin[rows].numpy())
@@ -58,20 +59,30 @@ def restore(
     ]
     distributions = transform.distributions
     failed = _restore.restore(
-        [np.frombuffer(stream, np.uint8) for stream in streams],
+        np.frombuffer(coded.data, np.uint8),
+        coded.places,
         transform.distribution,
         transform.counts,
         distributions.slots,
         distributions.frequencies.shape[1],
+        transform.step,
         transform.directions.numpy(),
         transform.mean.numpy(),
         [cos for cos, _ in angles],
         [sin for _, sin in angles],
-        key.numpy(),
-        value.numpy(),
-        tokens,
+        _as_numpy(key),
+        _as_numpy(value),
+        coded.tokens,
+        coded.group,
+        coded.first,
         offset,
         torch.get_num_threads(),
+        _TYPES[key.dtype],
         isa=isa,
     )
     return None if failed < 0 else failed
+
+
+def _as_numpy(rows: Tensor) -> np.ndarray:
+    """The same memory; NumPy has no bfloat16."""
+    return (rows if rows.dtype == torch.float32 else rows.view(torch.uint16)).numpy()

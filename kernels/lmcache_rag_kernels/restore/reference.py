@@ -13,12 +13,12 @@ from lmcache_rag_kernels.rope import Rotation, rotate
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels.restore import Transform
+    from lmcache_rag_kernels.restore.coded import CodedGroups
 
 
 def restore(
-    streams: Sequence[memoryview],
+    coded: CodedGroups,
     transform: Transform,
-    tokens: int,
     offset: int,
     rotations: Sequence[Rotation | None],
     start: int,
@@ -28,18 +28,34 @@ def restore(
     """See `lmcache_rag_kernels.restore.restore`."""
     length = key.shape[1]
     positions = torch.arange(start, start + length, device=key.device)
-    at = 0
-    for layer, (stream, (k_count, v_count)) in enumerate(zip(streams, transform.counts.tolist(), strict=True)):
-        own = slice(at, at + k_count + v_count)
-        at = own.stop
-        coordinates = rans.decode(stream, transform.distribution[own], transform.distributions, tokens)
-        if coordinates is None:
-            return layer
-        wanted = coordinates[:, offset : offset + length].to(key.device).mT
-        directions, mean = transform.directions[own].to(key.device), transform.mean[layer].to(key.device)
-        k = torch.addmm(mean[0], wanted[:, :k_count], directions[:k_count]).view(key.shape[1:])
-        v = torch.addmm(mean[1], wanted[:, k_count:], directions[k_count:]).view(key.shape[1:])
-        rotation = rotations[layer]
-        key[layer] = k if rotation is None else rotate(k, rotation, positions)
-        value[layer] = v
+    groups = coded.holding(offset, length)
+    for layer in range(coded.layers):
+        own = transform.layer(layer)
+        for group in groups:
+            begin, end = coded.span(group)
+            stream = coded.stream(group, layer)
+            coordinates = rans.decode(stream, own.distribution, own.distributions, end - begin)
+            if coordinates is None:
+                return layer
+            first, last = max(begin, offset), min(end, offset + length)
+            wanted = coordinates[:, first - begin : last - begin].to(key.device).mT * own.step
+            here = slice(first - offset, last - offset)
+            k, v = _inverse(wanted, own)
+            k, v = (part.view(-1, *key.shape[2:]) for part in (k, v))
+            rotation = rotations[layer]
+            key[layer, here] = k if rotation is None else rotate(k, rotation, positions[here])
+            value[layer, here] = v
     return None
+
+
+def _inverse(coordinates: Tensor, own: Transform) -> list[Tensor]:
+    """One layer's K and V, float32 `[tokens, channels]`, from its coordinates `[tokens, coordinates]`."""
+    head_groups = own.directions.shape[2]
+    means = own.mean.view(2 * head_groups, -1).to(coordinates.device)
+    directions = own.directions[0].flatten(0, 1).to(coordinates.device)
+    parts = coordinates.split(own.counts.flatten().tolist(), dim=1)
+    rows = [
+        torch.addmm(mean, part, matrix[: part.shape[1]])
+        for part, mean, matrix in zip(parts, means, directions, strict=True)
+    ]
+    return [torch.cat(rows[:head_groups], dim=1), torch.cat(rows[head_groups:], dim=1)]
