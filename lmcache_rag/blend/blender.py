@@ -239,8 +239,11 @@ class _Blend:
         """Put what was loaded in its place; False, and a miss, where that cannot be."""
         reason = kv if isinstance(kv, str) else ""
         if isinstance(kv, LoadedKV):
+            tokens = slice(segment.start, segment.end)
             if segment.offset + segment.length > kv.tokens:
                 reason = "shorter than planned"
+            elif kv.token_ids[segment.offset :][: segment.length].tolist() != list(self._plan.token_ids[tokens]):
+                reason = "of other tokens"  # whatever the records say
             else:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)

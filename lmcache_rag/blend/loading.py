@@ -164,7 +164,7 @@ class _Reads:
         self._chunks = chunks
         self._shape = shape
         self._stream = stream
-        self._waiting = deque((segment.name or "", read) for segment, read in zip(segments, self.futures, strict=True))
+        self._waiting = deque(zip(segments, self.futures, strict=True))
         self._at_a_time = _AT_A_TIME if stream is None else _AT_A_TIME_CHOSEN
         self._workers = 0
         self._room = 2 * _AT_A_TIME  # for objects that are read and not yet taken
@@ -197,20 +197,20 @@ class _Reads:
                     self._workers -= 1
                     return
                 self._room -= 1
-                name, read = self._waiting.popleft()
+                segment, read = self._waiting.popleft()
                 try:
                     level = self._stream.choose() if self._stream is not None else None
                 except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                     read.set_exception(error)
                     continue
             try:
-                read.set_result((self._load(name, level), time.perf_counter()))
+                read.set_result((self._load(segment, level), time.perf_counter()))
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                 read.set_exception(error)
 
-    def _load(self, name: str, level: StoredForm | None) -> LoadedKV | str:
+    def _load(self, segment: PlannedSegment, level: StoredForm | None) -> LoadedKV | str:
         if self._stream is None:
-            return self._chunks.load(name, self._shape)
+            return self._chunks.load(segment.name or "", self._shape, segment.part)
         if level is None:
             return _CHEAPER
         found: LoadedKV | str = ""

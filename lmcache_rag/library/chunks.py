@@ -12,9 +12,10 @@ import numpy as np
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredForm, chunk_key, key_of
-from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, Codec, ObjectHeader, StoredObject, pack, unpack
+from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, Codec, ObjectHeader, StoredObject, pack
 from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.library.reading import read_object
 from lmcache_rag.records.part import OwnerRow, VariantRow
 from lmcache_rag.records.records import Records, owner_number
 
@@ -39,6 +40,11 @@ class LoadedKV:
     @property
     def tokens(self) -> int:
         return self._stored.header.tokens
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """All of the chunk's, int32."""
+        return self._stored.token_ids
 
     @property
     def level(self) -> str:
@@ -218,21 +224,17 @@ class ChunkStore:
         self.refresh()
         self.delete(list(self.records.keys()))
 
-    def load(self, name: str, shape: KVShape) -> LoadedKV | str:
+    def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | str:
         """The object `name`, or why it cannot be used. What is absent or corrupt is recorded no longer, and deleted, so
-        that it is computed again."""
-        try:
-            data = self.store.read(name)
-        except StoreError:
-            return "unreadable"
-        if data is None:
-            self._discard(name)
-            return "absent"
-        try:
-            stored = unpack(data)
-        except CorruptObjectError:
-            self._discard(name)
-            return "corrupt"
+        that it is computed again.
+
+        Args:
+            part: which of the chunk's tokens are wanted; without, all are read.
+        """
+        read = self._read(name, part)
+        if isinstance(read, str):
+            return read
+        stored, size_bytes = read
         header = stored.header
         if (header.namespace, header.model) != (self.scope.namespace, self.scope.model):
             return "of another model"
@@ -250,7 +252,22 @@ class ChunkStore:
             return "coded with tables that cannot be read"
         if codec is None:
             return "coded with tables that are missing"
-        return LoadedKV(stored, shape, codec, len(data))
+        return LoadedKV(stored, shape, codec, size_bytes)
+
+    def _read(self, name: str, part: range | None) -> tuple[StoredObject, int] | str:
+        try:
+            read = read_object(self.store, name, part)
+        except CorruptObjectError:
+            self._discard(name)
+            return "corrupt"
+        except StoreError:
+            return "unreadable"
+        except ValueError:
+            return "shorter than planned"
+        if read is None:
+            self._discard(name)
+            return "absent"
+        return read
 
     def _save(self, chunk: ChunkKV, variant: str, codecs: Sequence[str]) -> int:
         assert self._codecs is not None

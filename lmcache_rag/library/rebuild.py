@@ -10,13 +10,12 @@ import numpy as np
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope
-from lmcache_rag.codec import peek_tokens
 from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import StoreError
+from lmcache_rag.library.reading import read_index
 from lmcache_rag.records.part import Part, VariantRow, build
 from lmcache_rag.records.records import Records
 
-_PEEK_BYTES = 32 << 10
 _BATCH = 4096
 """So many chunks are read before they become a part."""
 
@@ -70,24 +69,11 @@ def _row(store: Store, name: str, tokens: dict[bytes, np.ndarray]) -> VariantRow
     size = store.size(name)
     try:
         key = bytes.fromhex(digits)
-        if key not in tokens:
-            tokens[key] = _tokens(store, name)
+        read = read_index(store, name)
     except (StoreError, ValueError) as error:
         _log.warning("%s is left out (%s)", name, error)
         return None
-    return None if size is None else VariantRow(key, form, size, 0)
-
-
-def _tokens(store: Store, name: str) -> np.ndarray:
-    """Raises `StoreError`."""
-    needed = _PEEK_BYTES
-    while True:
-        start = store.read(name, 0, needed)
-        if start is None:
-            raise StoreError("it is gone")
-        found = peek_tokens(start)
-        if not isinstance(found, int):
-            return found.copy()  # not the whole of what was read
-        if found <= len(start) or len(start) < needed:
-            raise StoreError("it is cut short")
-        needed = found
+    if read is None or size is None:
+        return None
+    tokens.setdefault(key, read[0].token_ids.copy())  # not the whole of what was read
+    return VariantRow(key, form, size, 0)

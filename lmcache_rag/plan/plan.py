@@ -17,6 +17,7 @@ class PlannedSegment:
         exact: the stored KV equals what full prefill would compute here.
         foreign: it was computed behind another preamble than the prompt's.
         size_bytes: of the object.
+        partial: much of the stored chunk lies outside these tokens.
         levels: where the answer has to begin in time: all levels of the object, by falling fidelity, to choose from.
     """
 
@@ -28,11 +29,17 @@ class PlannedSegment:
     foreign: bool = False
     reason: str = "absent"
     size_bytes: int = 0
+    partial: bool = False
     levels: tuple[StoredForm, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.length
+
+    @property
+    def part(self) -> range | None:
+        """Which of the chunk's tokens to read; None for all."""
+        return range(self.offset, self.offset + self.length) if self.partial else None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from lmcache_rag.request import BlendOptions, ReuseReport
 
 _CHEAPER = "cheaper to compute"
 
+_MOST = 0.75
+"""Where more than this share of a chunk's tokens is wanted, all of it is read."""
+
 
 class Planner:
     """Plans blends for one model over one store. It looks at what is recorded, never at what is stored.
@@ -201,7 +204,8 @@ def _segment(
     chosen = suited(forms, context, first=begins or first, primer=primer)
     exact = begins and chosen == context.variant
     foreign = chosen is not None and not context.is_before(chosen)
-    segment = PlannedSegment(match.start, match.length, match.offset, exact=exact, foreign=foreign)
+    partial = match.length < _MOST * len(match.chunk)
+    segment = PlannedSegment(match.start, match.length, match.offset, exact=exact, foreign=foreign, partial=partial)
     return _placed(segment, forms.get(chosen or ""))
 
 

@@ -66,9 +66,9 @@ def test_many_objects_are_not_in_memory_at_once(tmp_path: Path) -> None:
     reads: list[str] = []
 
     class Counting(ChunkStore):
-        def load(self, name: str, shape: KVShape) -> LoadedKV | str:
+        def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | str:
             reads.append(name)
-            return super().load(name, shape)
+            return super().load(name, shape, part)
 
     found = Loader(SHAPE, 0.0).load(
         Counting(chunks.store, chunks.scope, "raw", ModelCodecs(chunks.store, chunks.scope.model, SHAPE)),

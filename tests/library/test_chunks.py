@@ -52,7 +52,7 @@ def test_objects_of_the_version_before_are_a_miss(chunks: ChunkStore) -> None:
     data[8] = 2
     chunks.store.delete([name])
     chunks.store.write(f"{name.removesuffix('.v3')}.v2", [data])
-    assert chunks.variants(TOKENS) == {} and chunks.missing(TOKENS, OWN) == ["raw"]
+    assert chunks.missing(TOKENS, OWN) == ["raw"]
     chunks.store.write(name, [data])
     assert chunks.load(name, SHAPE) == "corrupt"
     assert chunks.missing(TOKENS, OWN) == ["raw"]  # and so it is computed again
@@ -107,3 +107,34 @@ def test_an_object_put_where_it_does_not_belong(chunks: ChunkStore, scope: KVSco
     assert data is not None
     elsewhere.store.write(elsewhere.name(TOKENS, OWN), [data])
     assert elsewhere.load(elsewhere.name(TOKENS, OWN), SHAPE) == "of another model"
+
+
+@pytest.mark.parametrize("part", [range(10), range(60, 70), range(64, 128), range(150, 200)], ids=str)
+def test_a_part_of_a_chunk_is_read_alone(tmp_path: Path, part: range) -> None:
+    shape = KVShape(layers=2, kv_heads=1, head_size=64, dtype=torch.float32)
+    chunks = chunk_store(DiskStore(tmp_path), KVScope("default", "f" * 32), shape)
+    tokens = np.arange(200, dtype=np.int32)
+    kv = torch.randn(2, 2, 200, 1, 64)
+    size_bytes = chunks.save(ChunkKV(tokens, kv), OWN)
+    loaded = chunks.load(chunks.name(tokens, OWN), shape, part)
+    assert isinstance(loaded, LoadedKV) and loaded.size_bytes < 0.9 * size_bytes
+    key, value = torch.empty(2, 2, len(part), 1, 64)
+    loaded.place(part.start, [None, None], 0, key, value)
+    assert torch.equal(key, kv[:, 0, part.start : part.stop])
+    assert torch.equal(value, kv[:, 1, part.start : part.stop])
+    assert chunks.load(chunks.name(tokens, OWN), shape, range(150, 201)) == "shorter than planned"
+
+
+def test_a_damaged_group_is_corrupt_where_it_is_wanted_only(tmp_path: Path) -> None:
+    shape = KVShape(layers=2, kv_heads=1, head_size=64, dtype=torch.float32)
+    chunks = chunk_store(DiskStore(tmp_path), KVScope("default", "f" * 32), shape)
+    tokens = np.arange(200, dtype=np.int32)
+    chunks.save(ChunkKV(tokens, torch.randn(2, 2, 200, 1, 64)), OWN)
+    name = chunks.name(tokens, OWN)
+    path = tmp_path.joinpath(*name.split("/"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert isinstance(chunks.load(name, shape, range(20)), LoadedKV)
+    assert chunks.load(name, shape, range(190, 200)) == "corrupt"
+    assert not path.exists()

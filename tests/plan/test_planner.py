@@ -101,6 +101,12 @@ def test_a_preamble_whose_end_merged_with_the_first_chunk_is_its_own_all_the_sam
     assert (plan.preamble.length, plan.preamble.name is not None) == (len(PREAMBLE) - cut, True)
 
 
+def test_of_a_small_part_of_a_chunk_only_that_is_read(chunks: ChunkStores) -> None:
+    ingest(chunks, PREAMBLE)
+    plan, _ = planned(planner(chunks), [*PREAMBLE, *CHUNKS[1][30:80], *CHUNKS[0][:-5], 7])
+    assert plan is not None and [segment.part for segment in plan.segments] == [range(30, 80), None]
+
+
 def test_another_preamble_makes_chunks_foreign(chunks: ChunkStores) -> None:
     ingest(chunks, PREAMBLE)
     plan, _ = planned(planner(chunks), [*OTHER_PREAMBLE, *CHUNKS[1], *CHUNKS[0], 7])
