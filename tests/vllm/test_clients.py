@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import PARAMS_KEY
@@ -21,9 +22,15 @@ from lmcache_rag.vllm.scheduler_half import SchedulerHalf
 def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
     """The report of a request with these `kv_transfer_params`, over an empty store."""
     config = ConnectorConfig(store=folder, **settings)
-    half = SchedulerHalf(
-        Planner(DiskStore(folder), "model", config, 1024, ASSUMED), config, unsupported="", hash_block_tokens=16
+    planner = Planner(
+        ChunkStores(DiskStore(folder), "model", config.codec),
+        ASSUMED,
+        namespace=config.namespace,
+        min_match_tokens=config.min_match_tokens,
+        max_tokens=1024,
+        never_slower=config.never_slower,
     )
+    half = SchedulerHalf(planner, config, unsupported="", hash_block_tokens=16)
     request = SimpleNamespace(
         request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
         lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,

@@ -125,7 +125,7 @@ def test_a_precompute_that_cannot_be_stored_says_so(llama: LocalEngine, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(ChunkStore, "save", lambda *_: 1 // 0)
         report = llama.precompute(preamble, chunks)
-    assert (report.computed, report.errors) == (0, ["failed: ZeroDivisionError"] * 3)
+    assert (report.computed, report.errors) == (0, dict.fromkeys(range(3), "failed: ZeroDivisionError"))
     assert not llama.precompute(preamble, chunks).errors
 
 
