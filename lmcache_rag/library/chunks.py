@@ -161,11 +161,15 @@ class ChunkStore:
         key = key_of(token_ids)
         return bool(len(token_ids)) and not self._is_there(key, _PREAMBLE, self.records.variants(key))
 
-    def variants(self, key: bytes) -> dict[str, StoredForm]:
+    def variants(self, key: bytes, recorded: Mapping[str, VariantRow] | None = None) -> dict[str, StoredForm]:
         """The readable variants of a chunk. Of the several objects of a variant it is the one in the codec that is
-        written here, else the one of highest fidelity."""
+        written here, else the one of highest fidelity.
+
+        Args:
+            recorded: what the records say of the chunk, where it is known.
+        """
         found: dict[str, dict[str, StoredForm]] = {}
-        for form, row in self.records.variants(key).items():
+        for form, row in (self.records.variants(key) if recorded is None else recorded).items():
             variant, _, codec = form.partition(".")
             if codec in CODECS:
                 found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.created_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -93,7 +93,9 @@ class Planner:
             report.reason = f"a chunk that ends at {len(prompt)} is behind max_blend_tokens ({self._max_tokens})"
             return None
         context, primer = prompt[:start], start - options.primer_tokens
-        form = chunks.variants(matches[0].key).get(Context(context[:primer], context[primer:]).variant)
+        form = chunks.variants(matches[0].key, matches[0].stored).get(
+            Context(context[:primer], context[primer:]).variant
+        )
         if form is not None and not CODECS[codec_of(form.name)].lossless:
             form = None  # what one codec lost is not to be stored in another
         return BlendPlan(
@@ -111,9 +113,10 @@ class Planner:
     def _blend(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
     ) -> BlendPlan | None:
-        preamble, context = _context(prompt, matches, chunks)
+        forms = {match.key: chunks.variants(match.key, match.stored) for match in matches}
+        preamble, context = _context(prompt, matches, forms, chunks)
         ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
-        segments = [_segment(prompt, match, context, chunks, options.primer) for match in matches]
+        segments = [_segment(prompt, match, context, forms[match.key], options.primer) for match in matches]
         if options.ttft_goal_s is not None:
             segments = [_with_levels(segment, chunks) for segment in segments]
             preamble = _with_levels(preamble, chunks)
@@ -166,18 +169,20 @@ class Planner:
         self, prompt: np.ndarray, options: BlendOptions, chunks: ChunkStore, report: ReuseReport
     ) -> list[Match]:
         if options.segments is not None:
-            parts = ((start, prompt[start : start + length]) for start, length in options.segments)
-            lengths = (length for _, length in options.segments)
-            return [
-                Match(start, length, 0, key_of(tokens), tokens)
-                for (start, tokens), length in zip(parts, lengths, strict=True)
-            ]
+            marked = []
+            for start, length in options.segments:
+                tokens = prompt[start : start + length]
+                key = key_of(tokens)
+                marked.append(Match(start, length, 0, key, tokens, chunks.records.variants(key)))
+            return marked
         found = find(chunks.records, prompt, self._min_match_tokens)
         report.matching_cut_short = found.cut_short
         return found.matches
 
 
-def _context(prompt: np.ndarray, matches: list[Match], chunks: ChunkStore) -> tuple[PlannedSegment, Context]:
+def _context(
+    prompt: np.ndarray, matches: list[Match], forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: ChunkStore
+) -> tuple[PlannedSegment, Context]:
     """The prompt's tokens before its first chunk as a segment, and what its chunks' own variants were computed behind.
 
     A stored preamble that begins the prompt is found like a chunk, and is taken out of `matches`. Its KV is exact at
@@ -190,15 +195,14 @@ def _context(prompt: np.ndarray, matches: list[Match], chunks: ChunkStore) -> tu
             matches.pop(0)
             return _preamble(first.length, form), Context(first.chunk)
     before = prompt[: max(0, first.start - first.offset)]
-    context, length = context_of(before, matches, chunks)
+    context, length = context_of(before, forms, chunks)
     return _preamble(length, chunks.preamble(context.preamble)), context
 
 
 def _segment(
-    prompt: np.ndarray, match: Match, context: Context, chunks: ChunkStore, primer: str | None
+    prompt: np.ndarray, match: Match, context: Context, forms: Mapping[str, StoredForm], primer: str | None
 ) -> PlannedSegment:
-    """A match as a segment, with the variant of its chunk that suits this place best."""
-    forms = chunks.variants(match.key)
+    """A match as a segment, with the variant of its chunk, of these, that suits this place best."""
     begins = match.offset == 0 and np.array_equal(prompt[: match.start], context.preamble)
     first = abs(match.start - match.offset - len(context.preamble)) <= context.merged
     chosen = suited(forms, context, first=begins or first, primer=primer)

@@ -9,7 +9,6 @@ import numpy as np
 
 from lmcache_rag.chunk_kv import StoredForm, preamble_of, variant_of
 from lmcache_rag.library.chunks import ChunkStore
-from lmcache_rag.records.catalog import Match
 
 _MERGED = 4
 """Where a prompt is tokenised as one text, so many of a preamble's last tokens may have merged with what follows."""
@@ -38,14 +37,19 @@ class Context:
         return preamble_of(variant) == preamble_of(self.variant)
 
 
-def context_of(before: np.ndarray, matches: Sequence[Match], chunks: ChunkStore) -> tuple[Context, int]:
+def context_of(
+    before: np.ndarray, forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: ChunkStore
+) -> tuple[Context, int]:
     """What the chunks of a prompt were computed behind, and how many of the prompt's first tokens are just that.
 
     It is `before`, the prompt's tokens before its first chunk, where they know a variant behind it; or else the longest
     preamble of theirs that `before` begins with, but for a few tokens at its end that merged with the chunk's first.
+
+    Args:
+        forms: the variants of each chunk, by its key.
     """
     own = Context(before)
-    known = {preamble_of(variant): None for match in matches for variant in chunks.variants(match.key)}
+    known = {preamble_of(variant): None for variants in forms.values() for variant in variants}
     if preamble_of(own.variant) in known:
         return own, len(before)
     best, agreed = own, 0
