@@ -64,7 +64,7 @@ class Records:
         return self._epoch, self._number
 
     def refresh(self) -> None:
-        """Take over what was written since. Raises `StoreError` where the store cannot be read."""
+        """Take over what was written since; writes nothing. Raises `StoreError` where the store cannot be read."""
         with self._lock:
             if time.monotonic() - self._looked_at > _LOOK_S or not self._epoch:
                 self._look()
@@ -144,6 +144,7 @@ class Records:
         with self._lock:
             while True:
                 self.refresh()
+                self._follow(begin=True)
                 epoch = self._epoch
                 new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
                 part = build(new, variants, owners)
@@ -168,6 +169,7 @@ class Records:
         with self._compacting:
             self.refresh()
             with self._lock:
+                self._follow(begin=True)
                 epoch, names, base = self._epoch, self._names, self._base
                 self._frozen, self._fresh = self._fresh, []
                 frozen = self._frozen
@@ -223,10 +225,17 @@ class Records:
         self._names, self._base, self._frozen, self._fresh = [], [], [], []
         self._show()
 
-    def _follow(self) -> None:
+    def _follow(self, *, begin: bool = False) -> None:
+        """Take over the segments that follow.
+
+        Args:
+            begin: whether an epoch is begun where whoever ended the last one has not begun it, or not yet. Who only
+                reads knows all there is without it, and must not be kept from reading by writing.
+        """
         while (content := self._log.segment(self._epoch, self._number + 1)) is not None:
             if not len(content):
-                self._go_on()
+                if not self._go_on(begin=begin):
+                    return
                 continue
             self._number += 1
             try:
@@ -243,21 +252,24 @@ class Records:
     def _show(self) -> None:
         self.parts = (*self._base, *self._frozen, *self._fresh)
 
-    def _go_on(self) -> None:
-        """Enter the next epoch; where whoever ended the last one did not come to begin it, begin it."""
+    def _go_on(self, *, begin: bool) -> bool:
+        """Enter the next epoch; False where nobody has begun it."""
         try:
             begun, damaged = self._log.base(self._epoch + 1) is not None, False
         except CorruptObjectError:
             begun, damaged = False, True
+        if not begun and not begin:
+            return False
         if not begun:
             self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged)
         self._enter(self._epoch + 1)
+        return True
 
     def _end_epoch(self, epoch: int, names: list[str]) -> None:
         """End the epoch, and begin the next one with these parts and what came after them."""
         with self._lock:
             while self._epoch == epoch and not self._log.write_segment(epoch, self._number + 1, [b""]):
-                self._follow()
+                self._follow(begin=True)
             if self._epoch == epoch:
                 self._begin(epoch + 1, names, self._fresh)
                 self._enter(epoch + 1)

@@ -129,6 +129,9 @@ def test_it_compacts_by_itself(store: DiskStore, records: Records, monkeypatch: 
 def test_an_epoch_that_was_ended_and_not_begun_is_begun_by_the_next(store: DiskStore, records: Records) -> None:
     save(records, 0, 1)
     assert records._log.write_segment(1, 2, [b""])  # then its writer died
+    before = sorted(path for path in store.root.rglob("*") if path.is_file())
+    assert known(Records(store, SCOPE), 3) == [0, 1] == known(records, 3)
+    assert sorted(path for path in store.root.rglob("*") if path.is_file()) == before  # who reads writes nothing
     other = Records(store, SCOPE)
     save(other, 2)
     assert other.position == (2, 1)
