@@ -8,7 +8,7 @@ addresses, so the same text in two documents is stored once and a rewritten chun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,30 +42,18 @@ class ChunkKV:
     def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
         """Write tokens from `offset` on to `key` and `value` `[layers, length, kv_heads, head_size]`, K rotated to
         positions from `start` on."""
-        place_layers(self.kv, offset, rotations, start, key, value)
+        import torch
+        from lmcache_rag_kernels import rotate
 
-
-def place_layers(
-    layers: Iterable[Tensor],
-    offset: int,
-    rotations: Sequence[Rotation | None],
-    start: int,
-    key: Tensor,
-    value: Tensor,
-) -> None:
-    """`ChunkKV.place`, of layers `[2, tokens, kv_heads, head_size]` one after another."""
-    import torch
-    from lmcache_rag_kernels import rotate
-
-    length = key.shape[1]
-    positions = torch.arange(start, start + length, device=key.device)
-    for index, (layer, rotation) in enumerate(zip(layers, rotations, strict=True)):
-        own_key, own_value = layer[:, offset : offset + length].to(key.device)
-        value[index] = own_value
-        if rotation is None:
-            key[index] = own_key
-        else:
-            rotate(own_key, rotation, positions, out=key[index])
+        length = key.shape[1]
+        positions = torch.arange(start, start + length, device=key.device)
+        for index, (layer, rotation) in enumerate(zip(self.kv, rotations, strict=True)):
+            own_key, own_value = layer[:, offset : offset + length].to(key.device)
+            value[index] = own_value
+            if rotation is None:
+                key[index] = own_key
+            else:
+                rotate(own_key, rotation, positions, out=key[index])
 
 
 @dataclass(frozen=True)

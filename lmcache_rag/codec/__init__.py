@@ -7,7 +7,6 @@ from lmcache_rag.codec.container import (
     StoredObject,
     open_index,
     pack,
-    peek_tokens,
     unpack,
     unpack_range,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "codec_named",
     "open_index",
     "pack",
-    "peek_tokens",
     "unpack",
     "unpack_range",
 ]

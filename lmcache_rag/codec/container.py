@@ -178,16 +178,6 @@ def open_index(start: memoryview) -> ObjectIndex | int:
     return ObjectIndex(header, _token_ids(header, token_ids), starts, tuple(parts["xxh3"][1:].tolist()))
 
 
-def peek_tokens(start: memoryview) -> np.ndarray | int:
-    """The token ids from an object's first bytes, or how many bytes are needed where `start` holds too few.
-
-    Raises:
-        CorruptObjectError: as `open_index`.
-    """
-    index = open_index(start)
-    return index if isinstance(index, int) else index.token_ids
-
-
 def unpack(data: memoryview) -> StoredObject:
     """Check and open an object.
 

@@ -19,7 +19,6 @@ from lmcache_rag.codec import (
     StoredObject,
     open_index,
     pack,
-    peek_tokens,
     unpack,
     unpack_range,
 )
@@ -97,17 +96,17 @@ def test_raw_refuses_a_stream_of_another_shape() -> None:
         RAW.decode_group(0, memoryview(bytearray(12)), (7, 2, 16), torch.float32)
 
 
-def test_peek_reads_the_tokens_from_the_first_bytes() -> None:
+def test_the_index_is_read_from_the_first_bytes() -> None:
     data, chunk = packed()
     have = 0
     for _ in range(4):
-        found = peek_tokens(memoryview(data)[:have])
+        found = open_index(memoryview(data)[:have])
         if not isinstance(found, int):
             break
         assert found > have
         have = found
-    assert isinstance(found, np.ndarray)
-    assert found.tolist() == chunk.token_ids.tolist()
+    assert isinstance(found, ObjectIndex)
+    assert found.token_ids.tolist() == chunk.token_ids.tolist()
     assert have < len(data) / 2
 
 
@@ -218,7 +217,7 @@ def test_a_chunk_that_claims_to_be_huge_allocates_nothing() -> None:
     token_ids = np.arange(20, dtype=np.int32)
     json = header_of(token_ids, tokens=(1 << 24) - 1, group=1 << 24, layers=4095).model_dump_json().encode()
     data = hostile(json, [(4 * ((1 << 24) - 1), 0), (1 << 40, 0)])
-    assert peek_tokens(data) == len(data) + 4 * ((1 << 24) - 1)  # bytes that are not there, which whoever reads finds
+    assert open_index(data) == len(data) + 4 * ((1 << 24) - 1)  # bytes that are not there, which whoever reads finds
     with pytest.raises(CorruptObjectError, match="cut short"):
         unpack(data)
 
