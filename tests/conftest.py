@@ -53,7 +53,6 @@ class Engines:
                 max_model_len=4096,
                 kv_cache_bytes=1 << 30,
                 primed=False,
-                never_slower=False,  # on a busy machine some chunks would be computed
             )
         from tests.models import make_tiny
 
@@ -67,7 +66,6 @@ class Engines:
             kv_cache_bytes=64 << 20,
             max_num_batched_tokens=256,
             primed=False,
-            never_slower=False,
             forced_answers=True,
         )
 

@@ -13,7 +13,7 @@ import pytest
 from lmcache_rag.chunk_kv import NO_CONTEXT
 from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
 from lmcache_rag.corpus.corpus import OWN_STORE
-from lmcache_rag.engine import LocalEngine
+from lmcache_rag.engine import LocalEngine, precompute_texts
 from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.learn.primer import default_primer
 from lmcache_rag.prompt import PromptFormat, completion_format
@@ -438,3 +438,20 @@ def test_a_damaged_manifest_or_index_says_what_to_do(corpus: Corpus, llama: Loca
     (corpus.folder / "manifest.json").write_text("{")
     with pytest.raises(CorpusError, match="is damaged"):
         Manifest.read(corpus.folder)
+
+
+def test_kv_that_somebody_else_owns_survives(tmp_path: Path, documents: Path, llama: LocalEngine) -> None:
+    """Two indexes and a framework on one store, with the same text."""
+    one, two = (Corpus(tmp_path / name, llama, EMBEDDER, manifest(llama)) for name in ("one", "two"))
+    assert update(one, documents).chunks_computed == 6
+    assert update(two, documents).chunks_present == 6
+    passages = two._database.passages_of(str(documents / "0.txt"))
+    preamble = one.manifest.prompt.preamble_ids(llama.tokenizer)
+    assert precompute_texts(llama, preamble, passages[:1]).present == 1
+    for path in documents.iterdir():
+        path.unlink()
+    update(one, documents)
+    assert stored(llama) == 7
+    update(two, documents)
+    assert stored(llama) == 1 + 1  # the preamble, and what the framework has
+    assert precompute_texts(llama, preamble, passages[:1]).present == 1

@@ -28,7 +28,6 @@ def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         kv_cache_bytes=64 << 20,
         max_num_batched_tokens=256,
         primed=False,
-        never_slower=False,
     )
     with LocalEngine(settings) as engine:
         yield engine
