@@ -50,7 +50,7 @@ def check_text(text: str) -> None:
 
 @dataclass(frozen=True)
 class Segment:
-    """A chunk at a place in a prompt: tokens `start` to `start + length`."""
+    """A place in a prompt: tokens `start` to `start + length`."""
 
     start: int
     length: int

@@ -33,8 +33,8 @@ class BlendOptions(BaseModel):
         target_kl: how far from full prefill the next-token distributions may be: mean KL divergence in nats. The
             model's calibration says which recompute ratio that takes.
         ratio: recompute ratio r, the share of segment tokens that is recomputed, 0 to 1, instead of a target.
-        ttft_goal_s: seconds from the start of the blend by when the answer should begin. Of each chunk the level of
-            highest fidelity is loaded that the store's bandwidth allows. None takes the store's own level.
+        ttft_goal_s: seconds from the start of the blend by when the answer should begin. Of each chunk the form of
+            highest fidelity is loaded that the store's bandwidth allows. None takes the engine's own codec.
         segments: `(start, length)` of each chunk in the prompt's tokens, ascending. None finds stored chunks in the
             prompt by their tokens.
         primer_tokens: of a precompute request: how many tokens right before the segment are its primer; the tokens
@@ -102,7 +102,7 @@ class ReuseReport(BaseModel):
         stored_tokens: written to the store by this request.
         bytes_loaded: bytes read from the store.
         bytes_stored: bytes written to the store.
-        levels: codec -> tokens loaded that were stored with it.
+        codecs: codec -> tokens loaded that were stored with it.
         misses: reason -> tokens.
         matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
             not have been found.
@@ -131,7 +131,7 @@ class ReuseReport(BaseModel):
     stored_tokens: int = 0
     bytes_loaded: int = 0
     bytes_stored: int = 0
-    levels: dict[str, int] = Field(default_factory=dict)
+    codecs: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
     matching_cut_short: bool = False
     failure: str = ""

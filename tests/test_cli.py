@@ -74,7 +74,7 @@ def test_the_default_codec_is_learned_at_the_first_index_and_used(
     again = run("index", documents, *options)
     assert "2 unchanged; 0 passages computed" in " ".join(again.output.split())
     reuse = json.loads(run("ask", "w20 w30", "--index", folder, "--json", "--max-tokens", 2).stdout)["reuse"]
-    assert reuse["mode"] == "blend" and reuse["levels"]["balanced"] > 0 and reuse["missed_tokens"] == 0
+    assert reuse["mode"] == "blend" and reuse["codecs"]["balanced"] > 0 and reuse["missed_tokens"] == 0
     assert "made with another codec" in error_of(run("index", documents, "--codec", "small", *options))
     assert "there is no codec 'zip'" in error_of(run("index", documents, "--codec", "zip", *options))
 

@@ -59,7 +59,7 @@ class CodecBench:
 
     Args:
         rotations: RoPE of each layer.
-        levels: of `codec.CODECS`.
+        codecs: of `codec.CODECS`.
         sizes: tokens per piece.
         threads: for coding, but where it says two; the model always has all.
     """
@@ -70,14 +70,14 @@ class CodecBench:
         rotations: Sequence[Rotation | None],
         tables: CodecTables,
         *,
-        levels: Sequence[str],
+        codecs: Sequence[str],
         sizes: Sequence[int],
         threads: int,
     ) -> None:
         self._model = load_model(folder, torch.float32, torch.device("cpu"))
         self._rotations = rotations
         self._tables = tables
-        self._codecs = {level: CODECS[level].make(len(rotations), tables) for level in levels}
+        self._codecs = {name: CODECS[name].make(len(rotations), tables) for name in codecs}
         self._sizes = sizes
         self._threads = threads
 
@@ -89,7 +89,7 @@ class CodecBench:
         questions: Sequence[Question],
         progress: Callable[[str], Any],
     ) -> list[Row]:
-        """One row for each level and piece size.
+        """One row for each codec and piece size.
 
         Raises:
             PromptError: a piece is longer than the passages that speed is measured on.
@@ -98,7 +98,7 @@ class CodecBench:
         tokens = sum(plan.segments[-1].end - plan.preamble_length for plan in plans[:_TIMED_QUESTIONS])
         if tokens < max(self._sizes):
             raise PromptError(f"chunk-tokens: the first questions' passages have {tokens} tokens, choose less.")
-        ways = [(level, size) for size in self._sizes for level in self._codecs]
+        ways = [(name, size) for size in self._sizes for name in self._codecs]
         kl: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
         top1: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
         sample: list[Tensor] = []
@@ -108,25 +108,25 @@ class CodecBench:
             expected = self._answer(asked, asked.kv)
             if number <= _TIMED_QUESTIONS:
                 sample.append(asked.kv)
-            for level, size in ways:
-                decoded = [_there_and_back(self._codecs[level], piece) for piece in asked.kv.split(size, dim=2)]
+            for name, size in ways:
+                decoded = [_there_and_back(self._codecs[name], piece) for piece in asked.kv.split(size, dim=2)]
                 found = self._answer(asked, torch.cat(decoded, dim=2))
-                kl[level, size].append(float(kl_divergence(expected, found).mean()))
-                top1[level, size].append(float((expected.argmax(1) == found.argmax(1)).mean()))
+                kl[name, size].append(float(kl_divergence(expected, found).mean()))
+                top1[name, size].append(float((expected.argmax(1) == found.argmax(1)).mean()))
         kv = torch.cat(sample, dim=2)
         rows = []
-        for level, size in ways:
-            progress(f"speed of {level} at {size} tokens")
-            low, high = mean_interval(kl[level, size])
+        for name, size in ways:
+            progress(f"speed of {name} at {size} tokens")
+            low, high = mean_interval(kl[name, size])
             rows.append(
                 {
-                    "codec": level,
+                    "codec": name,
                     "chunk_tokens": size,
-                    **self._coded(level, kv[:, :, : kv.shape[2] // size * size].split(size, 2)),
-                    "kl_mean": round(statistics.mean(kl[level, size]), 4),
+                    **self._coded(name, kv[:, :, : kv.shape[2] // size * size].split(size, 2)),
+                    "kl_mean": round(statistics.mean(kl[name, size]), 4),
                     "kl_ci95": [round(low, 4), round(high, 4)],
-                    "top1": round(statistics.mean(top1[level, size]), 3),
-                    "tables_bytes": len(self._tables.to_bytes()) if CODECS[level].learned else 0,
+                    "top1": round(statistics.mean(top1[name, size]), 3),
+                    "tables_bytes": len(self._tables.to_bytes()) if CODECS[name].learned else 0,
                     "threads": self._threads,
                     "n": len(questions),
                 }
@@ -159,19 +159,19 @@ class CodecBench:
         asked.cache.crop(end - asked.cache.get_seq_length())
         return logits.double().log_softmax(-1).numpy()
 
-    def _coded(self, level: str, pieces: Sequence[Tensor]) -> Row:
+    def _coded(self, name: str, pieces: Sequence[Tensor]) -> Row:
         """Bytes of whole objects, MB of float16 KV per second, what the first half of a piece takes of the time for all
         of it, and relative errors."""
-        codec = self._codecs[level]
+        codec = self._codecs[name]
         plain = _FLOAT16_BYTES * pieces[0].numel()
-        tables = self._tables.digest if CODECS[level].learned else ""
+        tables = self._tables.digest if CODECS[name].learned else ""
         times: list[_Times] = []
         coded_bytes = 0
         wrong, whole = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         before = torch.get_num_threads()
         try:
             for piece in pieces:
-                data, own = self._timed(codec, level, tables, piece)
+                data, own = self._timed(codec, name, tables, piece)
                 times.append(own)
                 coded_bytes += len(data)
                 error = _there_and_back(codec, piece) - piece
@@ -192,7 +192,7 @@ class CodecBench:
             "rel_l2_v": round(v, 4),
         }
 
-    def _timed(self, codec: Codec, level: str, tables: str, piece: Tensor) -> tuple[bytearray, _Times]:
+    def _timed(self, codec: Codec, name: str, tables: str, piece: Tensor) -> tuple[bytearray, _Times]:
         """A piece's object, and the best times."""
         layers, _, tokens, heads, size = piece.shape
         key, value = torch.empty(2, layers, tokens, heads, size)
@@ -202,7 +202,7 @@ class CodecBench:
         for _ in range(_REPEAT):
             torch.set_num_threads(self._threads)
             start = time.perf_counter()
-            data = _object(codec, level, tables, piece)
+            data = _object(codec, name, tables, piece)
             best[0] = min(best[0], time.perf_counter() - start)
             for way, (threads, length) in enumerate(ways, start=1):
                 torch.set_num_threads(threads)
@@ -236,8 +236,8 @@ def _index(data: bytearray) -> ObjectIndex:
     return index
 
 
-def _object(codec: Codec, level: str, tables: str, kv: Tensor) -> bytearray:
+def _object(codec: Codec, name: str, tables: str, kv: Tensor) -> bytearray:
     """The stored object of a piece, with tokens that only serve to fill it."""
     chunk = ChunkKV(np.arange(kv.shape[2], dtype=np.int32), kv)
-    _, parts = coded(chunk, KVScope(DEFAULT_NAMESPACE, "0" * 32), NO_CONTEXT, level, codec, tables)
+    _, parts = coded(chunk, KVScope(DEFAULT_NAMESPACE, "0" * 32), NO_CONTEXT, name, codec, tables)
     return bytearray().join(parts)

@@ -132,11 +132,11 @@ def bench_throughput_command(
 
     if passages > pool:
         raise PromptError(f"A question over {passages} passages needs a pool of as many, not {pool}.")
-    levels = _counts("concurrency", concurrency)
+    counts = _counts("concurrency", concurrency)
     with _bench_engine(never_slower=True, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_throughput(
             engine,
-            concurrency=levels,
+            concurrency=counts,
             requests=requests,
             pool=pool,
             passages=passages,
@@ -195,7 +195,7 @@ def bench_streaming_command(
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """TTFT with a goal where the store becomes slow in the middle of a request: levels chosen per chunk or not."""
+    """TTFT with a goal where the store becomes slow in the middle of a request: codecs chosen per chunk or not."""
     from lmcache_rag.bench.streaming import bench_streaming, ingest_stream, prompt_to_stream
     from lmcache_rag.engine import LocalEngine
 
@@ -263,13 +263,13 @@ def bench_codec_command(
     from lmcache_rag.vllm.worker import bound_model
 
     questions = read_questions(data, passages=passages, words=words, limit=limit)
-    levels = [EngineSettings.checked(codec=name.strip()).codec for name in codecs.split(",")]
+    chosen = [EngineSettings.checked(codec=name.strip()).codec for name in codecs.split(",")]
     sizes = _counts("chunk-tokens", chunk_tokens)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     with _bench_engine(model=model, dtype="float32") as (engine, progress):
         rotations = [spec.rotation for spec in bound_model().specs]
         tables = engine.codec.learn(engine.codec.prompts(texts), progress)
-        bench = CodecBench(engine.model_folder, rotations, tables, levels=levels, sizes=sizes, threads=threads)
+        bench = CodecBench(engine.model_folder, rotations, tables, codecs=chosen, sizes=sizes, threads=threads)
         rows = bench.rows(engine.tokenizer, model_format(engine.tokenizer), questions, progress)
     show_rows(rows)
     _write(rows, json_file)

@@ -1,4 +1,4 @@
-"""TTFT with a goal, over a store whose bandwidth falls in the middle of a request: what choosing levels is worth."""
+"""TTFT with a goal, over a store whose bandwidth falls in the middle of a request: what choosing codecs is worth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prompt_to_stream(engine: LocalEngine, chunks: int, chunk_tokens: int) -> Mar
 
 
 def ingest_stream(engine: LocalEngine, plan: MarkedPrompt) -> int:
-    """Store the prompt's chunks; returns the bytes of one of them at the engine's own level."""
+    """Store the prompt's chunks; returns the bytes of one of them in the engine's own codec."""
     chunks = [list(plan.token_ids[segment.start : segment.end]) for segment in plan.segments]
     preamble = plan.token_ids[: plan.preamble_length]
     engine.precompute(preamble, chunks, primer=()).check()
@@ -53,7 +53,7 @@ def bench_streaming(
     bandwidth: str,
     progress: Callable[[str], Any],
 ) -> list[Row]:
-    """Full prefill, blending at the store's own level, and blending with the goal, in turn; medians."""
+    """Full prefill, blending in the store's own codec, and blending with the goal, in turn; medians."""
     modes = {
         "full": BlendOptions(mode="off"),
         "fixed": BlendOptions(ratio=ratio),
@@ -78,7 +78,7 @@ def bench_streaming(
             "mode": mode,
             "goal_s": goal_s if mode == "adaptive" else "",
             "ttft_median_s": round(statistics.median(done.ttft_s for done in found), 3),
-            "loaded_tokens": dict(found[-1].reuse.levels),
+            "loaded_tokens": dict(found[-1].reuse.codecs),
             "computed_tokens": found[-1].reuse.missed_tokens,
             "mb_loaded": round(found[-1].reuse.bytes_loaded / 1e6, 1),
             "kl_first_token": round(float(kl_divergence(said["full"], said[mode])[0]), 4),

@@ -248,10 +248,10 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
-                    if not CODECS[kv.level].lossless:
+                    if not CODECS[kv.codec].lossless:
                         self._lossy.add(segment)
-                    levels = self._report.levels
-                    levels[kv.level] = levels.get(kv.level, 0) + segment.length
+                    codecs = self._report.codecs
+                    codecs[kv.codec] = codecs.get(kv.codec, 0) + segment.length
                     self.required[segment.start : segment.end] = False
                 except CorruptObjectError:
                     reason = "corrupt"

@@ -28,7 +28,7 @@ _PATIENCE_S = 0.25
 """Loading is not given up before, however little there is to compute."""
 
 _AT_A_TIME_CHOSEN = 2
-"""Where levels are chosen as the store's rate becomes known, fewer objects are chosen ahead."""
+"""Where forms are chosen as the store's rate becomes known, fewer objects are chosen ahead."""
 
 _TOO_SLOW = "too slow"
 _CHEAPER = "cheaper to compute"
@@ -67,7 +67,7 @@ class Loader:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
                 is read for a while: requests that were planned before this was known are not to wait again. Nor is
                 anything read while all readers hang.
-            seconds: by when loading is to be done, where the segments have levels to choose from.
+            seconds: by when loading is to be done, where the segments have forms to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = None
@@ -199,25 +199,25 @@ class _Reads:
                 self._room -= 1
                 segment, read = self._waiting.popleft()
                 try:
-                    level = self._stream.choose() if self._stream is not None else None
+                    form = self._stream.choose() if self._stream is not None else None
                 except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                     read.set_exception(error)
                     continue
             try:
-                read.set_result((self._load(segment, level), time.perf_counter()))
+                read.set_result((self._load(segment, form), time.perf_counter()))
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                 read.set_exception(error)
 
-    def _load(self, segment: PlannedSegment, level: StoredForm | None) -> LoadedKV | str:
+    def _load(self, segment: PlannedSegment, form: StoredForm | None) -> LoadedKV | str:
         if self._stream is None:
             return self._chunks.load(segment.name or "", self._shape, segment.part)
-        if level is None:
+        if form is None:
             return _CHEAPER
         found: LoadedKV | str = ""
         try:
-            found = self._chunks.load(level.name, self._shape)
+            found = self._chunks.load(form.name, self._shape)
         finally:
-            self._stream.loaded(level, found.size_bytes if isinstance(found, LoadedKV) else 0)
+            self._stream.loaded(form, found.size_bytes if isinstance(found, LoadedKV) else 0)
         return found
 
 

@@ -1,4 +1,4 @@
-"""Which level of each chunk to load when an answer has to begin in time: the adaptive streaming of CacheGen (Liu et al.
+"""Which form of each chunk to load when an answer has to begin in time: the adaptive streaming of CacheGen (Liu et al.
 2024, SIGCOMM, https://arxiv.org/abs/2310.07240)."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Stream:
     can still be loaded in time, and the lowest, or computing, where none can.
 
     Args:
-        segments: with their levels, in the order of loading.
+        segments: with their forms, in the order of loading.
         seconds: by when all is to be loaded.
         bytes_per_s: how fast the store was when it was last read; None where nobody knows.
         tokens_per_s: how fast tokens are computed; 0 where they are not to be.
@@ -51,25 +51,25 @@ class Stream:
             chosen = self._best(segment)
             if chosen is not None:
                 self._under_way += chosen.size_bytes
-            elif segment.levels:
+            elif segment.forms:
                 self._deadline -= segment.length / self._tokens_per_s
             return chosen
 
-    def loaded(self, level: StoredForm, size_bytes: int) -> None:
+    def loaded(self, form: StoredForm, size_bytes: int) -> None:
         """What was chosen is loaded: so many bytes, none where that failed."""
         with self._lock:
-            self._under_way -= level.size_bytes
+            self._under_way -= form.size_bytes
             self._done.append((self._clock(), size_bytes))
 
     def _best(self, segment: PlannedSegment) -> StoredForm | None:
         rate, left = self._rate(), self._deadline - self._clock()
-        if rate is None or not segment.levels:
-            return next((level for level in segment.levels if level.name == segment.name), None)
-        for place, level in enumerate(segment.levels):
+        if rate is None or not segment.forms:
+            return next((form for form in segment.forms if form.name == segment.name), None)
+        for place, form in enumerate(segment.forms):
             following = sum(_size(other, place) for other in self._waiting)
-            if self._under_way + level.size_bytes + following <= rate * left:
-                return level
-        smallest = segment.levels[-1]
+            if self._under_way + form.size_bytes + following <= rate * left:
+                return form
+        smallest = segment.forms[-1]
         faster = smallest.size_bytes * self._tokens_per_s < segment.length * rate
         return smallest if faster or not self._tokens_per_s else None
 
@@ -82,18 +82,18 @@ class Stream:
 
 
 def _worth_choosing(segment: PlannedSegment) -> PlannedSegment:
-    """The segment without the levels that are not smaller than one of higher fidelity, which is the better choice.
-    Where its own level is among those, the next one above takes its place."""
+    """The segment without the forms that are not smaller than one of higher fidelity, which is the better choice.
+    Where its own form is among those, the next one above takes its place."""
     kept: list[StoredForm] = []
     own = None
-    for level in segment.levels:
-        if not kept or level.size_bytes < kept[-1].size_bytes:
-            kept.append(level)
-        if level.name == segment.name:
+    for form in segment.forms:
+        if not kept or form.size_bytes < kept[-1].size_bytes:
+            kept.append(form)
+        if form.name == segment.name:
             own = kept[-1].name
-    return replace(segment, name=own, levels=tuple(kept))
+    return replace(segment, name=own, forms=tuple(kept))
 
 
 def _size(segment: PlannedSegment, place: int) -> int:
-    """Of the level at this place, or of the last one."""
-    return segment.levels[min(place, len(segment.levels) - 1)].size_bytes if segment.levels else 0
+    """Of the form at this place, or of the last one."""
+    return segment.forms[min(place, len(segment.forms) - 1)].size_bytes if segment.forms else 0

@@ -51,7 +51,7 @@ class ObjectHeader(BaseModel):
     """What an object says of itself.
 
     Attributes:
-        codec: the level that it was written at.
+        codec: the name of the one that it was written in.
         tables: digest of the tables that the codec needs; empty where it needs none.
         group: so many tokens are a group; the last one may have fewer.
         dtype: a torch dtype's name, without `torch.`.

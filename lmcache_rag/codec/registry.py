@@ -1,4 +1,4 @@
-"""The levels at which KV can be written, one a line. A codec is imported when it is first made: codecs import torch."""
+"""The codecs in which KV can be written, one a line. A codec is imported when it is first made: codecs import torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CODECS: Final[dict[str, NamedCodec]] = {
 
 
 def codec_named(name: str) -> str:
-    """The name of a level. Raises `ValueError` where there is none of that name."""
+    """The name of a codec. Raises `ValueError` where there is none of that name."""
     if name not in CODECS:
         raise ValueError(f"there is no codec {name!r}, choose from {', '.join(CODECS)}")
     return name

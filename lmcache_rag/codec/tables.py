@@ -66,7 +66,7 @@ class CodecTables:
 
     @functools.cached_property
     def backward(self) -> Tensor:
-        """The directions in float32, to compute with: the same for all levels. PyTorch aligns them, NumPy would not."""
+        """The directions in float32, to compute with: the same for all steps. PyTorch aligns them, NumPy would not."""
         return torch.from_numpy(self.directions).float()
 
     @functools.cached_property

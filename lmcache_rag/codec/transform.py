@@ -1,4 +1,4 @@
-"""The codec of the levels `high`, `balanced` and `small`: principal axes in the metric of the Fisher information,
+"""The codecs `high`, `balanced` and `small`: principal axes in the metric of the Fisher information,
 one step for all coordinates, entropy coding. See `lmcache_rag.codec.tables`."""
 
 from __future__ import annotations

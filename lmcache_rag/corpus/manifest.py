@@ -27,7 +27,7 @@ class Manifest(BaseModel):
     Attributes:
         model: as the user named it.
         store: folder of the KV store, relative to the index where it lies in it.
-        codec: the level at which KV is stored.
+        codec: in which KV is stored.
         prompt: the prompt's form; chunk KV was computed behind its preamble.
         primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
             none. None, only before the first update, is for that to choose.

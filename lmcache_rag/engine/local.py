@@ -97,10 +97,10 @@ class LocalEngine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What one token's KV takes in the store, about, at all levels at which it is stored."""
+        """What one token's KV takes in the store, about, in all codecs in which it is stored."""
         uncoded = 8 * self._shape.dtype.itemsize
-        levels = {self.settings.codec, *self.settings.extra_codecs}
-        bits = sum(CODECS[level].bits or uncoded for level in levels)
+        codecs = {self.settings.codec, *self.settings.extra_codecs}
+        bits = sum(CODECS[codec].bits or uncoded for codec in codecs)
         return math.ceil(self._shape.bytes_per_token * bits / uncoded)
 
     @property

@@ -21,8 +21,8 @@ class EngineSettings(BaseSettings):
     Attributes:
         model: Hugging Face id or folder.
         store: folder of the KV store; shared by every engine that names it.
-        codec: the level of `codec.CODECS` at which KV is stored: raw, q8, high, balanced, small, or another.
-        extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
+        codec: the one of `codec.CODECS` in which KV is stored: raw, q8, high, balanced, small, or another.
+        extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         namespace: whose KV: one namespace never sees another's.
         dtype: the model's compute type; `auto` is float32 on CPUs without native bfloat16, else the model's own.
         max_model_len: longest prompt and answer together; None takes the model's own limit.

@@ -52,14 +52,14 @@ class CodecLearning:
     """The codec tables of one model, for what an engine stores.
 
     Args:
-        levels: at which KV is stored.
+        codecs: in which KV is stored.
         tables: of the model, in the engine's store.
     """
 
-    def __init__(self, model: LearnedModel, levels: Iterable[str], tables: TableStore) -> None:
+    def __init__(self, model: LearnedModel, codecs: Iterable[str], tables: TableStore) -> None:
         self.tables = tables
         self._model = model
-        self._needed = any(CODECS[level].learned for level in levels)
+        self._needed = any(CODECS[codec].learned for codec in codecs)
         self._process = OwnProcess("The engine")
         self._lock = threading.Lock()
         self._ready = not self._needed

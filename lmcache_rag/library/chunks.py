@@ -47,8 +47,8 @@ class LoadedKV:
         return self._stored.token_ids
 
     @property
-    def level(self) -> str:
-        """At which it was stored."""
+    def codec(self) -> str:
+        """The name of the one that it was stored in."""
         return self._stored.header.codec
 
     def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
@@ -67,7 +67,7 @@ def codec_of(name: str) -> str:
 
 
 def coded(
-    chunk: ChunkKV, scope: KVScope, variant: str, level: str, codec: Codec, tables: str
+    chunk: ChunkKV, scope: KVScope, variant: str, name: str, codec: Codec, tables: str
 ) -> tuple[ObjectHeader, list[bytes | memoryview]]:
     """The object of a variant of a chunk: its header, and its parts, to be written one after another.
 
@@ -80,7 +80,7 @@ def coded(
         model=scope.model,
         key=chunk_key(chunk.token_ids),
         variant=variant,
-        codec=level,
+        codec=name,
         tables=tables,
         tokens=tokens,
         group=codec.group,

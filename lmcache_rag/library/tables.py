@@ -85,28 +85,28 @@ class ModelCodecs:
         self._known: dict[str, CodecTables] = {}
         self._last = ""
 
-    def for_writing(self, level: str) -> tuple[Codec, str]:
-        """The codec of a level, and the digest of its tables.
+    def for_writing(self, name: str) -> tuple[Codec, str]:
+        """The codec of this name, and the digest of its tables.
 
         Raises:
             StoreError: it needs tables, and there are none.
         """
         digest = ""
-        if CODECS[level].learned:
+        if CODECS[name].learned:
             self._last = self._last or self._find_last()
             digest = self._last
-        return self._codec(level, digest), digest
+        return self._codec(name, digest), digest
 
-    def for_reading(self, level: str, digest: str) -> Codec | None:
+    def for_reading(self, name: str, digest: str) -> Codec | None:
         """The codec of an object; None where its tables are missing. Raises `StoreError`."""
-        if CODECS[level].learned and digest not in self._known:
+        if CODECS[name].learned and digest not in self._known:
             tables = self._tables.named(digest)
             if tables is None and self._own is not None:
                 tables = self._copied(self._own.named(digest))
             if tables is None:
                 return None
             self._keep(tables)
-        return self._codec(level, digest)
+        return self._codec(name, digest)
 
     def _find_last(self) -> str:
         tables = self._tables.last()
@@ -131,8 +131,8 @@ class ModelCodecs:
             raise CorruptObjectError("The codec tables stored for this model are those of another shape.")
         self._known[tables.digest] = tables
 
-    def _codec(self, level: str, digest: str) -> Codec:
-        key = (level, digest)
+    def _codec(self, name: str, digest: str) -> Codec:
+        key = (name, digest)
         if key not in self._made:
-            self._made.setdefault(key, CODECS[level].make(self._shape.layers, self._known.get(digest)))
+            self._made.setdefault(key, CODECS[name].make(self._shape.layers, self._known.get(digest)))
         return self._made[key]

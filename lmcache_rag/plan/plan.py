@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmcache_rag.chunk_kv import StoredForm
+from lmcache_rag.prompt import Segment
 
 
 @dataclass(frozen=True)
-class PlannedSegment:
-    """Tokens `start` to `start + length` of the prompt, which are tokens `offset` on of the stored object `name`.
+class PlannedSegment(Segment):
+    """A place in the prompt whose tokens are tokens `offset` on of the stored object `name`.
 
     Attributes:
         name: None where the chunk is to be computed, for `reason`.
@@ -18,11 +19,9 @@ class PlannedSegment:
         foreign: it was computed behind another preamble than the prompt's.
         size_bytes: of the object.
         partial: much of the stored chunk lies outside these tokens.
-        levels: where the answer has to begin in time: all levels of the object, by falling fidelity, to choose from.
+        forms: where the answer has to begin in time: all forms of the object, by falling fidelity, to choose from.
     """
 
-    start: int
-    length: int
     offset: int = 0
     name: str | None = None
     exact: bool = False
@@ -30,11 +29,7 @@ class PlannedSegment:
     reason: str = "absent"
     size_bytes: int = 0
     partial: bool = False
-    levels: tuple[StoredForm, ...] = ()
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
+    forms: tuple[StoredForm, ...] = ()
 
     @property
     def part(self) -> range | None:

@@ -71,7 +71,7 @@ class Planner:
         if not matches:
             report.reason = "no stored chunk in the prompt"
             return None
-        end = matches[-1].start + matches[-1].length
+        end = matches[-1].end
         if end > len(prompt) or matches[0].start < 0:
             report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
             return None
@@ -118,8 +118,8 @@ class Planner:
         ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
         segments = [_segment(prompt, match, context, forms[match.key], options.primer) for match in matches]
         if options.ttft_goal_s is not None:
-            segments = [_with_levels(segment, chunks) for segment in segments]
-            preamble = _with_levels(preamble, chunks)
+            segments = [_with_forms(segment, chunks) for segment in segments]
+            preamble = _with_forms(preamble, chunks)
         elif self._never_slower:
             segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
         segments = [_cut(segment, self._max_tokens) for segment in segments if segment.start < self._max_tokens]
@@ -236,8 +236,8 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
     return hashlib.blake2b(repr(shaped_by).encode(), digest_size=16).hexdigest()
 
 
-def _with_levels(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
-    return segment if segment.name is None else replace(segment, levels=tuple(chunks.forms(segment.name)))
+def _with_forms(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
+    return segment if segment.name is None else replace(segment, forms=tuple(chunks.forms(segment.name)))
 
 
 def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:

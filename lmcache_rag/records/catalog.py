@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lmcache_rag.prompt import Segment
 from lmcache_rag.records.fingerprints import GRAM, SHORTEST, gram_hashes, winnow
 from lmcache_rag.records.part import Part, VariantRow
 from lmcache_rag.records.records import Records
@@ -30,8 +31,8 @@ MOST_COMPARED = 256
 
 
 @dataclass(frozen=True)
-class Match:
-    """Tokens `start` to `start + length` of a prompt are tokens `offset` to `offset + length` of a stored chunk.
+class Match(Segment):
+    """A place in a prompt whose tokens are tokens `offset` to `offset + length` of a stored chunk.
 
     Attributes:
         key: the chunk's.
@@ -39,8 +40,6 @@ class Match:
         stored: its stored objects, by form.
     """
 
-    start: int
-    length: int
     offset: int
     key: bytes
     chunk: np.ndarray
@@ -161,7 +160,7 @@ def _compare(
         left -= 1
         for run in _verified(candidate, prompt, min_match, records):
             runs.append(run)
-            covered[run.start : run.start + run.length] = True
+            covered[run.start : run.end] = True
     return left
 
 
@@ -230,11 +229,11 @@ def _apart(runs: list[Match], min_match: int) -> list[Match]:
 
 def _beside(run: Match, taken: Match) -> list[Match]:
     """What is left of a run where another one was taken."""
-    start, end = taken.start, taken.start + taken.length
-    if run.start >= end or run.start + run.length <= start:
+    start, end = taken.start, taken.end
+    if run.start >= end or run.end <= start:
         return [run]
     before = start - run.start
-    after = run.start + run.length - end
+    after = run.end - end
     pieces = []
     if before > 0:
         pieces.append(replace(run, length=before))

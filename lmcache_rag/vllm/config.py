@@ -27,8 +27,8 @@ class ConnectorConfig(BaseModel):
         namespace: of requests that name none.
         clients_choose_namespace: whether requests may name another, and so read what is stored there.
         clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
-        codec: the level of `codec.CODECS` at which KV is stored.
-        extra_codecs: levels at which chunks are stored as well, for requests with a TTFT goal to choose from.
+        codec: the one of `codec.CODECS` in which KV is stored.
+        extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         throttle: slows reading from the store down, to see what a slow one does.

@@ -242,8 +242,8 @@ def exact_span(plan: BlendPlan) -> int:
 
 
 def _is_lossless(segment: PlannedSegment) -> bool:
-    """Whether a segment's KV will be what was computed, whichever of its levels is loaded."""
-    names = [segment.name, *(level.name for level in segment.levels)]
+    """Whether a segment's KV will be what was computed, whichever of its forms is loaded."""
+    names = [segment.name, *(form.name for form in segment.forms)]
     return all(name is None or CODECS[codec_of(name)].lossless for name in names)
 
 

@@ -31,8 +31,8 @@ class WorkerHalf:
     """Runs where the model runs. Its memory, the workspace, is allocated here, at start-up.
 
     Args:
-        level: at which KV is stored and preferred.
-        extra_levels: at which chunks are stored as well.
+        codec: in which KV is stored, and which is preferred.
+        extra_codecs: in which chunks are stored as well.
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
@@ -44,8 +44,8 @@ class WorkerHalf:
         model: BoundModel,
         store: Store,
         fingerprint: str,
-        level: str,
-        extra_levels: Sequence[str],
+        codec: str,
+        extra_codecs: Sequence[str],
         *,
         workspace_tokens: int,
         max_pass_tokens: int,
@@ -54,7 +54,7 @@ class WorkerHalf:
     ) -> None:
         self._model = model
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
-        self._chunks = ChunkStores(store, fingerprint, level, codecs, extra_levels)
+        self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs)
         self._block_tokens = block_tokens
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower

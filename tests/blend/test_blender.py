@@ -148,7 +148,7 @@ def test_a_preamble_is_loaded_once(blends: Blends) -> None:
     blends.store.delete([preamble.name])  # it need not even be there any more
     second = blends.blend(chunk, preamble=preamble)
     assert 0 < second.bytes_loaded < first.bytes_loaded
-    assert first.levels == {"raw": 40} and second.levels == {"raw": 30}
+    assert first.codecs == {"raw": 40} and second.codecs == {"raw": 30}
     for report in (first, second):
         assert (report.reused_tokens, report.exact_tokens, report.misses) == (40, 10, {})
     assert not blends.workspace.key[:, :TOKENS].any() and not blends.workspace.value[:, :TOKENS].any()

@@ -108,17 +108,17 @@ def test_a_goal_is_cut_to_the_patience_so_that_nothing_is_given_up(tmp_path: Pat
         token_ids = np.arange(TOKENS, dtype=np.int32) + number
         chunks.save(ChunkKV(token_ids, torch.randn(8, 2, TOKENS, 4, 32)), NO_CONTEXT)
         name = chunks.name(token_ids, NO_CONTEXT)
-        levels = tuple(chunks.forms(name))
-        segments.append(PlannedSegment(number * TOKENS, TOKENS, name=name, levels=levels))
-    raw, q4 = (level.size_bytes for level in segments[0].levels)
+        forms = tuple(chunks.forms(name))
+        segments.append(PlannedSegment(number * TOKENS, TOKENS, name=name, forms=forms))
+    raw, q4 = (form.size_bytes for form in segments[0].forms)
     tokens = 10 * TOKENS
     loader = Loader(SHAPE, prefill_tokens_per_s=tokens / 2.0)  # loading is given up after half of 2 s
     slow = ThrottledStore(chunks.store, Throttle(10 * raw / 2.0))  # all of `raw` takes 2 s
     throttled = ChunkStore(slow, chunks.scope, "q4", codecs, extra=("raw",))
     found = [kv for _, kv in loader.load(throttled, segments, tokens, seconds=1.9)]
     assert all(isinstance(kv, LoadedKV) for kv in found)
-    levels = [kv.level for kv in found if isinstance(kv, LoadedKV)]
-    assert "q4" in levels and raw > 3 * q4
+    codecs = [kv.codec for kv in found if isinstance(kv, LoadedKV)]
+    assert "q4" in codecs and raw > 3 * q4
 
 
 def test_an_error_in_choosing_reaches_whoever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Choosing levels: the highest fidelity that is in time, lower ones when the store becomes slow, computing when that is
+"""Choosing forms: the highest fidelity that is in time, lower ones when the store becomes slow, computing when that is
 faster."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ HIGH, BALANCED, SMALL = 300, 200, 100
 
 def segment(number: int) -> PlannedSegment:
     sizes = {"high": HIGH, "balanced": BALANCED, "small": SMALL}
-    levels = tuple(StoredForm(f"{number}.{level}", size) for level, size in sizes.items())
-    return PlannedSegment(number * 10, 10, name=f"{number}.balanced", levels=levels)
+    forms = tuple(StoredForm(f"{number}.{form}", size) for form, size in sizes.items())
+    return PlannedSegment(number * 10, 10, name=f"{number}.balanced", forms=forms)
 
 
 class Store:
@@ -26,14 +26,14 @@ class Store:
         )
 
     def read(self, count: int, bytes_per_s: float) -> list[str]:
-        """The levels chosen of so many chunks."""
+        """The forms chosen of so many chunks."""
         chosen = []
         for _ in range(count):
-            level = self.stream.choose()
-            chosen.append("computed" if level is None else level.name.partition(".")[2])
-            if level is not None:
-                self.now += level.size_bytes / bytes_per_s
-                self.stream.loaded(level, level.size_bytes)
+            form = self.stream.choose()
+            chosen.append("computed" if form is None else form.name.partition(".")[2])
+            if form is not None:
+                self.now += form.size_bytes / bytes_per_s
+                self.stream.loaded(form, form.size_bytes)
         return chosen
 
 
@@ -83,10 +83,10 @@ def test_what_is_faster_to_compute_is_computed() -> None:
 def test_what_is_larger_and_worse_is_never_chosen() -> None:
     """q4 takes more than balanced and is further from the truth; of equal size, the better one is taken too."""
     sizes = {"high": 300, "balanced": 200, "q4": 260, "small": 100, "cachegen": 100}
-    levels = tuple(StoredForm(f"0.{level}", size) for level, size in sizes.items())
+    forms = tuple(StoredForm(f"0.{form}", size) for form, size in sizes.items())
 
     def chosen(seconds: float, bytes_per_s: float | None, own: str = "balanced") -> str:
-        segment = PlannedSegment(0, 10, name=f"0.{own}", levels=levels)
+        segment = PlannedSegment(0, 10, name=f"0.{own}", forms=forms)
         form = Stream([segment], seconds, bytes_per_s, 0.001, clock=lambda: 100.0).choose()
         assert form is not None
         return form.name

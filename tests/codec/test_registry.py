@@ -1,4 +1,4 @@
-"""Every level: what comes back is near what went in, nearer at a higher level, and wrong bytes are refused."""
+"""Every name: what comes back is near what went in, nearer at a higher name, and wrong bytes are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.chunks import coded
 
 LAYERS, HEADS, SIZE = 3, 2, 8
-UNLEARNED = [level for level in CODECS if not CODECS[level].learned]
+UNLEARNED = [name for name in CODECS if not CODECS[name].learned]
 
 
 def sample(tokens: int, seed: int) -> torch.Tensor:
@@ -33,10 +33,10 @@ def tables() -> CodecTables:
     return learn_tables(sample(3000, 1).flatten(3), torch.eye(HEADS * SIZE).expand(LAYERS, 2, 1, -1, -1))
 
 
-def stored(codec: Codec, level: str, kv: torch.Tensor) -> memoryview:
+def stored(codec: Codec, name: str, kv: torch.Tensor) -> memoryview:
     """The whole object."""
     chunk = ChunkKV(np.arange(kv.shape[2], dtype=np.int32), kv)
-    _, parts = coded(chunk, KVScope("default", "m" * 32), NO_CONTEXT, level, codec, "")
+    _, parts = coded(chunk, KVScope("default", "m" * 32), NO_CONTEXT, name, codec, "")
     return memoryview(bytearray().join(parts))
 
 
@@ -60,22 +60,22 @@ def error(codec: Codec, kv: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 200])
-@pytest.mark.parametrize("level", CODECS)
-def test_what_comes_back_is_near_what_went_in(level: str, tokens: int, tables: CodecTables) -> None:
+@pytest.mark.parametrize("name", CODECS)
+def test_what_comes_back_is_near_what_went_in(name: str, tokens: int, tables: CodecTables) -> None:
     kv = sample(tokens, 2)
-    codec = CODECS[level].make(LAYERS, tables)
+    codec = CODECS[name].make(LAYERS, tables)
     decoded = there_and_back(codec, kv)
     assert decoded.shape == kv.shape and decoded.dtype == kv.dtype
     wrong = (decoded - kv).norm() / (kv - sample(4000, 2).mean(2, keepdim=True)).norm()
-    assert float(wrong) <= {"raw": 0.0, "q8": 0.02, "q4": 0.25, "high": 0.1, "balanced": 0.15}.get(level, 0.45)
+    assert float(wrong) <= {"raw": 0.0, "q8": 0.02, "q4": 0.25, "high": 0.1, "balanced": 0.15}.get(name, 0.45)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 17, 63, 65, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", CODECS)
-def test_a_part_is_read_and_restored_alone(level: str, dtype: torch.dtype, tokens: int, tables: CodecTables) -> None:
-    codec = CODECS[level].make(LAYERS, tables)
-    data = stored(codec, level, sample(tokens, 2).to(dtype))
+@pytest.mark.parametrize("name", CODECS)
+def test_a_part_is_read_and_restored_alone(name: str, dtype: torch.dtype, tokens: int, tables: CodecTables) -> None:
+    codec = CODECS[name].make(LAYERS, tables)
+    data = stored(codec, name, sample(tokens, 2).to(dtype))
     whole = restored(codec, unpack(data), 0, tokens, dtype)
     index = open_index(data)
     assert not isinstance(index, int)
@@ -85,9 +85,9 @@ def test_a_part_is_read_and_restored_alone(level: str, dtype: torch.dtype, token
         assert torch.equal(restored(codec, part, offset, length, dtype), whole[:, :, offset : offset + length])
 
 
-@pytest.mark.parametrize("level", sorted(set(CODECS) - {"cachegen"}))
-def test_half_a_chunk_is_half_the_bytes(level: str, tables: CodecTables) -> None:
-    data = stored(CODECS[level].make(LAYERS, tables), level, sample(256, 2))
+@pytest.mark.parametrize("name", sorted(set(CODECS) - {"cachegen"}))
+def test_half_a_chunk_is_half_the_bytes(name: str, tables: CodecTables) -> None:
+    data = stored(CODECS[name].make(LAYERS, tables), name, sample(256, 2))
     index = open_index(data)
     assert not isinstance(index, int)
     begin, end = index.range_of(128, 128)
@@ -96,32 +96,32 @@ def test_half_a_chunk_is_half_the_bytes(level: str, tables: CodecTables) -> None
 
 def test_levels_are_in_the_order_of_their_fidelity(tables: CodecTables) -> None:
     kv = sample(256, 2)
-    learned = [error(CODECS[level].make(LAYERS, tables), kv) for level in ("high", "balanced", "small")]
+    learned = [error(CODECS[name].make(LAYERS, tables), kv) for name in ("high", "balanced", "small")]
     assert learned == sorted(set(learned))
-    raw, q8, q4 = (error(CODECS[level].make(LAYERS, tables), kv) for level in ("raw", "q8", "q4"))
+    raw, q8, q4 = (error(CODECS[name].make(LAYERS, tables), kv) for name in ("raw", "q8", "q4"))
     assert raw == 0 < q8 < q4 < 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", CODECS)
-def test_other_compute_types(level: str, dtype: torch.dtype, tables: CodecTables) -> None:
+@pytest.mark.parametrize("name", CODECS)
+def test_other_compute_types(name: str, dtype: torch.dtype, tables: CodecTables) -> None:
     kv = sample(40, 3).to(dtype)
-    decoded = there_and_back(CODECS[level].make(LAYERS, tables), kv)
+    decoded = there_and_back(CODECS[name].make(LAYERS, tables), kv)
     assert decoded.dtype == dtype
     assert float((decoded.float() - kv.float()).norm() / kv.float().norm()) < 0.5
 
 
-@pytest.mark.parametrize("level", ["q8", "q4", "cachegen"])
-def test_what_does_not_vary_comes_back(level: str) -> None:
+@pytest.mark.parametrize("name", ["q8", "q4", "cachegen"])
+def test_what_does_not_vary_comes_back(name: str) -> None:
     kv = torch.full((LAYERS, 2, 20, HEADS, SIZE), 3.25)
-    torch.testing.assert_close(there_and_back(CODECS[level].make(LAYERS, None), kv), kv, atol=0.03, rtol=0)
+    torch.testing.assert_close(there_and_back(CODECS[name].make(LAYERS, None), kv), kv, atol=0.03, rtol=0)
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=200)
-@pytest.mark.parametrize("level", UNLEARNED)
-def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(level: str, data: st.DataObject) -> None:
-    codec = CODECS[level].make(LAYERS, None)
+@pytest.mark.parametrize("name", UNLEARNED)
+def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(name: str, data: st.DataObject) -> None:
+    codec = CODECS[name].make(LAYERS, None)
     stream = bytearray(codec.encode_group(0, sample(20, 1)[0]))
     kind = data.draw(st.sampled_from(["cut", "flip", "junk"]))
     if kind == "cut":

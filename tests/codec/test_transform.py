@@ -153,7 +153,7 @@ def test_tables_of_another_form_say_so(tables: CodecTables) -> None:
             CodecTables.from_bytes(safetensors.numpy.save(other))
 
 
-def test_all_levels_share_one_copy_of_the_directions(tables: CodecTables) -> None:
+def test_all_steps_share_one_copy_of_the_directions(tables: CodecTables) -> None:
     codecs = [TransformCodec(tables, step) for step in STEPS]
     assert len({codec._all.directions.data_ptr() for codec in codecs}) == 1
 

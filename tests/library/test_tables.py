@@ -32,8 +32,8 @@ def store(tmp_path: Path) -> DiskStore:
     return DiskStore(tmp_path / "kv")
 
 
-def chunks_of(store: DiskStore, level: str = "balanced", own: DiskStore | None = None) -> ChunkStore:
-    return ChunkStore(store, SCOPE, level, ModelCodecs(store, SCOPE.model, SHAPE, own))
+def chunks_of(store: DiskStore, codec: str = "balanced", own: DiskStore | None = None) -> ChunkStore:
+    return ChunkStore(store, SCOPE, codec, ModelCodecs(store, SCOPE.model, SHAPE, own))
 
 
 def chunk() -> ChunkKV:
@@ -61,7 +61,7 @@ def test_what_was_coded_with_older_tables_stays_readable(store: DiskStore) -> No
     assert chunks_of(store).save(kv, VARIANT) > 0
     kept.add(tables(2))
     loaded = chunks_of(store).load(chunks_of(store).name(TOKENS, VARIANT), SHAPE)
-    assert isinstance(loaded, LoadedKV) and loaded.level == "balanced"
+    assert isinstance(loaded, LoadedKV) and loaded.codec == "balanced"
     assert float((loaded.layer(1) - kv.kv[1]).norm() / kv.kv[1].norm()) < 0.3
 
 
@@ -131,7 +131,7 @@ def test_tables_of_another_shape_are_refused(store: DiskStore) -> None:
         chunks_of(store).save(chunk(), VARIANT)
 
 
-def test_extra_levels_are_stored_and_listed_by_falling_fidelity(store: DiskStore) -> None:
+def test_extra_codecs_are_stored_and_listed_by_falling_fidelity(store: DiskStore) -> None:
     TableStore(store, SCOPE.model).add(tables(1))
     codecs = ModelCodecs(store, SCOPE.model, SHAPE)
     chunks = ChunkStore(store, SCOPE, "balanced", codecs, extra=("small", "raw"))
@@ -140,12 +140,12 @@ def test_extra_levels_are_stored_and_listed_by_falling_fidelity(store: DiskStore
     assert chunks.missing(TOKENS, VARIANT) == []
     name = chunks.variants(key_of(TOKENS))[VARIANT].name
     assert name == chunks.name(TOKENS, VARIANT)
-    levels = chunks.forms(name)
-    assert [level.name.split(".")[-2] for level in levels] == ["raw", "balanced", "small"]
-    assert [level.size_bytes for level in levels] == sorted((level.size_bytes for level in levels), reverse=True)
+    forms = chunks.forms(name)
+    assert [form.name.split(".")[-2] for form in forms] == ["raw", "balanced", "small"]
+    assert [form.size_bytes for form in forms] == sorted((form.size_bytes for form in forms), reverse=True)
     other = chunks_of(store, "q8")
     other.refresh()
-    assert other.variants(key_of(TOKENS))[VARIANT].name == levels[0].name  # the best, where its own is missing
+    assert other.variants(key_of(TOKENS))[VARIANT].name == forms[0].name  # the best, where its own is missing
 
 
 def test_kv_that_is_no_number_is_not_stored(store: DiskStore) -> None:

@@ -1,4 +1,4 @@
-"""Lossy levels inside vLLM: near the truth, kept apart from exact KV, and never garbage."""
+"""Lossy codecs inside vLLM: near the truth, kept apart from exact KV, and never garbage."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None
     _, chunks, _ = parts(plan)
     stored = engine.chunk_store()
     [name] = (form.name for form in stored.variants(key_of(chunks[0])).values())
-    sizes = {level.name.split(".")[-2]: level.size_bytes for level in stored.forms(name)}
+    sizes = {form.name.split(".")[-2]: form.size_bytes for form in stored.forms(name)}
     assert list(sizes) == ["raw", "balanced", "small"]
     assert sizes["raw"] > 5 * sizes["balanced"] > 5 * sizes["small"]
     expected, _ = answer(engine, plan, OFF, tokens=1)
     reused, done = answer(engine, plan, REUSE, tokens=1)
-    assert done.reuse.levels == {"balanced": sum(map(len, chunks))}  # the preamble is in memory
+    assert done.reuse.codecs == {"balanced": sum(map(len, chunks))}  # the preamble is in memory
     assert float((reused - expected).abs().max()) < 0.7
     elsewhere, _ = answer(engine, random_plan(75, chunks=(200,)), OFF, tokens=1)
     assert float((elsewhere - expected).abs().max()) > 2.0
@@ -100,7 +100,7 @@ def test_ratio_1_is_full_prefill_all_the_same(engine: LocalEngine) -> None:
     expected, _ = answer(engine, plan, OFF)
     for options in (BlendOptions(ratio=1.0), BlendOptions(selector="all")):
         found, done = answer(engine, plan, options)
-        assert done.reuse.mode == "blend" and "balanced" in done.reuse.levels
+        assert done.reuse.mode == "blend" and "balanced" in done.reuse.codecs
         torch.testing.assert_close(found, expected, atol=20 * noise(engine, plan), rtol=0)
 
 
@@ -117,7 +117,7 @@ def test_lossy_kv_is_never_found_by_exact_requests(engine: LocalEngine) -> None:
 
 
 def test_a_preamble_is_never_made_from_lossy_kv(engine: LocalEngine) -> None:
-    """A chunk that was computed alone has the name of a preamble, but for its level."""
+    """A chunk that was computed alone has the name of a preamble, but for its codec."""
     plan = random_plan(76, preamble=150, chunks=(60,))
     preamble, chunks, _ = parts(plan)
     assert not engine.precompute([], [preamble]).errors
@@ -164,17 +164,17 @@ def test_missing_tables_are_a_miss_with_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("throttle", "level"),
+    ("throttle", "codec"),
     [(None, "raw"), (Throttle(6e5), "balanced"), (Throttle(1e5), "small")],
     ids=["fast", "slower", "slow"],
 )
-def test_a_goal_takes_the_level_that_is_in_time(
-    settings: EngineSettings, throttle: Throttle | None, level: str
+def test_a_goal_takes_the_codec_that_is_in_time(
+    settings: EngineSettings, throttle: Throttle | None, codec: str
 ) -> None:
     changes = {"throttle": throttle, "max_num_batched_tokens": 256, "never_slower": False}
     with LocalEngine(settings.model_copy(update=changes)) as other:
         plan = random_plan(73, chunks=(150,) * 5)
         ingest(other, plan)
         _, done = answer(other, plan, GOAL)
-        assert done.reuse.levels[level] >= 300, done.reuse
+        assert done.reuse.codecs[codec] >= 300, done.reuse
         assert done.reuse.missed_tokens == 0

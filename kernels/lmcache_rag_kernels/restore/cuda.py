@@ -115,7 +115,7 @@ def _on_device(transform: Transform, device: torch.device) -> _Tables:
 
 @functools.lru_cache(maxsize=8)
 def _moved(directions: Tensor, device: torch.device) -> Tensor:
-    """On a device, once for all levels of a model."""
+    """On a device, once for all steps of a model."""
     return directions.to(device)
 
 
