@@ -19,6 +19,12 @@ DEFAULT_SELECTOR: SelectorName = "query"
 DEFAULT_TARGET_KL = 0.055
 """What recomputing 15% of the tokens gives on the default model."""
 
+Conversations = Literal["local", "stored"]
+"""Whether the exact KV of conversations is kept in the store, for other engines and after a restart."""
+
+Refine = Literal["idle", "off"]
+"""When exact KV is computed of what was answered over blended KV."""
+
 DEFAULT_NAMESPACE = "default"
 NAMESPACE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
@@ -86,8 +92,11 @@ class ReuseReport(BaseModel):
     """What happened to one request's prompt. Token counts add up to `prompt_tokens` with `vllm_tokens`.
 
     Attributes:
-        mode: `blend`, `precompute`, `off` (as asked) or `plain` (nothing to reuse, or not handled: see `reason`).
+        mode: what the prompt was answered from: `blend`; `continued`, KV that an earlier answer left, which was blended;
+            `prefix`, exact KV of its beginning from the store; `plain`, exact KV, computed or in vLLM's prefix cache
+            (nothing to reuse, or not handled: see `reason`); `off`, the same, as asked; or `precompute`.
         prompt_tokens: length of the prompt.
+        continued_tokens: of the local ones, those whose KV an earlier blend has shaped: it is approximate.
         local_tokens: already in this engine's paged cache (vLLM's prefix cache), kept as they are.
         reused_tokens: taken from the store and not recomputed.
         recomputed_tokens: taken from the store and recomputed to repair them.
@@ -114,12 +123,13 @@ class ReuseReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    mode: Literal["blend", "precompute", "off", "plain"] = "plain"
+    mode: Literal["blend", "continued", "prefix", "precompute", "off", "plain"] = "plain"
     reason: str = ""
     selector: str = ""
     ratio: float = 0.0
     prompt_tokens: int = 0
     local_tokens: int = 0
+    continued_tokens: int = 0
     reused_tokens: int = 0
     recomputed_tokens: int = 0
     missed_tokens: int = 0

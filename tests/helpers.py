@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from lmcache_rag.chunk_kv import KVScope, KVShape
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.tables import ModelCodecs
+from lmcache_rag.plan.cost import Rates
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
 
@@ -20,6 +22,25 @@ OFF = BlendOptions(mode="off")
 FLOAT32_ROUNDING = 5e-6
 """Of log-probabilities of about -20. vLLM's CPU attention adds up in the same order whole and in parts, so its own
 difference may be zero, while another kernel's cannot."""
+
+
+def connector(engine: LocalEngine) -> Any:
+    """The connector's scheduler half of an engine in this process."""
+    return engine._loop.engine.engine_core.engine_core.scheduler.connector  # type: ignore[attr-defined]
+
+
+def worker_half() -> Any:
+    """The connector's worker half of this process' engine."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker  # type: ignore[attr-defined]
+
+
+def fix_rates(engine: LocalEngine) -> None:
+    """Have an engine choose what is fastest at fixed rates: a tiny model's own say that everything is cheap."""
+    cost = connector(engine).scheduler._planner.cost
+    cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=0.001))
+    cost.learn = lambda rates: None
 
 
 def chunk_store(store: Store, scope: KVScope, shape: KVShape, codec: str = "raw") -> ChunkStore:

@@ -22,22 +22,22 @@ _RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _PASSAGES, _WORDS, _ANSWER_WORDS = 4, 150, 4
 
 
-def default_questions(count: int) -> list[Question]:
+def default_questions(count: int, *, passages: int = _PASSAGES, words: int = _WORDS) -> list[Question]:
     """Questions over passages of Python's own documentation, which every Python installation has. Their answers are a
     few words from one of the passages, as the answers of most data sets are."""
-    texts = {name: text.split() for name, text in sorted(topics.items()) if len(text.split()) >= _WORDS}
+    texts = {name: text.split() for name, text in sorted(topics.items()) if len(text.split()) >= words}
     names = list(texts)
-    step = len(names) // _PASSAGES
+    step = max(1, len(names) // passages)
     draw = random.Random(0)  # noqa: S311
     questions = []
     for number in range(count):
-        passages = [texts[names[(number + part * step) % len(names)]][:_WORDS] for part in range(_PASSAGES)]
-        words, start = draw.choice(passages), draw.randrange(_WORDS - _ANSWER_WORDS)
+        asked = [texts[names[(number + part * step) % len(names)]][:words] for part in range(passages)]
+        chosen, start = draw.choice(asked), draw.randrange(words - _ANSWER_WORDS)
         questions.append(
             Question(
                 f"What does the documentation say about {names[number % len(names)]}?",
-                " ".join(words[start : start + _ANSWER_WORDS]),
-                tuple(map(" ".join, passages)),
+                " ".join(chosen[start : start + _ANSWER_WORDS]),
+                tuple(map(" ".join, asked)),
             )
         )
     return questions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ SelectorsOption = Annotated[str, typer.Option(help="Selectors, separated by comm
 
 _LEAST = 0.001
 """Of bandwidths and goals, which none may be zero."""
-_MEASURED = {"forced_answers": True, "never_slower": False}
+_MEASURED = {"forced_answers": True, "never_slower": False, "refine": "off"}
+_AS_USED = {"never_slower": True, "refine": "idle"}
 
 
 def calibrate(
@@ -109,6 +111,56 @@ def bench_ttft_command(
         )
     show_rows(rows[:-1])
     show_rows(rows[-1:])
+    _write(rows, json_file)
+
+
+@bench_app.command("chat")
+def bench_chat_command(
+    data: Annotated[
+        Optional[Path], typer.Option(help="Questions, in the form of `bench fidelity`; built-in ones else.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=2, help="Turns per conversation.")] = 6,
+    passages: Annotated[int, typer.Option(min=1, help="Passages per prompt.")] = 5,
+    words: Annotated[int, typer.Option(min=16, help="Words per passage.")] = 150,
+    conversations: Annotated[int, typer.Option(min=1, help="Conversations per workload.")] = 5,
+    workloads: Annotated[
+        str, typer.Option(help="same_passages, growing_chat, new_passages.")
+    ] = "same_passages,growing_chat,new_passages",
+    idle: Annotated[str, typer.Option(help="Seconds between turns, separated by commas.")] = "5,0",
+    json_file: JsonOption = None,
+    model: ModelOption = None,
+    codec: CodecOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """TTFT of each turn of conversations, and of further questions over the same passages, against vLLM's own prefix
+    cache."""
+    from lmcache_rag.bench.calibrate import default_questions
+    from lmcache_rag.bench.chat import WORKLOADS, bench_chat, conversation
+    from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.prompt import completion_format
+
+    chosen = [name.strip() for name in workloads.split(",")]
+    unknown = sorted(set(chosen) - set(WORKLOADS))
+    if unknown:
+        raise PromptError(f"--workloads: there is no {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
+    idle_s = _seconds("idle", idle)
+    needed = conversations * turns
+    if data is None:
+        asked = default_questions(needed, passages=passages, words=words)
+    else:
+        asked = read_questions(data, passages=passages, words=words, limit=needed)
+    form = completion_format()
+    with _bench_engine(**_AS_USED, kv_cache_bytes=3 << 30, model=model, codec=codec, dtype=dtype, threads=threads) as (
+        engine,
+        progress,
+    ):
+        told = [
+            conversation(engine, form, asked[number * turns :][:turns] or asked, turns, number)
+            for number in range(conversations)
+        ]
+        rows = bench_chat(engine, form, told, workloads=chosen, idle_s=idle_s, progress=progress)
+    show_rows(rows)
     _write(rows, json_file)
 
 
@@ -297,6 +349,17 @@ def _counts(option: str, values: str) -> list[int]:
     if min(counts) < 1:
         raise PromptError(f"{option}: give numbers from 1 on, separated by commas (got {values!r})")
     return counts
+
+
+def _seconds(option: str, values: str) -> list[float]:
+    """Durations named in an option."""
+    try:
+        seconds = [float(value) for value in values.split(",")]
+    except ValueError:
+        seconds = [-1.0]
+    if not all(0 <= value < math.inf for value in seconds):
+        raise PromptError(f"{option}: give seconds from 0 on, separated by commas (got {values!r})")
+    return seconds
 
 
 def _selectors(names: str) -> list[SelectorName]:

@@ -68,6 +68,7 @@ class Blender:
             mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
         )
         self.token_layers = 0
+        self.workspace.holder = self
         with _timed(report, "load"):
             state = _Blend(self, plan, chunks, report)
         with _timed(report, "select"):

@@ -40,6 +40,7 @@ class Workspace:
 
     Attributes:
         key, value: `[layers, max_tokens, kv_heads, head_size]`.
+        holder: whose K and V these are; others fill it anew.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Workspace:
         shape = (len(self.layers), max_tokens, kv_heads, head_size)
         self.key = torch.empty(shape, dtype=dtype, device=device)
         self.value = torch.empty(shape, dtype=dtype, device=device)
+        self.holder: object = None
 
     @property
     def max_tokens(self) -> int:

@@ -267,6 +267,14 @@ class LocalEngine:
         finally:
             self._loop.abort(request.request_id)
 
+    def settle(self) -> None:
+        """Wait until all requests are answered, and what the engine does while nothing is asked is done: refinement.
+
+        Raises:
+            EngineError: the engine is closed, or fails.
+        """
+        self._loop.settle()
+
     def close(self) -> None:
         """Stop the engine and free its memory; running requests fail."""
         if LocalEngine._running is not self or not self._process.is_here():

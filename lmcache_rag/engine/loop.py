@@ -79,6 +79,13 @@ class _Abort:
     request_id: str
 
 
+@dataclass(frozen=True)
+class _Settle:
+    """Asks to be told when there is nothing left to do: None, or an exception where the engine has ended."""
+
+    tell: Callable[[BaseException | None], Any]
+
+
 class EngineLoop:
     """Starts an engine in a thread of its own and serves it until `close`.
 
@@ -92,8 +99,9 @@ class EngineLoop:
     def __init__(self, start: Callable[[], LLMEngine]) -> None:
         self._start = start
         self._engine: LLMEngine | None = None
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Abort | _Settle | None] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
+        self._settling: list[_Settle] = []
         self._process = OwnProcess("The engine")
         self._lock = threading.Lock()
         self._ended: BaseException | None = None  # why requests are no longer taken; guarded by the lock
@@ -117,11 +125,23 @@ class EngineLoop:
 
     def submit(self, request: Request) -> None:
         """Take a request. Raises `EngineError` where the engine is closed, has failed, or is another process'."""
+        self._put(request)
+
+    def settle(self) -> None:
+        """Wait until all is answered, and all is done that the engine does while nothing is asked. Raises
+        `EngineError` where the engine is closed, fails, or is another process'."""
+        told: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._put(_Settle(told.put))
+        failure = told.get()
+        if failure is not None:
+            raise failure
+
+    def _put(self, command: Request | _Settle) -> None:
         self._process.check()
         with self._lock:
             if self._ended is not None:
                 raise EngineError("The engine is closed or has failed: start a new one.") from self._ended
-            self._inbox.put(request)
+            self._inbox.put(command)
 
     def abort(self, request_id: str) -> None:
         """End a request, if it still runs."""
@@ -145,9 +165,11 @@ class EngineLoop:
         failure: BaseException = EngineError("The engine was closed while the request ran.")
         try:
             while self._take_commands(engine):
-                if engine.has_unfinished_requests():
+                if _has_work(engine):
                     for output in engine.step():
                         self._deliver(engine, output)
+                else:
+                    self._tell_settled(None)
         except Exception as error:  # noqa: BLE001  # raised again by every request
             failure = EngineError(f"vLLM has failed ({error}): start a new engine.")
             failure.__cause__ = error
@@ -164,13 +186,21 @@ class EngineLoop:
             command = self._inbox.get()
             if isinstance(command, Request):
                 self._requests[command.request_id] = command
+            elif isinstance(command, _Settle):
+                self._settling.append(command)
+        self._tell_settled(failure)
         for request in self._requests.values():
             _hand_over(request, failure)
         self._requests.clear()
 
+    def _tell_settled(self, failure: BaseException | None) -> None:
+        for waiting in self._settling:
+            waiting.tell(failure)
+        self._settling.clear()
+
     def _take_commands(self, engine: LLMEngine) -> bool:
         """Take all that callers have asked for, waiting where there is nothing else to do; False to stop."""
-        wait = not engine.has_unfinished_requests()
+        wait = not _has_work(engine) and not self._settling
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -181,6 +211,8 @@ class EngineLoop:
                 return False
             if isinstance(command, Request):
                 self._add(engine, command)
+            elif isinstance(command, _Settle):
+                self._settling.append(command)
             elif self._requests.pop(command.request_id, None) is not None:
                 engine.abort_request([command.request_id])
 
@@ -241,7 +273,16 @@ def _hand_over(request: Request, event: Delta | BaseException) -> bool:
     return True
 
 
+def _has_work(engine: LLMEngine) -> bool:
+    """Whether the engine is to be stepped: it has requests, or its connector something to do while there are none."""
+    return engine.has_unfinished_requests() or _connector_of(engine).has_pending_push_work()
+
+
+def _connector_of(engine: LLMEngine) -> Any:
+    return engine.engine_core.engine_core.scheduler.connector  # type: ignore[attr-defined]
+
+
 def _report_of(engine: LLMEngine, request: Request) -> ReuseReport:
     """The report, from the connector's scheduler half: a response ended by a stop string does not carry it."""
-    connector: Any = engine.engine_core.engine_core.scheduler.connector  # type: ignore[attr-defined]
-    return connector.report_of(request.core_id)
+    report: ReuseReport = _connector_of(engine).report_of(request.core_id)
+    return report

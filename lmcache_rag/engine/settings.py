@@ -12,7 +12,7 @@ from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.model import DEFAULT_MODEL
-from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine, first_problem
 
 
 class EngineSettings(BaseSettings):
@@ -32,6 +32,10 @@ class EngineSettings(BaseSettings):
         threads: CPU threads; None takes all cores that this process may use.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
+        refine: when the exact KV of what was answered over blended KV is computed: `idle`, while nothing is asked, or
+            `off`.
+        conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
+            that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and space, and reuse loses more.
@@ -55,6 +59,8 @@ class EngineSettings(BaseSettings):
     threads: int | None = Field(default=None, ge=1)
     throttle: Throttle | None = None
     never_slower: bool = True
+    refine: Refine = "idle"
+    conversations: Conversations = "local"
     forced_answers: bool = False
     primed: bool = True
     prefix_caching: bool = True

@@ -102,6 +102,8 @@ def engine_arguments(
                 "extra_codecs": settings.extra_codecs,
                 "throttle": asdict(settings.throttle) if settings.throttle is not None else None,
                 "never_slower": settings.never_slower,
+                "refine": settings.refine,
+                "conversations": settings.conversations,
                 **connector,
             },
         },

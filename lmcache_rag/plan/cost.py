@@ -82,15 +82,16 @@ class CostModel:
             return True
         return loading_s < max(_NEGLIGIBLE_S / among, (1 - ratio) * tokens / rates.prefill_tokens_per_s)
 
-    def worth_blending(self, plan: BlendPlan, size_bytes: int) -> bool:
+    def worth_blending(self, plan: BlendPlan, size_bytes: int, held_tokens: int = 0) -> bool:
         """Whether loading so many bytes, probe and repair together are faster than computing all tokens that the blend
-        is to provide. Where nothing is known they are taken to be."""
+        is to provide, but for the first ones that are held already. Where nothing is known they are taken to be, if
+        there is less to compute."""
         rates = self._rates
         if rates is None:
-            return True
+            return not held_tokens or Rates(1.0).computing_s(plan) < plan.end - held_tokens
         overhead_s = rates.overhead_s if self._clock() - self._blended_at <= REMEMBERED_S else 0.0
         blending_s = (self._loading_s(size_bytes) or 0.0) + rates.computing_s(plan) + overhead_s
-        return blending_s < plan.end / rates.prefill_tokens_per_s
+        return blending_s < (plan.end - held_tokens) / rates.prefill_tokens_per_s
 
     def _loading_s(self, size_bytes: int) -> float | None:
         """None where nobody knows how fast the store is."""

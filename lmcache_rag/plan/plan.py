@@ -42,6 +42,8 @@ class BlendPlan:
     """One prompt's blend. K and V of positions 0 to `end` result; vLLM computes the rest.
 
     Attributes:
+        mode: `prefix` where all segments are exact KV of the prompt's beginning, `precompute` where the segment is to
+            be stored.
         token_ids: the whole prompt, the part behind `end` included.
         preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
             plan its last `primer_tokens` are the primer.
@@ -50,7 +52,7 @@ class BlendPlan:
         local_tokens: that many first tokens are in the paged cache already and are not written.
     """
 
-    mode: Literal["blend", "precompute"]
+    mode: Literal["blend", "prefix", "precompute"]
     namespace: str
     token_ids: tuple[int, ...]
     preamble: PlannedSegment

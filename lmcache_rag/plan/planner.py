@@ -49,23 +49,74 @@ class Planner:
         self._calibration = calibration
         self._namespace = namespace
         self._min_match_tokens = min_match_tokens
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._never_slower = never_slower
         self.cost = CostModel()
 
+    def namespace_of(self, options: BlendOptions) -> str:
+        """In which a request is answered."""
+        return options.namespace or self._namespace
+
+    def ratio_of(self, options: BlendOptions) -> float:
+        """The recompute ratio that a request wants, or that its target takes."""
+        return self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
+
     def plan(
-        self, token_ids: Sequence[int] | np.ndarray, options: BlendOptions, report: ReuseReport
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        options: BlendOptions,
+        report: ReuseReport,
+        *,
+        held_tokens: int = 0,
     ) -> BlendPlan | None:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
-        compute are counted in `report`."""
+        compute are counted in `report`.
+
+        Args:
+            held_tokens: the prompt's first tokens that prefill need not compute, since they are in the prefix cache.
+        """
         try:
-            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report)
+            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens)
         except StoreError as error:
             report.reason = f"store: {error}"
             return None
 
-    def _plan(self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport) -> BlendPlan | None:
-        chunks = self._chunks.of(options.namespace or self._namespace)
+    def exact(
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        chunks: ChunkStore,
+        forms: Sequence[StoredForm],
+        piece_tokens: int,
+        *,
+        held_tokens: int = 0,
+    ) -> BlendPlan | None:
+        """The plan that loads exact KV of a prompt's beginning, stored in pieces of so many tokens; None where that
+        takes longer than computing it, or there is none."""
+        segments = [
+            PlannedSegment(number * piece_tokens, piece_tokens, name=form.name, exact=True, size_bytes=form.size_bytes)
+            for number, form in enumerate(forms)
+        ]
+        end = min(len(segments) * piece_tokens, len(token_ids) - 1, self.max_tokens)
+        segments = [_cut(segment, end) for segment in segments if segment.start < end]
+        if end <= held_tokens:
+            return None
+        plan = BlendPlan(
+            mode="prefix",
+            namespace=chunks.scope.namespace,
+            token_ids=tuple(token_ids),
+            preamble=_preamble(0, None),
+            segments=tuple(segments),
+            end=end,
+            selector="none",
+            ratio=0.0,
+        )
+        size_bytes = sum(form.size_bytes for form in forms)
+        return plan if self.cost.worth_blending(plan, size_bytes, held_tokens) else None
+
+    def _plan(
+        self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport, held_tokens: int
+    ) -> BlendPlan | None:
+        chunks = self._chunks.of(self.namespace_of(options))
         chunks.refresh()
         matches = self._matches(prompt, options, chunks, report)
         if not matches:
@@ -77,7 +128,10 @@ class Planner:
             return None
         if options.mode == "precompute":
             return self._precompute(prompt, matches, chunks, options, report)
-        return self._blend(prompt, matches, chunks, options, report)
+        if matches[-1].end <= held_tokens:
+            report.reason = "all stored chunks of the prompt are in the local prefix cache"
+            return None
+        return self._blend(prompt, matches, chunks, options, report, held_tokens)
 
     def _precompute(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
@@ -89,8 +143,8 @@ class Planner:
         if options.primer_tokens > start:
             report.reason = f"the primer's {options.primer_tokens} tokens do not fit before the segment"
             return None
-        if len(prompt) > self._max_tokens:
-            report.reason = f"a chunk that ends at {len(prompt)} is behind max_blend_tokens ({self._max_tokens})"
+        if len(prompt) > self.max_tokens:
+            report.reason = f"a chunk that ends at {len(prompt)} is behind max_blend_tokens ({self.max_tokens})"
             return None
         context, primer = prompt[:start], start - options.primer_tokens
         form = chunks.variants(matches[0].key, matches[0].stored).get(
@@ -111,18 +165,24 @@ class Planner:
         )
 
     def _blend(
-        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
+        self,
+        prompt: np.ndarray,
+        matches: list[Match],
+        chunks: ChunkStore,
+        options: BlendOptions,
+        report: ReuseReport,
+        held_tokens: int,
     ) -> BlendPlan | None:
         forms = {match.key: chunks.variants(match.key, match.stored) for match in matches}
         preamble, context = _context(prompt, matches, forms, chunks)
-        ratio = self._calibration.ratio_for(options.target_kl) if options.ratio is None else options.ratio
+        ratio = self.ratio_of(options)
         segments = [_segment(prompt, match, context, forms[match.key], options.primer) for match in matches]
         if options.ttft_goal_s is not None:
             segments = [_with_forms(segment, chunks) for segment in segments]
             preamble = _with_forms(preamble, chunks)
         elif self._never_slower:
             segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
-        segments = [_cut(segment, self._max_tokens) for segment in segments if segment.start < self._max_tokens]
+        segments = [_cut(segment, self.max_tokens) for segment in segments if segment.start < self.max_tokens]
         while segments and segments[-1].name is None:
             report.miss(segments[-1].reason, segments.pop().length)
         if not segments:
@@ -151,7 +211,7 @@ class Planner:
             ttft_goal_s=options.ttft_goal_s,
         )
         size_bytes = sum(segment.size_bytes for segment in plan.segments)  # the preamble stays in memory
-        if not self._never_slower or self.cost.worth_blending(plan, size_bytes):
+        if not self._never_slower or self.cost.worth_blending(plan, size_bytes, held_tokens):
             return plan
         report.reason = "plain prefill is faster"
         for segment in plan.segments:

@@ -13,7 +13,7 @@ from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.records.fingerprints import SHORTEST
-from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,6 +33,9 @@ class ConnectorConfig(BaseModel):
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
+        refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
+        conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
+            that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
         max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
 
@@ -48,6 +51,8 @@ class ConnectorConfig(BaseModel):
     min_match_tokens: int = Field(default=SHORTEST, ge=SHORTEST)
     throttle: Throttle | None = None
     never_slower: bool = True
+    refine: Refine = "idle"
+    conversations: Conversations = "local"
     max_blend_tokens: int = Field(default=32768, ge=1)
 
     @classmethod

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lmcache_rag.blobs.base import Store
+from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.fingerprints import fingerprints_in
 from lmcache_rag.model import cache_folder
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -58,6 +59,7 @@ class BlendConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             _warn_of_failures(vllm_config)
             _warn_of_others(self._store, self._config.namespace, self._fingerprint)
+            stored = self._config.conversations == "stored"
             self._scheduler = SchedulerHalf(
                 Planner(
                     ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs),
@@ -69,7 +71,9 @@ class BlendConnector(KVConnectorBase_V1):
                 ),
                 self._config,
                 unsupported=self._unsupported,
-                hash_block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
+                block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
+                max_tokens=self._workspace_tokens,
+                chats=ChunkStores(self._store, self._fingerprint, LOSSLESS_CODEC) if stored else None,
             )
 
     @property
@@ -102,6 +106,9 @@ class BlendConnector(KVConnectorBase_V1):
         for job in step.jobs:
             assert self._worker is not None
             self._worker.do(job)
+        if step.refine is not None:
+            assert self._worker is not None
+            self._worker.refine(step.refine)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, (self._worker.take_done() or None) if self._worker is not None else None
@@ -128,6 +135,13 @@ class BlendConnector(KVConnectorBase_V1):
         assert self._scheduler is not None, "this is the worker's half"
         return self._scheduler
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        if not self._unsupported:
+            self.scheduler.bind(kv_cache_manager)
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_idle_work()
+
     def on_new_request(self, request: Request) -> None:
         self.scheduler.add(request)
 
@@ -139,7 +153,7 @@ class BlendConnector(KVConnectorBase_V1):
         self.scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.scheduler.take_jobs()
+        return self.scheduler.take_jobs(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta

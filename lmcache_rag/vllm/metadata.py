@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
@@ -20,20 +20,55 @@ class BlendJob:
     block_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class RefineJob:
+    """A piece of a prompt's exact KV that the worker half is to make in a step without requests.
+
+    Attributes:
+        step: `compute` some more of it; `write` it to the paged cache from token `start` on; `store` some more of it.
+        block_ids: where to write it, from the block that holds `start`.
+        chats: the namespace in which conversations are stored; empty where they are not.
+    """
+
+    token_ids: tuple[int, ...]
+    step: Literal["compute", "write", "store"]
+    block_ids: tuple[int, ...] = ()
+    start: int = 0
+    chats: str = ""
+
+
 @dataclass
 class StepJobs(KVConnectorMetadata):
     """From the scheduler half to the worker half."""
 
     jobs: list[BlendJob] = field(default_factory=list)
+    refine: RefineJob | None = None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What came of a `RefineJob`.
+
+    Attributes:
+        done: nothing of this step is left to do.
+        stored_bytes: written to the store.
+    """
+
+    done: bool = False
+    failed: bool = False
+    stored_bytes: int = 0
 
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
-    """From the worker half back: request id -> `ReuseReport` as a dict, and how fast it computes and loads."""
+    """From the worker half back: request id -> `ReuseReport` as a dict, how fast it computes and loads, and what it
+    did meanwhile."""
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     rates: Rates | None = None
+    refined: Refined | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         assert isinstance(other, StepReports)
-        return StepReports({**self.reports, **other.reports}, other.rates or self.rates)
+        refined = other.refined or self.refined
+        return StepReports({**self.reports, **other.reports}, other.rates or self.rates, refined)

@@ -7,7 +7,19 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-_TOKENS = ("prompt", "local", "reused", "recomputed", "missed", "unknown", "vllm", "exact", "foreign", "stored")
+_TOKENS = (
+    "prompt",
+    "local",
+    "reused",
+    "recomputed",
+    "missed",
+    "unknown",
+    "vllm",
+    "exact",
+    "foreign",
+    "stored",
+    "continued",
+)
 _COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored")
 
 
@@ -26,6 +38,10 @@ class ReuseStats(KVConnectorStats):
             added[f"failures:{report['failure']}"] = 1
         added |= {f"phase_seconds:{phase}": seconds for phase, seconds in report["phases_s"].items()}
         self._sum(added)
+
+    def refined(self, tokens: int) -> None:
+        """Add tokens whose exact KV was computed while the engine was idle."""
+        self._sum({"refined_tokens": tokens} if tokens else {})
 
     def take(self) -> ReuseStats:
         """The sums so far, which start again from zero."""
@@ -61,7 +77,7 @@ class ReusePromMetrics(KVConnectorPromMetrics):
             name: counter(
                 name=f"vllm:lmcache_rag_{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames
             )
-            for name in _COUNTED
+            for name in (*_COUNTED, "refined_tokens")
         }
         self._by_label: dict[str, Any] = {
             "requests": counter(

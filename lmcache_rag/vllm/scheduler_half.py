@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
+from vllm.v1.request import RequestStatus
 
-from lmcache_rag.codec import CODECS
-from lmcache_rag.library.chunks import codec_of
-from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
-from lmcache_rag.plan.planner import Planner, plan_digest
+from lmcache_rag.conversation.answers import Answered, Answers
+from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.plan.plan import BlendPlan
+from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
+from lmcache_rag.vllm.choosing import Choice, Chooser
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.metadata import BlendJob, StepJobs, StepReports
+from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
+from lmcache_rag.vllm.metadata import BlendJob, Refined, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
+from lmcache_rag.vllm.refinements import Refinements
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
 
 _KEPT_REPORTS = 1024
 
 _SMALL_REST = 64
 """Where the prefix cache holds all but so few tokens of a blend, vLLM's own prefill of the rest is the faster way."""
+
+_MOST_CHOICES = 4
+"""What a request is answered from is chosen so often at most, however the prefix cache changes."""
+
+_ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 _log = logging.getLogger(__name__)
 
@@ -37,19 +47,30 @@ class _Tracked:
     """A request. `report` is the dict that its response carries; it is completed in place.
 
     Attributes:
-        plan: None where vLLM computes the whole prompt; also behind a blend that failed.
-        planned_misses: what the plan leaves to vLLM's prefill; the worker half's misses come on top.
+        names: those that vLLM gave its blocks: of exact KV.
+        options: None where it is not handled; vLLM then computes the whole prompt.
+        choice: what it is answered from; None where it is not handled.
         planned_at: when it was planned (`time.perf_counter`), and so began to wait for vLLM to take it up.
+        choices: how often that was chosen anew, since what the prefix cache holds had changed.
         local_tokens: how many tokens the local prefix cache held when last asked, for the report.
         placed: blocks were allocated, so the report says what becomes of the request; a preemption changes it no more.
+        failed: its blend failed, and the prompt is vLLM's to compute.
     """
 
-    plan: BlendPlan | None
+    names: BlockNames
+    options: BlendOptions | None
+    choice: Choice | None
     report: dict[str, Any]
-    planned_misses: dict[str, int]
     planned_at: float
+    choices: int = 1
     local_tokens: int = 0
     placed: bool = False
+    failed: bool = False
+
+    @property
+    def plan(self) -> BlendPlan | None:
+        """The blend that provides its KV, if any."""
+        return None if self.choice is None or self.failed else self.choice.plan
 
 
 class SchedulerHalf:
@@ -57,14 +78,29 @@ class SchedulerHalf:
 
     Args:
         unsupported: why no request of this engine is handled, or nothing.
-        hash_block_tokens: tokens per block hash of the prefix cache.
+        block_tokens: tokens per block of the prefix cache.
+        max_tokens: the longest prompt that is refined.
+        chats: stored conversations, where they are used.
     """
 
-    def __init__(self, planner: Planner, config: ConnectorConfig, *, unsupported: str, hash_block_tokens: int) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        config: ConnectorConfig,
+        *,
+        unsupported: str,
+        block_tokens: int,
+        max_tokens: int,
+        chats: ChunkStores | None = None,
+    ) -> None:
         self._planner = planner
         self._config = config
         self._unsupported = unsupported
-        self._hash_block_tokens = hash_block_tokens
+        self._block_tokens = block_tokens
+        self._max_tokens = max_tokens
+        self._answers = Answers()
+        self._chooser = Chooser(planner, self._answers, block_tokens, never_slower=config.never_slower, chats=chats)
+        self._refinements: Refinements | None = None
         self._failures = Failures()
         self._tracked: dict[str, _Tracked] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -73,21 +109,50 @@ class SchedulerHalf:
         self._jobs: list[BlendJob] = []
         self.stats = ReuseStats()
 
+    def bind(self, manager: KVCacheManager) -> None:
+        """Get to know vLLM's cache."""
+        if not manager.enable_caching:
+            return
+        self._chooser.prefixes = PrefixCache(manager, self._block_tokens)
+        if self._config.refine == "idle":
+            self._refinements = Refinements(self._chooser.prefixes, self._block_tokens, self._max_tokens)
+
+    def has_idle_work(self) -> bool:
+        """Whether there is something to do while there is no request."""
+        return bool(self._refinements)
+
     def add(self, request: Request) -> None:
         """Plan a new request, and keep what will be computed for it apart in the prefix cache."""
         start = time.perf_counter()
+        names = BlockNames.of(request)
         report = ReuseReport(prompt_tokens=request.num_prompt_tokens)
-        plan = self._plan(request, report)
-        if plan is not None:
-            salt(request, plan, self._hash_block_tokens)
-        elif report.mode != "off":
-            report.mode = "plain"
-        report.vllm_tokens = request.num_prompt_tokens - report.missed_tokens
+        options = self._options(request, report)
+        choice = self._choice(request, names, options, report)
         planned_at = time.perf_counter()
         report.phases_s["plan"] = planned_at - start
-        self._tracked[request.request_id] = _Tracked(plan, report.model_dump(), dict(report.misses), planned_at)
+        self._tracked[request.request_id] = _Tracked(names, options, choice, report.model_dump(), planned_at)
 
-    def _plan(self, request: Request, report: ReuseReport) -> BlendPlan | None:
+    def _choice(
+        self, request: Request, names: BlockNames, options: BlendOptions | None, report: ReuseReport
+    ) -> Choice | None:
+        """What the request is answered from; its blocks are named accordingly."""
+        choice = None
+        try:
+            if options is not None:
+                choice = self._chooser.choose(request, names, options, report)
+                choice.names.give(request)
+        except Exception as error:  # noqa: BLE001  # one request's misfortune is not to end the engine for all
+            choice = None
+            names.give(request)
+            report.failure = self._failures.note("Planning a blend", error)
+            report.reason = f"failed: {report.failure}"
+        if (choice is None or choice.plan is None) and report.mode != "off":
+            report.mode = "plain"
+        report.vllm_tokens = request.num_prompt_tokens - report.missed_tokens
+        return choice
+
+    def _options(self, request: Request, report: ReuseReport) -> BlendOptions | None:
+        """How the request is to be blended; None where it is not to be, as `report` says then."""
         try:
             given = _options_of(request)
             options = BlendOptions() if given is None else given
@@ -105,13 +170,7 @@ class SchedulerHalf:
         if given is None and not self._config.automatic:
             report.reason = "no options given, and automatic matching is off"
             return None
-        assert request.prompt_token_ids is not None
-        try:
-            return self._planner.plan(request.prompt_token_ids, options, report)
-        except Exception as error:  # noqa: BLE001  # one request's misfortune is not to end the engine for all
-            report.failure = self._failures.note("Planning a blend", error)
-            report.reason = f"failed: {report.failure}"
-            return None
+        return options
 
     def _forbidden(self, options: BlendOptions) -> str:
         """What a client asks for and the operator has not allowed, or nothing."""
@@ -123,11 +182,13 @@ class SchedulerHalf:
         return ""
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
-        """How many tokens behind the locally computed ones a blend provides; None puts the request off to a later
-        step, since one blend at a time is done. Asking changes nothing."""
+        """How many tokens behind the locally computed ones a blend provides. None puts the request off to a later
+        step: one blend at a time is done, or its blocks have other names now, under which vLLM is to look for them."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0
+        if self._chosen_anew(request, tracked):
+            return None
         tracked.local_tokens = computed_tokens
         if tracked.plan is None:
             return 0
@@ -135,6 +196,26 @@ class SchedulerHalf:
         if computed_tokens and matched < _SMALL_REST:
             return 0
         return None if matched and self._blending is not None else matched
+
+    def _chosen_anew(self, request: Request, tracked: _Tracked) -> bool:
+        """Choose again where the prefix cache holds more or less than it did: blocks come and go while a request
+        waits. Returns whether its blocks have other names now."""
+        options, choice = tracked.options, tracked.choice
+        if options is None or choice is None or tracked.placed or tracked.choices == _MOST_CHOICES:
+            return False
+        if not self._config.never_slower:
+            return False
+        try:
+            if self._chooser.held(request, tracked.names, options) == choice.held:
+                return False
+        except Exception as error:  # noqa: BLE001  # as it was chosen, then
+            self._failures.note("Looking into the prefix cache", error)
+            return False
+        tracked.choices += 1
+        report = ReuseReport(prompt_tokens=request.num_prompt_tokens, phases_s=tracked.report["phases_s"])
+        tracked.choice = self._choice(request, tracked.names, options, report)
+        tracked.report = report.model_dump()
+        return tracked.choice is None or tracked.choice.names != choice.names
 
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
         """vLLM has allocated blocks: for what a blend provides, which is then done in this step, or for the rest."""
@@ -150,32 +231,69 @@ class SchedulerHalf:
         elif self._blending == request.request_id:
             self._taken_over = True
         elif not tracked.placed:
-            report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
-            report["local_tokens"] = local
-            report["vllm_tokens"] = request.num_prompt_tokens - local - report["missed_tokens"]
-            if tracked.plan is not None:
-                exact = local <= exact_span(tracked.plan)
-                report["mode"] = "plain" if exact else "blend"
-                report["reason"] = f"{'exact' if exact else 'blended'} KV in the local prefix cache"
+            self._report_local(request, tracked)
         tracked.placed = True
 
-    def take_jobs(self) -> StepJobs:
-        """This step's blend, if any; the step's requests are known."""
+    def _report_local(self, request: Request, tracked: _Tracked) -> None:
+        """Say what was found in the local prefix cache, where that and vLLM's own prefill make the whole prompt."""
+        report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
+        report["local_tokens"] = local
+        report["vllm_tokens"] = request.num_prompt_tokens - local - report["missed_tokens"]
+        choice = tracked.choice
+        if choice is None or not local:
+            return
+        kept = None if choice.kept_blocks is None else choice.kept_blocks * self._block_tokens
+        continued = 0 if kept is None else max(0, local - kept)
+        report["continued_tokens"] = continued
+        if not continued:
+            report["mode"], report["reason"] = "plain", "exact KV in the local prefix cache"
+        elif choice.plan is not None:
+            report["mode"], report["reason"] = "blend", "blended KV in the local prefix cache"
+        else:
+            turns = choice.held.continued.turns if choice.held.continued is not None else 0
+            report["mode"], report["reason"] = "continued", f"blended KV of {turns} answers before in the prefix cache"
+
+    def take_jobs(self, *, idle: bool) -> StepJobs:
+        """This step's blend, if any; the step's requests are known.
+
+        Args:
+            idle: whether vLLM computes nothing in this step.
+        """
         jobs, self._jobs = self._jobs, []
         if self._taken_over:
             self._blending, self._taken_over = None, False
-        return StepJobs(jobs)
+        refinements = self._refinements
+        if refinements is None:
+            return StepJobs(jobs)
+        if jobs or self._tracked or not idle:
+            refinements.busy()
+            return StepJobs(jobs)
+        try:
+            return StepJobs(jobs, refinements.next_job())
+        except Exception as error:  # noqa: BLE001  # nobody waits for it
+            self._failures.note("Refinement", error)
+            refinements.drop()
+            return StepJobs(jobs)
+
+    def _take_refined(self, refinements: Refinements, refined: Refined) -> None:
+        try:
+            self.stats.refined(refinements.take(refined))
+        except Exception as error:  # noqa: BLE001  # nobody waits for it
+            self._failures.note("Refinement", error)
+            refinements.drop()
 
     def receive(self, step: StepReports) -> None:
         """Complete the reports of requests that the worker half blended, or failed to. A blend that failed is not
         tried again: the prompt is vLLM's to compute."""
         if step.rates is not None:
             self._planner.cost.learn(step.rates)
+        if step.refined is not None and self._refinements is not None:
+            self._take_refined(self._refinements, step.refined)
         for request_id, figures in step.reports.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue  # aborted meanwhile
-            misses = dict(tracked.planned_misses)
+            misses = dict(tracked.report["misses"])
             for reason, tokens in figures["misses"].items():
                 misses[reason] = misses.get(reason, 0) + tokens
             report = {**figures, "misses": misses, "missed_tokens": sum(misses.values())}
@@ -183,8 +301,7 @@ class SchedulerHalf:
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)
-            if figures["mode"] == "plain":
-                tracked.plan = None
+            tracked.failed = figures["mode"] == "plain"
 
     def finish(self, request: Request) -> dict[str, Any]:
         """The report for the response. Nothing but the report is kept of a request that has ended."""
@@ -194,57 +311,47 @@ class SchedulerHalf:
         if self._blending == request.request_id:
             self._blending, self._taken_over = None, False
         self.stats.add(tracked.report)
+        try:
+            self._remember(request, tracked)
+        except Exception as error:  # noqa: BLE001  # the request is answered
+            self._failures.note("Remembering an answer", error)
         self._finished[request.request_id] = tracked.report
         while len(self._finished) > _KEPT_REPORTS:
             self._finished.popitem(last=False)
         return {PARAMS_KEY: tracked.report}
+
+    def _remember(self, request: Request, tracked: _Tracked) -> None:
+        """Have an answer over approximate KV continued by later prompts, and made exact when there is time."""
+        choice, options = tracked.choice, tracked.options
+        if choice is None or options is None or options.mode == "precompute" or not tracked.placed:
+            return
+        if request.status not in _ANSWERED:
+            return
+        approximate = choice.kept_blocks is not None and not tracked.failed
+        chats = self._chooser.chats(options, tracked.names)
+        if approximate:
+            self._answers.add(self._answered(request, tracked, choice, options))
+        if self._refinements is not None and (approximate or chats):
+            self._refinements.add(request, tracked.names, chats)
+
+    def _answered(self, request: Request, tracked: _Tracked, choice: Choice, options: BlendOptions) -> Answered:
+        assert choice.kept_blocks is not None
+        before = choice.held.continued if choice.plan is None else None
+        ratio = choice.plan.ratio if choice.plan is not None else 0.0
+        return Answered(
+            np.array(request.all_token_ids, dtype=np.int32),
+            self._chooser.terms(options, tracked.names),
+            before.ratio if before is not None else ratio,
+            choice.kept_blocks,
+            choice.digest,
+            1 + (before.turns if before is not None else 0),
+        )
 
     def report_of(self, request_id: str) -> ReuseReport:
         """The report of a request that is running or was lately finished."""
         tracked = self._tracked.get(request_id)
         report = self._finished.get(request_id, {}) if tracked is None else tracked.report
         return ReuseReport(**report)
-
-
-def salt(request: Request, plan: BlendPlan, hash_block_tokens: int) -> None:
-    """Give a blended request's blocks hashes of their own, so that no exact request ever hits them.
-
-    Blocks that hold exact KV only keep their hashes, under which they may be shared. The block hashes chain, so it is
-    enough to mix the digest into what the first of the other blocks is chained to; the prompt's last full block is
-    always one of those, since blocks that fill up later are chained to it. A precompute request is to find nothing, so
-    that its whole KV is captured.
-    """
-    exact_tokens = exact_span(plan) if plan.mode == "blend" else 0
-    if exact_tokens == plan.end:
-        return
-    digest = uuid.uuid4().hex if plan.mode == "precompute" else plan_digest(plan, request.cache_salt)
-    kept = max(0, min(exact_tokens // hash_block_tokens, len(request.block_hashes) - 1))
-    del request.block_hashes[kept:]
-    if not kept:
-        request.cache_salt = digest
-        request.update_block_hashes()
-        return
-    parent = request.block_hashes[-1]
-    request.block_hashes[-1] = type(parent)(parent + bytes.fromhex(digest))
-    request.update_block_hashes()
-    request.block_hashes[kept - 1] = parent
-
-
-def exact_span(plan: BlendPlan) -> int:
-    """How many of the prompt's first tokens get KV that equals full prefill's: the preamble, and an exact chunk that
-    follows it, where they were stored lossless."""
-    end = 0
-    for segment in (plan.preamble, *plan.segments):
-        if not segment.exact or not _is_lossless(segment) or segment.start != end:
-            break
-        end = segment.end
-    return end
-
-
-def _is_lossless(segment: PlannedSegment) -> bool:
-    """Whether a segment's KV will be what was computed, whichever of its forms is loaded."""
-    names = [segment.name, *(form.name for form in segment.forms)]
-    return all(name is None or CODECS[codec_of(name)].lossless for name in names)
 
 
 def _options_of(request: Request) -> BlendOptions | None:

@@ -14,13 +14,16 @@ import torch
 from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, variant_of
+from lmcache_rag.codec import LOSSLESS_CODEC
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
+from lmcache_rag.conversation.refinement import PIECE_S, Refiner
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.metadata import BlendJob, StepReports
+from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 
 _RECENT_BLENDS = 8
@@ -55,11 +58,15 @@ class WorkerHalf:
         self._model = model
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
         self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs)
+        self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs)
         self._block_tokens = block_tokens
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
         )
         self._rates = self._blender.rates
+        rates = self._rates
+        self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
+        self._refined: Refined | None = None
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
         self._done: set[str] = set()
@@ -77,6 +84,55 @@ class WorkerHalf:
             self._failed_blocks.update(job.block_ids[job.plan.local_tokens // self._block_tokens :])
         self._done.add(job.request_id)
         self._reports[job.request_id] = report.model_dump()
+
+    @torch.inference_mode()
+    def refine(self, job: RefineJob) -> None:
+        """Do a piece of what is done while nothing is asked, and keep for the scheduler half how far that came."""
+        try:
+            steps = {"compute": self._compute, "write": self._write, "store": self._store}
+            self._refined = steps[job.step](job)
+        except Exception as error:  # noqa: BLE001  # nobody waits for it
+            self._failures.note("Refinement", error)
+            self._refiner.forget()
+            self._refined = Refined(failed=True)
+
+    def _compute(self, job: RefineJob) -> Refined:
+        """The next tokens' exact KV: from the store where it is there, else by a pass."""
+        start = time.perf_counter()
+        done = tokens = self._refiner.take_up(job.token_ids)
+        if job.chats:
+            chunks = self._chats.of(job.chats)
+            chunks.refresh()
+            for piece, form in stored_pieces(chunks, job.token_ids):
+                if piece.start < done:
+                    continue
+                loaded = chunks.load(form.name, self._model.shape)
+                if piece.start > done or isinstance(loaded, str) or time.perf_counter() - start > PIECE_S:
+                    break
+                done = self._refiner.give(loaded, PIECE_TOKENS)
+        if done == tokens:
+            done = self._refiner.advance()
+        return Refined(done=done == len(job.token_ids))
+
+    def _write(self, job: RefineJob) -> Refined:
+        self._refiner.place()
+        if job.block_ids:
+            skipped = job.start // self._block_tokens
+            slots = self._slots((0,) * skipped + job.block_ids, job.start, len(job.token_ids))
+            self._model.write_paged(self._blender.workspace, job.start, len(job.token_ids), slots)
+        return Refined(done=True)
+
+    def _store(self, job: RefineJob) -> Refined:
+        start, stored_bytes = time.perf_counter(), 0
+        chunks = self._chats.of(job.chats)
+        chunks.refresh()
+        for piece in pieces(job.token_ids):
+            if time.perf_counter() - start > PIECE_S:
+                return Refined(stored_bytes=stored_bytes)
+            if chunks.missing(piece.token_ids, piece.variant):
+                kv = ChunkKV(piece.token_ids, self._refiner.taken(piece.start, PIECE_TOKENS))
+                stored_bytes += chunks.save(kv, piece.variant)
+        return Refined(done=True, stored_bytes=stored_bytes)
 
     def take_done(self) -> set[str]:
         """The requests whose blends ended since the last call, well or not."""
@@ -108,7 +164,8 @@ class WorkerHalf:
     def take_reports(self) -> StepReports | None:
         """What was done since the last call."""
         reports, self._reports = self._reports, {}
-        return StepReports(reports, self._rates) if reports else None
+        refined, self._refined = self._refined, None
+        return StepReports(reports, self._rates, refined) if reports or refined else None
 
     def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
         """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""

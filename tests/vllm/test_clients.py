@@ -19,8 +19,8 @@ from lmcache_rag.vllm.connector import _warn_of_failures
 from lmcache_rag.vllm.scheduler_half import SchedulerHalf
 
 
-def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
-    """The report of a request with these `kv_transfer_params`, over an empty store."""
+def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
+    """Over an empty store."""
     config = ConnectorConfig(store=folder, **settings)
     planner = Planner(
         ChunkStores(DiskStore(folder), "model", config.codec),
@@ -30,7 +30,12 @@ def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
         max_tokens=1024,
         never_slower=config.never_slower,
     )
-    half = SchedulerHalf(planner, config, unsupported="", hash_block_tokens=16)
+    return SchedulerHalf(planner, config, unsupported="", block_tokens=16, max_tokens=1024)
+
+
+def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
+    """The report of a request with these `kv_transfer_params`."""
+    half = half_of(folder, **settings)
     request = SimpleNamespace(
         request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
         lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,
@@ -98,3 +103,17 @@ def test_a_policy_that_fails_requests_is_warned_of(caplog: pytest.LogCaptureFixt
         with caplog.at_level(logging.WARNING, "lmcache_rag"):
             _warn_of_failures(SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy)))  # type: ignore[arg-type]
         assert ("kv_load_failure_policy" in caplog.text) == (policy == "fail")
+
+
+def test_refinement_can_be_switched_off(tmp_path: Path) -> None:
+    manager: Any = SimpleNamespace(enable_caching=True, block_pool=None)
+    for refine, kept in (("idle", True), ("off", False)):
+        half = half_of(tmp_path, refine=refine)
+        half.bind(manager)
+        assert (half._refinements is not None) is kept and not half.has_idle_work()
+
+
+def test_without_a_prefix_cache_nothing_is_refined(tmp_path: Path) -> None:
+    half = half_of(tmp_path, refine="idle")
+    half.bind(SimpleNamespace(enable_caching=False))  # type: ignore[arg-type]
+    assert half._refinements is None and half._chooser.prefixes is None

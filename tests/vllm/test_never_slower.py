@@ -11,7 +11,7 @@ from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.engine import EngineSettings, LocalEngine
 from lmcache_rag.plan.cost import Rates
 from lmcache_rag.request import BlendOptions
-from tests.helpers import OFF, answer, ingest, noise, random_plan
+from tests.helpers import OFF, answer, connector, ingest, noise, random_plan
 from tests.models import make_tiny
 
 REPAIR = BlendOptions(ratio=0.2)
@@ -49,7 +49,7 @@ def test_where_a_blend_costs_more_than_it_saves_plain_prefill_is_what_happens(no
     with LocalEngine(settings_in(tmp_path)) as engine:
         ingest(engine, plan)
         expected, _ = answer(engine, plan, OFF)
-        cost = engine._loop.engine.engine_core.engine_core.scheduler.connector.scheduler._planner.cost  # type: ignore[attr-defined]
+        cost = connector(engine).scheduler._planner.cost
         cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=1.0))
         found, done = answer(engine, plan, REPAIR)
         assert (done.reuse.mode, done.reuse.reason) == ("plain", "plain prefill is faster")

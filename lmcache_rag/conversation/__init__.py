@@ -1,0 +1,1 @@
+"""Prompts that are read again and again: continued blends, and exact KV made while nobody waits."""

@@ -1,0 +1,81 @@
+"""Answered prompts whose KV is approximate, and which later prompts may continue: a chat's next turn, a chain's next
+call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Whose KV it is and how it was made: all of it is to be equal for one request to inherit another's.
+
+    Attributes:
+        cache_salt: the caller's own.
+        hurried: codecs were chosen for a TTFT goal, so that fidelity may be low.
+    """
+
+    cache_salt: str | None
+    namespace: str
+    selector: str
+    hurried: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A prompt and its answer, over KV that was blended or continues a blend.
+
+    Attributes:
+        token_ids: of prompt and answer, int32.
+        ratio: the recompute ratio of the blend.
+        kept_blocks: so many of the first blocks hold exact KV, under the names that exact requests give them.
+        digest: names what shaped the KV behind those; see `vllm.isolation`.
+        turns: answers since the blend, its own included.
+    """
+
+    token_ids: np.ndarray
+    terms: Terms
+    ratio: float
+    kept_blocks: int
+    digest: str
+    turns: int = 1
+
+
+class Answers:
+    """The answers given last."""
+
+    def __init__(self, remembered: int = _REMEMBERED) -> None:
+        self._answers: deque[Answered] = deque(maxlen=remembered)
+
+    def add(self, answered: Answered) -> None:
+        """Remember an answer; what it continues need not be remembered any more."""
+        for earlier in list(self._answers):
+            if earlier.digest == answered.digest and _common(earlier.token_ids, answered.token_ids) == len(
+                earlier.token_ids
+            ):
+                self._answers.remove(earlier)
+        self._answers.append(answered)
+
+    def continued_by(self, token_ids: Sequence[int] | np.ndarray, terms: Terms, ratio: float) -> list[Answered]:
+        """Those that a prompt begins like, the longest common beginning first. None of them has recomputed less than
+        is wanted now."""
+        prompt = np.asarray(token_ids, dtype=np.int32)
+        begun = [
+            (_common(answered.token_ids, prompt), answered)
+            for answered in self._answers
+            if answered.terms == terms and answered.ratio >= ratio
+        ]
+        return [answered for common, answered in sorted(begun, key=lambda pair: -pair[0]) if common]
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two runs have in common from the start."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length

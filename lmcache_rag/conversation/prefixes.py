@@ -1,0 +1,61 @@
+"""Exact prefixes in the store: the beginning of a conversation, from which any engine goes on.
+
+A prefix is kept in pieces of `PIECE_TOKENS` tokens, each stored like a chunk, lossless, as the variant that was
+computed behind all tokens before it. So its name says what it is exact behind, a longer conversation adds pieces to those
+of the shorter one, and prompts that begin alike share them. Conversations have a namespace of their own beside that of
+the chunks, one for each cache salt, so that no prompt of others is matched with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmcache_rag.chunk_kv import NO_CONTEXT, StoredForm, key_of
+from lmcache_rag.library.chunks import ChunkStore
+
+PIECE_TOKENS = 64
+"""A group of the codecs: what a turn adds is kept but for so many tokens at most."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start` to `start + PIECE_TOKENS` of a prompt.
+
+    Attributes:
+        variant: the one that was computed behind all tokens before.
+    """
+
+    start: int
+    token_ids: np.ndarray
+    variant: str
+
+
+def chats_of(namespace: str, cache_salt: str | None) -> str:
+    """The namespace of the conversations beside a namespace of chunks. No request can name it: it has a dot."""
+    salt = "" if cache_salt is None else f"-{hashlib.blake2b(cache_salt.encode(), digest_size=8).hexdigest()}"
+    return f"{namespace}.chats{salt}"
+
+
+def stored_pieces(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) -> list[tuple[Piece, StoredForm]]:
+    """The pieces that a prompt begins with, as far as all of them are recorded in a namespace of conversations."""
+    found = []
+    for piece in pieces(token_ids):
+        form = chunks.variants(key_of(piece.token_ids)).get(piece.variant)
+        if form is None:
+            break
+        found.append((piece, form))
+    return found
+
+
+def pieces(token_ids: Sequence[int] | np.ndarray) -> Iterator[Piece]:
+    """The whole pieces of a prompt, in order."""
+    tokens = np.asarray(token_ids, dtype="<i4")
+    behind = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(tokens) - PIECE_TOKENS + 1, PIECE_TOKENS):
+        piece = tokens[start : start + PIECE_TOKENS]
+        yield Piece(start, piece, behind.hexdigest()[:16] if start else NO_CONTEXT)
+        behind.update(piece.tobytes())

@@ -1,0 +1,171 @@
+"""What a request is answered from: exact KV in vLLM's prefix cache, KV of an earlier answer, or stored chunks."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache_rag.codec import CODECS
+from lmcache_rag.conversation.answers import Answered, Answers, Terms
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, stored_pieces
+from lmcache_rag.library.chunks import ChunkStores, codec_of
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
+from lmcache_rag.plan.planner import Planner, plan_digest
+from lmcache_rag.request import BlendOptions, ReuseReport
+from lmcache_rag.vllm.isolation import BlockNames, PrefixCache, kept_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_SMALL_REST = 64
+"""So few tokens are computed by vLLM's own prefill, whatever is stored."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What vLLM's prefix cache holds of a prompt.
+
+    Attributes:
+        exact: so many first tokens' exact KV.
+        continued: the answer whose blocks hold more, if any.
+        tokens: so many first tokens' KV then, exact or approximate.
+        names: of the blocks that hold them.
+    """
+
+    exact: int
+    continued: Answered | None
+    tokens: int
+    names: BlockNames
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request is answered from, and how its blocks are named.
+
+    Attributes:
+        plan: the blend to do; None where vLLM computes what is not held.
+        held: what the choice rests on.
+        kept_blocks: so many first blocks have the names of exact KV; None if all have.
+        digest: what the names of the others say of their KV.
+    """
+
+    plan: BlendPlan | None
+    held: Held
+    names: BlockNames
+    kept_blocks: int | None = None
+    digest: str = ""
+
+
+class Chooser:
+    """Chooses what is fastest among all that is known here. Choosing changes nothing, and reads no store.
+
+    Args:
+        prefixes: None where the engine has no prefix cache.
+        never_slower: whether what is held is preferred where it is faster; else stored chunks always are.
+        chats: stored conversations, where they are used.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        answers: Answers,
+        block_tokens: int,
+        *,
+        never_slower: bool,
+        chats: ChunkStores | None = None,
+    ) -> None:
+        self.prefixes: PrefixCache | None = None
+        self._planner = planner
+        self._answers = answers
+        self._block_tokens = block_tokens
+        self._never_slower = never_slower
+        self._chats = chats
+
+    def terms(self, options: BlendOptions, names: BlockNames) -> Terms:
+        """On which a request's KV may be inherited; `names` are those that vLLM gave its blocks."""
+        namespace = self._planner.namespace_of(options)
+        return Terms(names.cache_salt, namespace, options.selector, options.ttft_goal_s is not None)
+
+    def held(self, request: Request, names: BlockNames, options: BlendOptions) -> Held:
+        """What there is of a prompt in the prefix cache now; `names` are those that vLLM gave its blocks."""
+        prefixes = self.prefixes
+        if prefixes is None or options.mode == "precompute":
+            return Held(0, None, 0, names)
+        exact = prefixes.held(request, names)
+        if request.num_prompt_tokens - exact <= _SMALL_REST:
+            return Held(exact, None, exact, names)
+        assert request.prompt_token_ids is not None
+        ratio = self._planner.ratio_of(options)
+        for answered in self._answers.continued_by(request.prompt_token_ids, self.terms(options, names), ratio):
+            if answered.kept_blocks < len(names.hashes):
+                salted = names.salted(request, answered.digest, answered.kept_blocks)
+                tokens = prefixes.held(request, salted)
+                if tokens > exact + _SMALL_REST:
+                    return Held(exact, answered, tokens, salted)
+        return Held(exact, None, exact, names)
+
+    def choose(self, request: Request, names: BlockNames, options: BlendOptions, report: ReuseReport) -> Choice:
+        """What is fastest; `report` says why."""
+        held = self.held(request, names, options)
+        prefix = self._stored_prefix(request, names, options, held)
+        there = max(held.tokens, prefix.end if prefix is not None else 0) if self._never_slower else 0
+        plan = None
+        assert request.prompt_token_ids is not None
+        if not there or request.num_prompt_tokens - there > _SMALL_REST:
+            plan = self._planner.plan(request.prompt_token_ids, options, report, held_tokens=there)
+        if plan is not None:
+            return self._blended(request, names, held, plan)
+        if there:
+            report.misses.clear()
+            report.missed_tokens = 0
+        if prefix is not None:
+            return Choice(prefix, held, names)
+        if held.continued is not None:
+            return Choice(None, held, held.names, held.continued.kept_blocks, held.continued.digest)
+        return Choice(None, held, names)
+
+    def chats(self, options: BlendOptions, names: BlockNames) -> str:
+        """The namespace of a request's conversation; empty where conversations are not stored."""
+        namespace = self._planner.namespace_of(options)
+        return "" if self._chats is None else chats_of(namespace, names.cache_salt)
+
+    def _stored_prefix(
+        self, request: Request, names: BlockNames, options: BlendOptions, held: Held
+    ) -> BlendPlan | None:
+        """A plan for the exact KV of the prompt's beginning that is stored, if loading it is worth its time."""
+        rest = request.num_prompt_tokens - held.tokens
+        if self._chats is None or options.mode == "precompute" or rest <= _SMALL_REST:
+            return None
+        chunks = self._chats.of(self.chats(options, names))
+        chunks.refresh()
+        assert request.prompt_token_ids is not None
+        found = stored_pieces(chunks, request.prompt_token_ids[: self._planner.max_tokens])
+        forms = [form for _, form in found]
+        return self._planner.exact(request.prompt_token_ids, chunks, forms, PIECE_TOKENS, held_tokens=held.tokens)
+
+    def _blended(self, request: Request, names: BlockNames, held: Held, plan: BlendPlan) -> Choice:
+        exact_tokens = exact_span(plan) if plan.mode == "blend" else 0
+        if exact_tokens == plan.end:
+            return Choice(plan, held, names)
+        precomputed = plan.mode == "precompute"  # it is to find nothing, so that its whole KV is captured
+        digest = uuid.uuid4().hex if precomputed else plan_digest(plan, names.cache_salt)
+        kept = kept_blocks(exact_tokens, names, self._block_tokens)
+        return Choice(plan, held, names.salted(request, digest, kept), kept, digest)
+
+
+def exact_span(plan: BlendPlan) -> int:
+    """How many of the prompt's first tokens get KV that equals full prefill's: the preamble, and an exact chunk that
+    follows it, where they were stored lossless."""
+    end = 0
+    for segment in (plan.preamble, *plan.segments):
+        if not segment.exact or not _is_lossless(segment) or segment.start != end:
+            break
+        end = segment.end
+    return end
+
+
+def _is_lossless(segment: PlannedSegment) -> bool:
+    """Whether a segment's KV will be what was computed, whichever of its forms is loaded."""
+    names = [segment.name, *(form.name for form in segment.forms)]
+    return all(name is None or CODECS[codec_of(name)].lossless for name in names)

@@ -1,0 +1,52 @@
+"""Which answered prompts a prompt continues."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lmcache_rag.conversation.answers import Answered, Answers, Terms
+
+TERMS = Terms(cache_salt=None, namespace="default", selector="query", hurried=False)
+
+
+def answered(token_ids: range, *, ratio: float = 0.1, digest: str = "aa", turns: int = 1) -> Answered:
+    return Answered(np.array(token_ids, dtype=np.int32), TERMS, ratio, kept_blocks=1, digest=digest, turns=turns)
+
+
+def test_the_longest_common_beginning_comes_first() -> None:
+    answers = Answers()
+    answers.add(answered(range(50), digest="aa"))
+    answers.add(answered(range(80), digest="bb"))
+    answers.add(answered(range(1, 80), digest="cc"))  # begins otherwise
+    assert [found.digest for found in answers.continued_by(range(100), TERMS, 0.1)] == ["bb", "aa"]
+    assert [found.digest for found in answers.continued_by(range(10), TERMS, 0.1)] == ["aa", "bb"]
+    assert answers.continued_by([], TERMS, 0.1) == []
+
+
+@pytest.mark.parametrize(
+    "other", [{"cache_salt": "salt"}, {"namespace": "other"}, {"selector": "cacheblend"}, {"hurried": True}]
+)
+def test_what_was_made_otherwise_is_not_inherited(other: dict) -> None:
+    answers = Answers()
+    answers.add(answered(range(50)))
+    assert answers.continued_by(range(60), replace(TERMS, **other), 0.1) == []
+
+
+def test_a_stricter_request_does_not_inherit_a_looser_blend() -> None:
+    answers = Answers()
+    answers.add(answered(range(50), ratio=0.1))
+    assert answers.continued_by(range(60), TERMS, 0.11) == []
+    assert len(answers.continued_by(range(60), TERMS, 0.05)) == 1
+
+
+def test_a_turn_takes_the_place_of_the_one_before() -> None:
+    answers = Answers(remembered=2)
+    answers.add(answered(range(50)))
+    answers.add(answered(range(80), turns=2))
+    assert [found.turns for found in answers.continued_by(range(90), TERMS, 0.1)] == [2]
+    for digest in ("bb", "cc"):
+        answers.add(answered(range(30), digest=digest))
+    assert [found.digest for found in answers.continued_by(range(90), TERMS, 0.1)] == ["bb", "cc"]

@@ -1,0 +1,121 @@
+"""Conversations outlive engines: their exact KV is in the store, and another engine computes only the new turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, pieces, stored_pieces
+from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
+from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.request import BlendOptions
+from tests.helpers import OFF, answer, fix_rates, ingest, noise, random_plan
+from tests.models import make_tiny
+
+REPAIR = BlendOptions(ratio=0.2)
+FOLLOWING = tuple(range(50, 150))
+
+
+def settings_in(folder: Path, conversations: str = "stored") -> EngineSettings:
+    return EngineSettings(
+        model=str(make_tiny("llama", folder / "tiny")),
+        store=folder / "kv",
+        codec="raw",
+        dtype="float32",
+        kv_cache_bytes=64 << 20,
+        primed=False,
+        never_slower=True,
+        refine="idle",
+        conversations=conversations,
+    )
+
+
+def turn_of(engine: LocalEngine, plan: MarkedPrompt, salt: str = "own") -> MarkedPrompt:
+    """Ask the prompt, have what follows while nothing is asked done, and give the next turn's prompt."""
+    done = engine.generate(plan, Sampling(max_tokens=40, ignore_eos=True), REPAIR, cache_salt=salt)
+    engine.settle()
+    return MarkedPrompt((*plan.token_ids, *done.token_ids, *FOLLOWING), plan.preamble_length, ())
+
+
+def test_another_engine_goes_on_from_the_store(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(230, chunks=(200, 200, 200))
+    settings = settings_in(tmp_path)
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        ingest(engine, plan)
+        turn = turn_of(engine, plan)
+    known = len(plan.token_ids) + 40
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        tolerance = 20 * noise(engine, plan)
+        expected, _ = answer(engine, turn, OFF)
+        found, done = answer(engine, turn, REPAIR, "own")
+        assert done.reuse.mode == "prefix" and done.reuse.recomputed_tokens == done.reuse.missed_tokens == 0
+        assert known - PIECE_TOKENS - 32 < done.reuse.exact_tokens == done.reuse.reused_tokens <= known
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+        _, exact = answer(engine, turn, OFF, "own")  # it is exact, so others may have it
+        assert exact.reuse.local_tokens >= done.reuse.reused_tokens // 32 * 32
+        _, other = answer(engine, turn, REPAIR, "another")
+        assert other.reuse.mode != "prefix"
+        _, other = answer(engine, turn, REPAIR.model_copy(update={"namespace": "other"}), "own2")
+        assert other.reuse.mode != "prefix"
+        engine.settle()
+        following = turn_of(engine, turn)  # made from what is stored, with the new turn computed
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        expected, _ = answer(engine, following, OFF)
+        found, done = answer(engine, following, REPAIR, "own")
+        assert done.reuse.mode == "prefix" and done.reuse.reused_tokens > known + PIECE_TOKENS
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+        edited = MarkedPrompt((*turn.token_ids[:650], 7, *turn.token_ids[651:]), plan.preamble_length, ())
+        expected, _ = answer(engine, edited, OFF)
+        assert engine._loop.engine.reset_prefix_cache()
+        found, done = answer(engine, edited, REPAIR, "own")
+        assert done.reuse.mode == "prefix" and done.reuse.reused_tokens == 650 // PIECE_TOKENS * PIECE_TOKENS
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_a_damaged_piece_is_computed(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(231, chunks=(200, 200, 200))
+    settings = settings_in(tmp_path)
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        tolerance = 20 * noise(engine, plan)
+        ingest(engine, plan)
+        turn = turn_of(engine, plan)
+        chunks = engine.chunk_store(chats_of(settings.namespace, "own"))
+        found = stored_pieces(chunks, turn.token_ids)
+        assert len(found) >= 9
+        path = tmp_path / "kv" / found[4][1].name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+        expected, _ = answer(engine, turn, OFF)
+        assert engine._loop.engine.reset_prefix_cache()
+        answered, done = answer(engine, turn, REPAIR, "own")
+        assert done.reuse.mode == "prefix" and done.reuse.misses == {"corrupt": PIECE_TOKENS}
+        torch.testing.assert_close(answered, expected, atol=tolerance, rtol=0)
+
+
+def test_nothing_is_stored_unless_it_is_asked_for(no_engine: None, tmp_path: Path) -> None:
+    plan = random_plan(232, chunks=(200, 200, 200))
+    settings = settings_in(tmp_path, "local")
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        ingest(engine, plan)
+        turn_of(engine, plan)
+    assert not list((tmp_path / "kv").glob("*.chats*"))
+
+
+@pytest.mark.parametrize("length", [0, PIECE_TOKENS - 1, PIECE_TOKENS, 3 * PIECE_TOKENS + 5])
+def test_a_piece_is_named_by_all_tokens_before_it(length: int) -> None:
+    from lmcache_rag.chunk_kv import variant_of
+
+    tokens = list(range(1000, 1000 + length))
+    made = list(pieces(tokens))
+    assert [piece.start for piece in made] == list(range(0, length - PIECE_TOKENS + 1, PIECE_TOKENS))
+    for piece in made:
+        assert piece.token_ids.tolist() == tokens[piece.start : piece.start + PIECE_TOKENS]
+        assert piece.variant == variant_of(tokens[: piece.start])
