@@ -68,10 +68,6 @@ class DiskStore:
             view = memoryview(data)  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
             return view[: _read_all(file, start, view)]
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int | None:
-        with self._opened(name) as file:
-            return None if file is None else _read_all(file, start, buffer)
-
     def map(self, name: str) -> memoryview | None:
         with self._opened(name) as file:
             if file is None:

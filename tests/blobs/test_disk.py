@@ -27,10 +27,6 @@ def test_write_read_list_delete(tmp_path: Path) -> None:
     for start, length, expected in ((0, 4, b"onet"), (2, 3, b"etw"), (4, 100, b"wo"), (9, 1, b"")):
         part = store.read(NAME, start, length)
         assert part is not None and bytes(part) == expected
-    buffer = bytearray(4)
-    assert store.read_into(NAME, 1, memoryview(buffer)) == 4 and buffer == b"netw"
-    assert store.read_into(NAME, 4, memoryview(buffer)) == 2
-    assert store.read_into("default/none", 0, memoryview(buffer)) is None
     mapped = store.map(NAME)
     assert mapped is not None and bytes(mapped) == b"onetwo" and store.map("default/none") is None
     assert list(store.folders("default/")) == ["model"] and list(store.folders("none/")) == []
