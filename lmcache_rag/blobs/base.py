@@ -24,10 +24,6 @@ class Store(Protocol):
         """The blob's bytes from `start` on, `length` of them at most; None where there is none."""
         ...
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int | None:
-        """Fill the buffer with the blob's bytes from `start` on; returns how many there were, or None."""
-        ...
-
     def map(self, name: str) -> memoryview | None:
         """The blob's bytes, read when they are looked at; None where there is none."""
         ...

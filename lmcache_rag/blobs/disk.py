@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from lmcache_rag.errors import StoreError
 
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_S = 24 * 3600
+_TRIES = 5
 
 
 class DiskStore:
@@ -47,14 +48,11 @@ class DiskStore:
         self._remove_abandoned()
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        with self._written(name, parts) as (part, path, length):
-            os.replace(part, path)
-        return length
+        return self._write(name, parts, os.replace)
 
     def write_if_absent(self, name: str, parts: Sequence[bytes | memoryview]) -> bool:
         try:
-            with self._written(name, parts) as (part, path, _):
-                os.link(part, path)
+            self._write(name, parts, os.link)
         except FileExistsError:
             return False
         return True
@@ -68,10 +66,6 @@ class DiskStore:
             view = memoryview(data)  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
             return view[: _read_all(file, start, view)]
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int | None:
-        with self._opened(name) as file:
-            return None if file is None else _read_all(file, start, buffer)
-
     def map(self, name: str) -> memoryview | None:
         with self._opened(name) as file:
             if file is None:
@@ -83,8 +77,10 @@ class DiskStore:
     def size(self, name: str) -> int | None:
         try:
             return self._path(name).stat().st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _failed(f"{name} could not be looked up in {self.root}", error) from error
 
     def exists(self, name: str) -> bool:
         try:
@@ -129,17 +125,15 @@ class DiskStore:
     def _path(self, name: str) -> Path:
         return self.root.joinpath(*name.split("/"))
 
-    @contextmanager
-    def _written(self, name: str, parts: Sequence[bytes | memoryview]) -> Iterator[tuple[Path, Path, int]]:
-        """The parts in a file of their own, on the disk, which the caller gives its name; and its length."""
+    def _write(self, name: str, parts: Sequence[bytes | memoryview], publish: Callable[[Path, Path], None]) -> int:
+        """Write the parts into a file of their own, onto the disk, and have `publish` give it its name; its length."""
         path = self._path(name)
         part = self._unfinished / uuid.uuid4().hex
         try:
             with part.open("wb", buffering=0) as file:
                 length = sum(_write_all(file.fileno(), content) for content in parts)
                 os.fsync(file.fileno())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield part, path, length
+            _in_folder(path, lambda: publish(part, path))
             for folder in (path.parent, path.parent.parent):
                 _flush_folder(folder)
         except FileExistsError:
@@ -148,6 +142,7 @@ class DiskStore:
             raise _failed(f"{name} could not be stored in {self.root}", error) from error
         finally:
             part.unlink(missing_ok=True)
+        return length
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[FileIO | None]:
@@ -186,6 +181,20 @@ def _write_all(descriptor: int, content: bytes | memoryview) -> int:
     while at < len(view):
         at += os.write(descriptor, view[at:])
     return at
+
+
+def _in_folder(path: Path, publish: Callable[[], None]) -> None:
+    """Make the folder of `path` and publish there. Who deletes the last file of a folder removes it, which may be in
+    between: then it is tried again."""
+    for left in reversed(range(_TRIES)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish()
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            return
 
 
 def _flush_folder(folder: Path) -> None:

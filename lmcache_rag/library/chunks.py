@@ -136,11 +136,6 @@ class ChunkStore:
         recorded = self.records.variants(key)
         return [codec for codec in self._written if not self._is_there(key, _form(variant, codec), recorded)]
 
-    def preamble_name(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """Where a preamble is kept: lossless, whatever the codec of chunks, since all prompts share it, what a model
-        makes of its first tokens matters most, and vLLM's prefix cache may then keep it too."""
-        return self._name(key_of(token_ids), _PREAMBLE)
-
     def preamble(self, token_ids: Sequence[int] | np.ndarray) -> StoredForm | None:
         """A preamble's object; None where there is none."""
         if not len(token_ids):
@@ -338,6 +333,8 @@ def _form(variant: str, codec: str) -> str:
 
 
 _PREAMBLE = _form(NO_CONTEXT, LOSSLESS_CODEC)
+"""Preambles are kept lossless, whatever the codec of chunks, since all prompts share them, what a model makes of its
+first tokens matters most, and vLLM's prefix cache may then keep them too."""
 
 
 def _parsed(name: str) -> tuple[bytes, str]:

@@ -22,7 +22,8 @@ def _store() -> None:
 def rebuild_command(folder: Annotated[Path, typer.Argument(help="Folder of the KV store, such as INDEX/kv.")]) -> None:
     """Make the records of what is stored anew from the stored objects, where they are lost or damaged."""
     from lmcache_rag.blobs.disk import DiskStore
-    from lmcache_rag.library.rebuild import rebuild, scopes_of
+    from lmcache_rag.library.rebuild import rebuild
+    from lmcache_rag.library.scopes import scopes_of
 
     if not folder.is_dir():
         raise StoreError(f"There is no store in {folder}: name the folder that --store named, or INDEX/kv.")

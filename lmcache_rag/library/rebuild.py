@@ -22,12 +22,6 @@ _BATCH = 4096
 _log = logging.getLogger(__name__)
 
 
-def scopes_of(store: Store) -> list[KVScope]:
-    """The namespaces and models that a store holds KV of."""
-    namespaces = [name for name in store.folders("") if not name.startswith(".")]
-    return [KVScope(namespace, model) for namespace in namespaces for model in store.folders(f"{namespace}/")]
-
-
 def rebuild(store: Store, scope: KVScope, progress: Callable[[int], Any] | None = None) -> int:
     """Record what is stored, and nothing else; owners are forgotten, since only the records know them, and come back
     when their indexes are next updated. Returns the number of objects.
@@ -66,9 +60,9 @@ def _row(store: Store, name: str, tokens: dict[bytes, np.ndarray]) -> VariantRow
     if version != str(FORMAT_VERSION):
         return None
     *_, digits, form = stem.split("/")
-    size = store.size(name)
     try:
         key = bytes.fromhex(digits)
+        size = store.size(name)
         read = read_index(store, name)
     except (StoreError, ValueError) as error:
         _log.warning("%s is left out (%s)", name, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class _Candidate:
     part: Part
     chunk: int
     shift: int
-    places: np.ndarray
+    places: list[int]
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,10 @@ class _Candidates:
 
     def take(self, wanted: np.ndarray) -> list[_Candidate]:
         """Those that are wanted (bool)."""
-        columns = (self.both[wanted], self.starts[wanted], self.counts[wanted])
+        columns, places = (self.both[wanted], self.starts[wanted], self.counts[wanted]), self.places.tolist()
         return [
-            _Candidate(self.part, both >> 32, (both & 0xFFFFFFFF) - (1 << 31), self.places[start : start + count])
+            _Candidate(self.part, both >> 32, (both & 0xFFFFFFFF) - (1 << 31), places[start : start + count])
             for both, start, count in zip(*(column.tolist() for column in columns), strict=True)
-            if both >> 32 < len(self.part)
         ]
 
 
@@ -106,12 +106,12 @@ def find(records: Records, token_ids: Sequence[int] | np.ndarray, min_match: int
     places = winnow(hashes)
     places = places[np.argsort(hashes[places], kind="stable")]
     found = [group for part in records.parts if (group := _candidates(part, hashes[places], places)) is not None]
-    covered = np.zeros(len(prompt), bool)
+    covered = bytearray(len(prompt))
     runs: list[Match] = []
     left = MOST_COMPARED
     several = [one for group in found for one in group.take(group.counts >= _SEVERAL)]
     left = _compare(several, prompt, min_match, records, covered, runs, left)
-    few = [one for group in found for one in group.take(_promising(group, covered, prompt))]
+    few = [one for group in found for one in group.take(_promising(group, np.frombuffer(covered, bool), prompt))]
     left = _compare(few, prompt, min_match, records, covered, runs, left)
     return Found(_apart(runs, min_match), cut_short=left < 0)
 
@@ -123,8 +123,8 @@ def _promising(group: _Candidates, covered: np.ndarray, prompt: np.ndarray) -> n
     candidate = np.repeat(np.arange(len(group.starts)), group.counts)
     chosen = np.flatnonzero((group.counts < _SEVERAL)[candidate] & ~covered[group.places])
     candidate, places = candidate[chosen], group.places[chosen]
-    chunk = np.minimum(group.both[candidate] >> 32, len(part) - 1)
-    first, last = part.token_at[chunk].astype(np.int64), part.token_at[chunk + 1].astype(np.int64)
+    chunk = group.both[candidate] >> 32
+    first, last = (np.minimum(part.token_at[at], len(part.tokens)).astype(np.int64) for at in (chunk, chunk + 1))
     start = first + places - ((group.both[candidate] & 0xFFFFFFFF) - (1 << 31))
     around = np.arange(GRAM - SHORTEST, SHORTEST)
     here, there = places[:, None] + around, start[:, None] + around
@@ -143,7 +143,7 @@ def _compare(
     prompt: np.ndarray,
     min_match: int,
     records: Records,
-    covered: np.ndarray,
+    covered: bytearray,
     runs: list[Match],
     left: int,
 ) -> int:
@@ -153,14 +153,14 @@ def _compare(
         left: how many may be compared; what is left of that is returned, -1 where it was too few.
     """
     for candidate in sorted(candidates, key=lambda one: -len(one.places)):
-        if covered[candidate.places].all():
+        if all(covered[place] for place in candidate.places):
             continue
         if left <= 0:
             return -1
         left -= 1
         for run in _verified(candidate, prompt, min_match, records):
             runs.append(run)
-            covered[run.start : run.end] = True
+            covered[run.start : run.end] = b"\1" * run.length
     return left
 
 
@@ -172,7 +172,7 @@ def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> _Candidat
     """
     if not len(part.gram):
         return None
-    first = np.searchsorted(part.gram, wanted, side="left")
+    first = _first_places(part.gram, wanted)
     known = np.flatnonzero(part.gram[np.minimum(first, len(part.gram) - 1)] == wanted)
     if not len(known):
         return None
@@ -183,60 +183,69 @@ def _candidates(part: Part, wanted: np.ndarray, places: np.ndarray) -> _Candidat
     ends = np.cumsum(count)
     rows = np.arange(ends[-1]) + np.repeat(first - (ends - count), count)
     places = np.repeat(places, count)
+    chunk = np.minimum(part.gram_chunk[rows], len(part) - 1)  # of a damaged part it may be any number
     # One number for chunk and shift, which lies between minus the longest chunk and the prompt's length.
-    both = (part.gram_chunk[rows].astype(np.int64) << 32) + (places - part.gram_at[rows] + (1 << 31))
+    both = (chunk.astype(np.int64) << 32) + (places - part.gram_at[rows] + (1 << 31))
     order = np.argsort(both, kind="stable")
     both, places = both[order], places[order]
     starts = np.flatnonzero(np.diff(both, prepend=-1))
     return _Candidates(part, both[starts], places, starts, np.diff(starts, append=len(both)))
 
 
+def _first_places(grams: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """What `np.searchsorted` says. A step of the search is made for all that are wanted before the next one, so that
+    they wait for memory together: with millions of fingerprints that takes less than half the time."""
+    first = np.zeros(len(wanted), np.int64)
+    left = len(grams)
+    while left > 1:
+        half = left // 2
+        first += half * (grams[first + (half - 1)] < wanted)
+        left -= half
+    return first + (grams[first] < wanted)
+
+
 def _verified(candidate: _Candidate, prompt: np.ndarray, min_match: int, records: Records) -> Iterator[Match]:
-    """The runs of equal tokens around the candidate's fingerprints, where its chunk is stored still."""
+    """The runs of equal tokens at the candidate's shift, where its chunk is stored still."""
     tokens, shift = candidate.part.tokens_of(candidate.chunk), candidate.shift
     start, end = max(0, shift), min(len(prompt), shift + len(tokens))
     if end - start < min_match:
         return
-    differ = (prompt[start:end] != tokens[start - shift : end - shift]).nonzero()[0]
-    edges = np.concatenate(([-1], differ, [end - start]))
-    behind = edges.searchsorted(candidate.places - start)
-    key, stored = b"", None
-    for number in dict.fromkeys(behind.tolist()):
-        at, length = start + int(edges[number - 1]) + 1, int(edges[number] - edges[number - 1]) - 1
-        if length < min_match:
-            continue
-        if stored is None:
-            key = candidate.part.key(candidate.chunk)
-            stored = records.variants(key)
-        if stored:
-            yield Match(at, length, at - shift, key, tokens, stored)
+    differ = (prompt[start:end] != tokens[start - shift : end - shift]).tobytes()
+    runs = [(at, length) for at, length in _gaps(differ, 0, len(differ)) if length >= min_match]
+    if not runs:
+        return
+    key = candidate.part.key(candidate.chunk)
+    stored = records.variants(key)
+    if stored:
+        for at, length in runs:
+            yield Match(start + at, length, start + at - shift, key, tokens, stored)
 
 
 def _apart(runs: list[Match], min_match: int) -> list[Match]:
     """The longest run, then the longest of what is left beside it, and so on; of equals the first, and of those one
     that begins its chunk."""
-    waiting = sorted(runs, key=lambda run: (-run.length, run.start, run.offset))
     taken: list[Match] = []
+    is_taken = bytearray(max((run.end for run in runs), default=0))
+    waiting = [(-run.length, run.start, run.offset, number, run) for number, run in enumerate(runs)]
+    heapify(waiting)
     while waiting:
-        best = waiting.pop(0)
-        taken.append(best)
-        cut = [piece for run in waiting for piece in _beside(run, best) if piece.length >= min_match]
-        if len(cut) != len(waiting) or any(a is not b for a, b in zip(cut, waiting, strict=True)):
-            cut.sort(key=lambda run: (-run.length, run.start, run.offset))
-        waiting = cut
+        *_, number, run = heappop(waiting)
+        beside = list(_gaps(is_taken, run.start, run.end))
+        if beside == [(run.start, run.length)]:
+            taken.append(run)
+            is_taken[run.start : run.end] = b"\1" * run.length
+            continue
+        for start, length in beside:
+            if length >= min_match:
+                piece = replace(run, start=start, length=length, offset=run.offset + start - run.start)
+                heappush(waiting, (-length, start, piece.offset, number, piece))
     return sorted(taken, key=lambda match: match.start)
 
 
-def _beside(run: Match, taken: Match) -> list[Match]:
-    """What is left of a run where another one was taken."""
-    start, end = taken.start, taken.end
-    if run.start >= end or run.end <= start:
-        return [run]
-    before = start - run.start
-    after = run.end - end
-    pieces = []
-    if before > 0:
-        pieces.append(replace(run, length=before))
-    if after > 0:
-        pieces.append(replace(run, start=end, length=after, offset=run.offset + end - run.start))
-    return pieces
+def _gaps(flags: bytes | bytearray, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Starts and lengths of the runs of 0 from `start` to `end`; all else is 1."""
+    while (start := flags.find(0, start, end)) >= 0:
+        stop = flags.find(1, start, end)
+        stop = end if stop < 0 else stop
+        yield start, stop - start
+        start = stop

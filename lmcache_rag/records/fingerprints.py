@@ -37,16 +37,17 @@ def winnow(hashes: np.ndarray) -> np.ndarray:
     windows = len(hashes) - WINDOW + 1
     if windows < 1:
         return np.zeros(0, dtype=np.int64)
-    # The minimum of each window, and the last place in it where it is reached.
-    smallest, place = hashes, np.arange(len(hashes))
+    # Hash and place in one number, by which the smallest hash of a window comes first, and of equal ones the last. The
+    # lowest bits of a hash, which the place takes, decide nothing: hashes that differ in these alone are equal here.
+    mask = np.uint64((1 << len(hashes).bit_length()) - 1)
+    smallest = (hashes & ~mask) | (mask - np.arange(len(hashes), dtype=np.uint64))
     span = 1
     while span < WINDOW:
         step = min(span, WINDOW - span)
-        later = smallest[step:] <= smallest[:-step]
-        place = np.where(later, place[step:], place[:-step])
-        smallest = np.where(later, smallest[step:], smallest[:-step])
+        smallest = np.minimum(smallest[step:], smallest[:-step])
         span += step
-    kept = place[np.flatnonzero(np.diff(place, prepend=-1))]
+    smallest = smallest[np.flatnonzero(np.diff(smallest, prepend=~smallest[0]))]
+    kept = (mask - (smallest & mask)).astype(np.int64)
     tied = np.flatnonzero(hashes[kept[1:]] == hashes[kept[:-1]])
     return _thinned(hashes, kept) if len(tied) else kept
 

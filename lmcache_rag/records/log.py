@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 
 import xxhash
 
@@ -82,7 +83,8 @@ class Log:
         kept: set[str] = set()
         for number in self.epochs():
             if number > epoch - _KEPT_EPOCHS:
-                kept.update(self.base(number) or ())
+                with suppress(CorruptObjectError):  # which nobody can begin at
+                    kept.update(self.base(number) or ())
             else:
                 names = self._store.folders(f"{self._prefix}{number:06}/")
                 self._store.delete(self._name(number, name) for name in names)

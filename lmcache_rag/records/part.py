@@ -89,7 +89,7 @@ class Part:
     def row(self, key: bytes) -> int:
         """The chunk of this key; -1 where it is not here."""
         high, low = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
-        row = int(np.searchsorted(self.key_high, np.uint64(high)))
+        row = int(self.key_high.searchsorted(np.uint64(high)))
         while row < len(self) and int(self.key_high[row]) == high:
             if int(self.key_low[row]) == low:
                 return row
@@ -108,7 +108,11 @@ class Part:
         """What this part says of a chunk's stored objects."""
         key, rows = self.key(row), slice(int(self.variant_at[row]), int(self.variant_at[row + 1]))
         columns = (self.variant_form[rows], self.variant_size[rows], self.variant_created[rows])
-        return [VariantRow(key, self.forms[form], size, at) for form, size, at in zip(*_lists(columns), strict=True)]
+        return [
+            VariantRow(key, self.forms[form], size, at)
+            for form, size, at in zip(*_lists(columns), strict=True)
+            if form < len(self.forms)  # all are, but in a damaged part
+        ]
 
     def owners_of(self, row: int) -> list[OwnerRow]:
         """What this part says of who holds a chunk."""

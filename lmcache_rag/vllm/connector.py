@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.library.chunks import ChunkStores
-from lmcache_rag.library.fingerprints import fingerprints_in
+from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.model import cache_folder
 from lmcache_rag.plan.budget import Calibration
 from lmcache_rag.plan.planner import Planner

@@ -27,10 +27,6 @@ def test_write_read_list_delete(tmp_path: Path) -> None:
     for start, length, expected in ((0, 4, b"onet"), (2, 3, b"etw"), (4, 100, b"wo"), (9, 1, b"")):
         part = store.read(NAME, start, length)
         assert part is not None and bytes(part) == expected
-    buffer = bytearray(4)
-    assert store.read_into(NAME, 1, memoryview(buffer)) == 4 and buffer == b"netw"
-    assert store.read_into(NAME, 4, memoryview(buffer)) == 2
-    assert store.read_into("default/none", 0, memoryview(buffer)) is None
     mapped = store.map(NAME)
     assert mapped is not None and bytes(mapped) == b"onetwo" and store.map("default/none") is None
     assert list(store.folders("default/")) == ["model"] and list(store.folders("none/")) == []
@@ -48,6 +44,33 @@ def test_of_several_writers_one_is_first(tmp_path: Path) -> None:
     read = stores[0].read(NAME)
     assert read is not None and bytes(read) == bytes([first.index(True)])
     assert not list((tmp_path / ".unfinished").iterdir())
+
+
+def test_a_folder_that_another_process_removes_before_a_file_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskStore(tmp_path)
+    replace, folder = os.replace, tmp_path.joinpath(NAME).parent
+
+    removals = iter([folder.rmdir])
+
+    def after_a_removal(source: Path, target: Path) -> None:
+        for remove in removals:
+            remove()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_a_removal)
+    assert store.write(NAME, [b"one"]) == 3
+    assert store.size(NAME) == 3
+
+
+def test_what_the_disk_refuses_to_look_up_is_not_absent(tmp_path: Path) -> None:
+    store, too_long = DiskStore(tmp_path), "default/" + "x" * 300
+    store.write("default/name", [b"one"])
+    assert store.size(NAME) is None and not store.exists(NAME)
+    for look_up in (store.size, store.exists, store.read):
+        with pytest.raises(StoreError, match="could not be"):
+            look_up(too_long)
 
 
 def test_a_killed_writer_leaves_no_object(tmp_path: Path) -> None:

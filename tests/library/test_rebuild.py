@@ -12,7 +12,8 @@ import torch
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
 from lmcache_rag.library.chunks import ChunkStore
-from lmcache_rag.library.rebuild import rebuild, scopes_of
+from lmcache_rag.library.rebuild import rebuild
+from lmcache_rag.library.scopes import scopes_of
 from lmcache_rag.library.tables import ModelCodecs
 
 SHAPE = KVShape(layers=1, kv_heads=1, head_size=2, dtype=torch.float32)

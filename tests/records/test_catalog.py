@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVScope, key_of
 from lmcache_rag.records.catalog import MOST_COMPARED, find
-from lmcache_rag.records.part import VariantRow
+from lmcache_rag.records.part import _DTYPES, VariantRow
 from lmcache_rag.records.records import Records
 
 SCOPE = KVScope("default", "f" * 32)
@@ -33,12 +34,14 @@ def save(records: Records, *chunks: Sequence[int]) -> None:
     records.add(ids, [VariantRow(key, "a" * 16 + ".raw", 100, 0) for key in ids])
 
 
-def found(records: Records, prompt: Sequence[int], min_match: int = 32) -> list[tuple[int, int, int]]:
+def found(
+    records: Records, prompt: Sequence[int], min_match: int = 32, *, keys: bool = True
+) -> list[tuple[int, int, int]]:
     matches = find(records, prompt, min_match).matches
     for match in matches:
         expected = match.chunk[match.offset : match.offset + match.length].tolist()
         assert list(prompt[match.start : match.start + match.length]) == expected
-        assert match.key == key_of(match.chunk)
+        assert match.key == key_of(match.chunk) or not keys
     return [(match.start, match.length, match.offset) for match in matches]
 
 
@@ -101,6 +104,27 @@ def test_what_is_gone_is_found_no_more(records: Records) -> None:
     assert found(records, chunk) == []
     save(records, chunk)
     assert found(records, chunk) == [(0, 100, 0)]
+
+
+@pytest.mark.parametrize("name", [name for name in _DTYPES if not name.startswith("owner")])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_part_tells_nothing_untrue_and_fails_no_prompt(records: Records, name: str, seed: int) -> None:
+    """What is mapped has no checksum compared: an array of it may hold anything."""
+    draw = np.random.default_rng(seed)
+    header = tokens(1, 80)
+    chunks = [[*header, *tokens(number, 80)] for number in range(2, 40)]
+    save(records, *chunks)
+    records.compact()
+    (part,) = records.parts
+    damaged = getattr(part, name).copy()
+    bad = draw.random(len(damaged)) < 0.3
+    limit = 300 if seed % 2 else np.iinfo(damaged.dtype).max
+    damaged[bad] = draw.integers(limit, size=bad.sum(), dtype=damaged.dtype)
+    records.parts = (replace(part, **{name: damaged}),)
+    for number in range(0, len(chunks), 2):
+        prompt = [*chunks[number], 1001, *chunks[number + 1][120:], *header]
+        for start, length, offset in found(records, prompt, keys=False):
+            assert length >= 32 and start >= 0 and offset >= 0 and start + length <= len(prompt)
 
 
 def test_long_chunk(records: Records) -> None:

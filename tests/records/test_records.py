@@ -175,6 +175,16 @@ def test_damaged_segments_and_bases_cost_what_they_held(
     assert known(again, 3) == [0, 2]  # from the epoch before
 
 
+def test_a_damaged_base_of_the_epoch_before_does_not_keep_old_ones(store: DiskStore, records: Records) -> None:
+    save(records, 0)
+    records.compact()
+    (store.root / ".records" / SCOPE.namespace / SCOPE.model / "000002" / "base").write_bytes(b"nonsense")
+    save(records, 1)
+    records.compact()
+    assert records._log.epochs() == [2, 3]
+    assert known(Records(store, SCOPE), 2) == [0, 1] == known(records, 2)
+
+
 def test_a_part_that_is_gone(store: DiskStore, records: Records) -> None:
     save(records, 0)
     records.compact()

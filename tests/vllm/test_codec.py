@@ -122,13 +122,15 @@ def test_a_preamble_is_never_made_from_lossy_kv(engine: LocalEngine) -> None:
     preamble, chunks, _ = parts(plan)
     assert not engine.precompute([], [preamble]).errors
     stored = engine.chunk_store()
-    name = stored.preamble_name(preamble)
-    computed = engine.store.read(name)
+    stored.refresh()
+    form = stored.preamble(preamble)
+    assert form is not None
+    computed = engine.store.read(form.name)
     assert computed is not None
     before = unpack(computed).coded
-    engine.store.delete([name])
+    engine.store.delete([form.name])
     assert not engine.precompute(preamble, chunks).errors
-    again = engine.store.read(name)
+    again = engine.store.read(form.name)
     assert again is not None
     for group, layer in np.ndindex(*before.places.shape[:2]):
         streams = (stored.stream(group, layer) for stored in (before, unpack(again).coded))

@@ -9,7 +9,7 @@ import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
-from lmcache_rag.library.fingerprints import fingerprints_in
+from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.vllm.connector import _warn_of_others
 
 

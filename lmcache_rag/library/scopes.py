@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from lmcache_rag.blobs.base import Store
+from lmcache_rag.chunk_kv import KVScope
+
+
+def scopes_of(store: Store) -> list[KVScope]:
+    """The namespaces and models that a store holds KV of. Raises `StoreError` where the store cannot be read."""
+    namespaces = [name for name in store.folders("") if not name.startswith(".")]
+    return [KVScope(namespace, model) for namespace in namespaces for model in store.folders(f"{namespace}/")]
 
 
 def fingerprints_in(store: Store, namespace: str) -> set[str]:
