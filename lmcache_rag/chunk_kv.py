@@ -8,6 +8,7 @@ addresses, so the same text in two documents is stored once and a rewritten chun
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 NO_CONTEXT = "0" * 16
 """Variant of KV that was computed behind nothing: a preamble's own."""
+
+TOGETHER = 1 << 19
+"""So many values of K at most are computed at once, so that they stay in the processor's cache between operations."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,30 @@ class ChunkKV:
     def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
         """Write tokens from `offset` on to `key` and `value` `[layers, length, kv_heads, head_size]`, K rotated to
         positions from `start` on."""
-        import torch
-        from lmcache_rag_kernels import rotate
+        place(self.kv[:, :, offset : offset + key.shape[1]], rotations, start, key, value)
 
-        length = key.shape[1]
-        positions = torch.arange(start, start + length, device=key.device)
-        for index, (layer, rotation) in enumerate(zip(self.kv, rotations, strict=True)):
-            own_key, own_value = layer[:, offset : offset + length].to(key.device)
-            value[index] = own_value
+
+def place(kv: Tensor, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
+    """Write position-free K and V `[layers, 2, length, kv_heads, head_size]` to `key` and `value`
+    `[layers, length, kv_heads, head_size]`, K rotated to positions from `start` on."""
+    import torch
+    from lmcache_rag_kernels import rotate
+
+    value.copy_(kv[:, 1])
+    length = key.shape[1]
+    most = max(1, TOGETHER * length // key.numel()) if length else 1
+    for begin in range(0, length, most):
+        tokens = slice(begin, min(begin + most, length))
+        positions = torch.arange(start + tokens.start, start + tokens.stop, device=key.device)
+        layer = 0
+        for _, alike in itertools.groupby(rotations, key=id):
+            rotation, *others = alike
+            own = slice(layer, layer := layer + 1 + len(others))
+            to, rows = key[own, tokens], kv[own, 0, tokens].to(key.device)
             if rotation is None:
-                key[index] = own_key
+                to.copy_(rows)
             else:
-                rotate(own_key, rotation, positions, out=key[index])
+                rotate(rows, rotation, positions, out=to)
 
 
 @dataclass(frozen=True)

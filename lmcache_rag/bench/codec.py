@@ -225,9 +225,8 @@ class _Times(NamedTuple):
 
 
 def _there_and_back(codec: Codec, kv: Tensor) -> Tensor:
-    layers, _, _, heads, size = kv.shape
-    coded_kv = unpack(memoryview(_object(codec, "", "", kv))).coded
-    return torch.stack([codec.decode_layer(layer, coded_kv, heads, size, kv.dtype) for layer in range(layers)])
+    _, _, _, heads, size = kv.shape
+    return codec.decode(unpack(memoryview(_object(codec, "", "", kv))).coded, heads, size, kv.dtype)
 
 
 def _index(data: bytearray) -> ObjectIndex:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
+
+from lmcache_rag.chunk_kv import TOGETHER, place
 
 if TYPE_CHECKING:
     import torch
@@ -25,31 +28,10 @@ class Codec(ABC):
     group: ClassVar[int] = GROUP_TOKENS
 
     @abstractmethod
-    def encode_group(self, layer: int, kv: Tensor) -> bytes | memoryview:
-        """The stream of one layer's `[2, tokens, kv_heads, head_size]`, of no more tokens than a group has."""
+    def encode(self, kv: Tensor) -> list[list[bytes | memoryview]]:
+        """Of each group the streams of its layers, from `[layers, 2, tokens, kv_heads, head_size]`."""
 
     @abstractmethod
-    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """`[2, tokens, kv_heads, head_size]` from a stream; `shape` is (tokens, kv_heads, head_size).
-
-        The result may be a view of `stream`. Raises `CorruptObjectError` where the stream does not fit the shape.
-        """
-
-    def encode_layer(self, layer: int, kv: Tensor) -> Sequence[bytes | memoryview]:
-        """The streams of one layer's `[2, tokens, kv_heads, head_size]`, a group each."""
-        return [self.encode_group(layer, part) for part in kv.split(self.group, dim=1)]
-
-    def decode_layer(self, layer: int, coded: CodedGroups, heads: int, size: int, dtype: torch.dtype) -> Tensor:
-        """One layer of all tokens that `coded` holds, `[2, tokens, kv_heads, head_size]`. Raises
-        `CorruptObjectError`."""
-        import torch
-
-        decoded = []
-        for group in range(len(coded.places)):
-            begin, end = coded.span(group)
-            decoded.append(self.decode_group(layer, coded.stream(group, layer), (end - begin, heads, size), dtype))
-        return torch.cat(decoded, dim=1)
-
     def restore(
         self,
         coded: CodedGroups,
@@ -67,18 +49,49 @@ class Codec(ABC):
             CorruptObjectError: a stream does not fit the shape.
             ValueError: `coded` does not hold the tokens.
         """
-        import torch
-        from lmcache_rag_kernels import rotate
 
-        length = key.shape[1]
-        positions = torch.arange(start, start + length, device=key.device)
-        for layer, rotation in enumerate(rotations):
+    def decode(self, coded: CodedGroups, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        """All tokens that `coded` holds, `[layers, 2, tokens, kv_heads, head_size]`. Raises `CorruptObjectError`."""
+        import torch
+
+        begin, end = coded.span(0)[0], coded.span(len(coded.places) - 1)[1]
+        kv = torch.empty(coded.layers, 2, end - begin, heads, size, dtype=dtype)
+        self.restore(coded, begin, [None] * coded.layers, 0, *kv.unbind(1))
+        return kv
+
+
+class GroupCodec(Codec):
+    """A codec that makes all layers' K and V of a group before they are placed."""
+
+    @abstractmethod
+    def encode_group(self, kv: Tensor) -> list[bytes | memoryview]:
+        """The streams of the layers `[layers, 2, tokens, kv_heads, head_size]`, of no more tokens than a group has."""
+
+    @abstractmethod
+    def decode_group(self, coded: CodedGroups, group: int, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        """One of the groups in `coded`, `[layers, 2, tokens, kv_heads, head_size]`, perhaps a view of its bytes. Raises
+        `CorruptObjectError`."""
+
+    def encode(self, kv: Tensor) -> list[list[bytes | memoryview]]:
+        return [self.encode_group(part) for part in kv.split(self.group, dim=2)]
+
+    def restore(
+        self,
+        coded: CodedGroups,
+        offset: int,
+        rotations: Sequence[Rotation | None],
+        start: int,
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        layers, length, heads, size = key.shape
+        most = max(1, TOGETHER // (self.group * heads * size))
+        for own in (slice(layer, layer + most) for layer in range(0, layers, most)):
+            streams = replace(coded, places=coded.places[:, own])
             for group in coded.holding(offset, length):
                 begin, end = coded.span(group)
-                stream = coded.stream(group, layer)
-                rows = self.decode_group(layer, stream, (end - begin, key.shape[2], key.shape[3]), key.dtype)
+                kv = self.decode_group(streams, group, heads, size, key.dtype)
                 first, last = max(begin, offset), min(end, offset + length)
                 here = slice(first - offset, last - offset)
-                key[layer, here], value[layer, here] = rows[:, first - begin : last - begin]
-            if rotation is not None:
-                rotate(key[layer], rotation, positions, out=key[layer])
+                wanted = kv[:, :, first - begin : last - begin]
+                place(wanted, rotations[own], start + here.start, key[own, here], value[own, here])

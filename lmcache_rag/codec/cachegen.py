@@ -12,11 +12,11 @@ import functools
 
 import numpy as np
 import torch
-from lmcache_rag_kernels import rans
+from lmcache_rag_kernels import CodedGroups, rans
 from lmcache_rag_kernels.rans import Distributions
 from torch import Tensor
 
-from lmcache_rag.codec.base import Codec
+from lmcache_rag.codec.base import GroupCodec
 from lmcache_rag.codec.tables import SCALES, laplace_distributions, nearest_scale
 from lmcache_rag.errors import CorruptObjectError
 
@@ -26,7 +26,7 @@ _STEPS = (0.5, 1.0, 1.5)
 _ANCHOR_LEVELS = 127
 
 
-class CacheGenCodec(Codec):
+class CacheGenCodec(GroupCodec):
     """All tokens are one group, as in the paper, since the names of the distributions would cost each group a tenth of
     its bytes. A stream is, for K and then V: a scale for anchors and one for differences (float32); then each channel's
     distribution for anchors (uint8), K's before V's, and for differences; then the length of what `rans` wrote of the
@@ -41,7 +41,15 @@ class CacheGenCodec(Codec):
     def __init__(self, layers: int) -> None:
         self._layers = layers
 
-    def encode_group(self, layer: int, kv: Tensor) -> memoryview:
+    def encode_group(self, kv: Tensor) -> list[bytes | memoryview]:
+        return [self._encode(layer, own) for layer, own in enumerate(kv)]
+
+    def decode_group(self, coded: CodedGroups, group: int, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        begin, end = coded.span(group)
+        streams = (coded.stream(group, layer) for layer in range(coded.layers))
+        return torch.stack([_decode(stream, (end - begin, heads, size), dtype) for stream in streams])
+
+    def _encode(self, layer: int, kv: Tensor) -> bytes:
         x = kv.detach().flatten(2).float().cpu()
         anchors = x[:, ::_GROUP]
         anchor_step = (anchors.abs().amax((1, 2), keepdim=True) / _ANCHOR_LEVELS).clamp_min(1e-12)
@@ -60,27 +68,28 @@ class CacheGenCodec(Codec):
             rans.encode(part.to(torch.int16), own, _distributions(), part.shape[1])[0]
             for part, own in zip(parts, distribution, strict=True)
         ]
-        return memoryview(head + len(streams[0]).to_bytes(4, "little") + b"".join(streams))
-
-    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        tokens, heads, size = shape
-        channels, groups = 2 * heads * size, -(-tokens // _GROUP)
-        at = 16 + 2 * channels
-        distribution = np.frombuffer(stream[16:at], np.uint8)
-        end = at + 4 + int.from_bytes(stream[at : at + 4], "little")
-        if len(distribution) < 2 * channels or distribution.max() >= len(SCALES) or end > len(stream):
-            raise CorruptObjectError(f"a coded layer that is cut short or not of shape {shape}")
-        anchor_steps = rans.decode(stream[at + 4 : end], distribution[:channels], _distributions(), groups)
-        steps = rans.decode(stream[end:], distribution[channels:], _distributions(), tokens)
-        if anchor_steps is None or steps is None:
-            raise CorruptObjectError(f"a coded layer that cannot be one of {tokens} tokens")
-        anchor_step, step = torch.frombuffer(bytearray(stream[:16]), dtype=torch.float32).view(2, 2, 1, 1).unbind(1)
-        anchors = _spread(anchor_steps.view(2, -1, groups).mT * anchor_step, tokens)
-        decoded = torch.addcmul(anchors, steps.view(2, -1, tokens).mT, step)
-        return decoded.reshape(2, tokens, heads, size).to(dtype)
+        return head + len(streams[0]).to_bytes(4, "little") + b"".join(streams)
 
     def _step(self, layer: int) -> float:
         return _STEPS[layer * len(_STEPS) // self._layers]
+
+
+def _decode(stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    tokens, heads, size = shape
+    channels, groups = 2 * heads * size, -(-tokens // _GROUP)
+    at = 16 + 2 * channels
+    distribution = np.frombuffer(stream[16:at], np.uint8)
+    end = at + 4 + int.from_bytes(stream[at : at + 4], "little")
+    if len(distribution) < 2 * channels or distribution.max() >= len(SCALES) or end > len(stream):
+        raise CorruptObjectError(f"a coded layer that is cut short or not of shape {shape}")
+    anchor_steps = rans.decode(stream[at + 4 : end], distribution[:channels], _distributions(), groups)
+    steps = rans.decode(stream[end:], distribution[channels:], _distributions(), tokens)
+    if anchor_steps is None or steps is None:
+        raise CorruptObjectError(f"a coded layer that cannot be one of {tokens} tokens")
+    anchor_step, step = torch.frombuffer(bytearray(stream[:16]), dtype=torch.float32).view(2, 2, 1, 1).unbind(1)
+    anchors = _spread(anchor_steps.view(2, -1, groups).mT * anchor_step, tokens)
+    decoded = torch.addcmul(anchors, steps.view(2, -1, tokens).mT, step)
+    return decoded.reshape(2, tokens, heads, size).to(dtype)
 
 
 def _spread(anchors: Tensor, tokens: int) -> Tensor:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import torch
+from lmcache_rag_kernels import CodedGroups
 from torch import Tensor
 
-from lmcache_rag.codec.base import Codec
-from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.codec.base import GroupCodec
+from lmcache_rag.codec.fixed import from_streams, to_streams
 
 
-class RawCodec(Codec):
-    """K's bytes, then V's."""
+class RawCodec(GroupCodec):
+    """A stream is K's bytes, then V's."""
 
-    def encode_group(self, layer: int, kv: Tensor) -> memoryview:
-        data = kv.detach().cpu().contiguous().view(torch.uint8).numpy()
-        return memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's arrays are buffers from Python 3.12 on
+    def encode_group(self, kv: Tensor) -> list[bytes | memoryview]:
+        return to_streams(kv.detach().cpu().contiguous().flatten(1).view(torch.uint8))
 
-    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        tokens, heads, size = shape
-        if len(stream) != 2 * tokens * heads * size * dtype.itemsize:
-            raise CorruptObjectError(f"a raw layer of shape {shape} in {dtype} cannot have {len(stream)} bytes")
-        return torch.frombuffer(stream, dtype=dtype).view(2, tokens, heads, size)
+    def decode_group(self, coded: CodedGroups, group: int, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        begin, end = coded.span(group)
+        shape = (2, end - begin, heads, size)
+        streams = from_streams(coded, group, 2 * (end - begin) * heads * size * dtype.itemsize)
+        return streams.view(dtype).unflatten(1, shape)

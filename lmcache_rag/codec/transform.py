@@ -35,25 +35,9 @@ class TransformCodec(Codec):
         )
         self._layers = [self._all.layer(index) for index in range(layers)]
 
-    def encode_group(self, layer: int, kv: Tensor) -> bytes:
-        [stream] = self.encode_layer(layer, kv)
-        return stream
-
-    def encode_layer(self, layer: int, kv: Tensor) -> list[bytes]:
-        own, forward = self._layers[layer], self._tables.forward[layer].flatten(0, 1)
-        x = kv.flatten(2).float().cpu() - own.mean[0, :, None]
-        by_group = x.unflatten(2, (-1, forward.shape[1])).permute(0, 2, 1, 3).flatten(0, 1)
-        coordinates = torch.bmm(by_group, forward).mT
-        stored = [part[:count] for part, count in zip(coordinates, own.counts.flatten(), strict=True)]
-        symbols = quantise(torch.cat(stored), self._step)
-        return rans.encode(symbols, own.distribution, own.distributions, self.group)
-
-    def decode_group(self, layer: int, stream: memoryview, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        kv = torch.empty(2, *shape, dtype=dtype)
-        coded = CodedGroups(stream, np.array([[[0, len(stream)]]]), shape[0], shape[0])
-        if restore(coded, self._layers[layer], 0, [None], 0, kv[:1], kv[1:]) is not None:
-            raise CorruptObjectError(f"a coded layer that cannot be one of {shape[0]} tokens")
-        return kv
+    def encode(self, kv: Tensor) -> list[list[bytes | memoryview]]:
+        by_layer = [self._encode(layer, own) for layer, own in enumerate(kv)]
+        return [list(streams) for streams in zip(*by_layer, strict=True)]
 
     def restore(
         self,
@@ -67,3 +51,13 @@ class TransformCodec(Codec):
         failed = restore(coded, self._all, offset, rotations, start, key, value)
         if failed is not None:
             raise CorruptObjectError(f"layer {failed} cannot be one of {coded.tokens} tokens")
+
+    def _encode(self, layer: int, kv: Tensor) -> list[bytes]:
+        """The streams of a layer's groups."""
+        own, forward = self._layers[layer], self._tables.forward[layer].flatten(0, 1)
+        x = kv.flatten(2).float().cpu() - own.mean[0, :, None]
+        by_group = x.unflatten(2, (-1, forward.shape[1])).permute(0, 2, 1, 3).flatten(0, 1)
+        coordinates = torch.bmm(by_group, forward).mT
+        stored = [part[:count] for part, count in zip(coordinates, own.counts.flatten(), strict=True)]
+        symbols = quantise(torch.cat(stored), self._step)
+        return rans.encode(symbols, own.distribution, own.distributions, self.group)

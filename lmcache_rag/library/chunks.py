@@ -29,7 +29,7 @@ _KEPT_NAMESPACES = 16
 
 
 class LoadedKV:
-    """One stored variant of a chunk, its layers decoded one by one."""
+    """One stored variant of a chunk, decoded when it is wanted."""
 
     def __init__(self, stored: StoredObject, shape: KVShape, codec: Codec, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -55,10 +55,10 @@ class LoadedKV:
         """See `ChunkKV.place`. Raises `CorruptObjectError`."""
         self._codec.restore(self._stored.coded, offset, rotations, start, key, value)
 
-    def layer(self, index: int) -> Tensor:
-        """`[2, tokens, kv_heads, head_size]`: K with RoPE taken off, and V."""
+    def kv(self) -> Tensor:
+        """Of the tokens that were read, as `ChunkKV.kv`. Raises `CorruptObjectError`."""
         shape = self._shape
-        return self._codec.decode_layer(index, self._stored.coded, shape.kv_heads, shape.head_size, shape.dtype)
+        return self._codec.decode(self._stored.coded, shape.kv_heads, shape.head_size, shape.dtype)
 
 
 def codec_of(name: str) -> str:
@@ -89,8 +89,7 @@ def coded(
         head_size=head_size,
         dtype=str(chunk.kv.dtype).removeprefix("torch."),
     )
-    layer_streams = [codec.encode_layer(index, layer) for index, layer in enumerate(chunk.kv)]
-    return header, pack(header, chunk.token_ids, list(zip(*layer_streams, strict=True)))
+    return header, pack(header, chunk.token_ids, codec.encode(chunk.kv))
 
 
 class ChunkStore:

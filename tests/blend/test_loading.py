@@ -45,7 +45,7 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
         if number == 3:
             assert kv == "absent"
         else:
-            assert isinstance(kv, LoadedKV) and float(kv.layer(1)[0, 5, 0, 0]) == number
+            assert isinstance(kv, LoadedKV) and float(kv.kv()[1, 0, 5, 0, 0]) == number
     assert loader.bytes_per_s is not None and loader.bytes_per_s > 0
     list(loader.load(chunks, [unplanned], 100))
     assert loader.bytes_per_s is None

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from lmcache_rag.chunk_kv import ChunkKV, chunk_key
 from lmcache_rag.codec import (
-    CODECS,
     ObjectHeader,
     ObjectIndex,
     StoredObject,
@@ -22,11 +21,12 @@ from lmcache_rag.codec import (
     unpack,
     unpack_range,
 )
+from lmcache_rag.codec.raw import RawCodec
 from lmcache_rag.errors import CorruptObjectError
 
 SHAPE = (3, 2, 20, 2, 4)
 GROUP = 8
-RAW = CODECS["raw"].make(SHAPE[0], None)
+RAW = RawCodec()
 
 
 def header_of(token_ids: np.ndarray, dtype: torch.dtype = torch.float32, **changes: int) -> ObjectHeader:
@@ -45,9 +45,7 @@ def header_of(token_ids: np.ndarray, dtype: torch.dtype = torch.float32, **chang
 def packed(dtype: torch.dtype = torch.float32) -> tuple[bytes, ChunkKV]:
     token_ids = np.arange(100, 100 + SHAPE[2], dtype=np.int32)
     chunk = ChunkKV(token_ids, torch.randn(SHAPE, dtype=torch.float32).to(dtype))
-    groups = [
-        [RAW.encode_group(index, layer) for index, layer in enumerate(part)] for part in chunk.kv.split(GROUP, dim=2)
-    ]
+    groups = [RAW.encode_group(part) for part in chunk.kv.split(GROUP, dim=2)]
     return b"".join(bytes(part) for part in pack(header_of(token_ids, dtype), token_ids, groups)), chunk
 
 
@@ -64,8 +62,7 @@ def streams(stored: StoredObject) -> list[list[bytes]]:
 
 def kv_of(stored: StoredObject, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """All tokens that are there."""
-    layers = (RAW.decode_layer(layer, stored.coded, *SHAPE[3:], dtype) for layer in range(SHAPE[0]))
-    return torch.stack(list(layers))
+    return RAW.decode(stored.coded, *SHAPE[3:], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -91,9 +88,12 @@ def test_streams_of_any_length_come_back() -> None:
     assert streams(unpack(memoryview(data))) == put
 
 
-def test_raw_refuses_a_stream_of_another_shape() -> None:
-    with pytest.raises(CorruptObjectError, match="cannot have 12 bytes"):
-        RAW.decode_group(0, memoryview(bytearray(12)), (7, 2, 16), torch.float32)
+@pytest.mark.parametrize("lengths", [(12, 12, 12), (1280, 1280, 1276), (1280, 1280, 1284)])
+def test_raw_refuses_streams_of_another_shape(lengths: tuple[int, ...]) -> None:
+    token_ids = np.arange(20, dtype=np.int32)
+    data = b"".join(pack(header_of(token_ids, group=20), token_ids, [[bytes(length) for length in lengths]]))
+    with pytest.raises(CorruptObjectError, match="must have 1280 bytes"):
+        kv_of(unpack(memoryview(data)))
 
 
 def test_the_index_is_read_from_the_first_bytes() -> None:

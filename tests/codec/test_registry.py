@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmcache_rag_kernels import Rotation
+from lmcache_rag_kernels import CodedGroups, Rotation, rotate
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
 from lmcache_rag.codec import CODECS, Codec, StoredObject, codec_named, open_index, unpack, unpack_range
@@ -50,8 +50,7 @@ def restored(codec: Codec, found: StoredObject, offset: int, length: int, dtype:
 
 
 def there_and_back(codec: Codec, kv: torch.Tensor) -> torch.Tensor:
-    found = unpack(stored(codec, "raw", kv)).coded
-    return torch.stack([codec.decode_layer(layer, found, HEADS, SIZE, kv.dtype) for layer in range(LAYERS)])
+    return codec.decode(unpack(stored(codec, "raw", kv)).coded, HEADS, SIZE, kv.dtype)
 
 
 def error(codec: Codec, kv: torch.Tensor) -> float:
@@ -83,6 +82,26 @@ def test_a_part_is_read_and_restored_alone(name: str, dtype: torch.dtype, tokens
         begin, end = index.range_of(offset, length)
         part = unpack_range(index, offset, length, data[begin:end])
         assert torch.equal(restored(codec, part, offset, length, dtype), whole[:, :, offset : offset + length])
+
+
+@pytest.mark.parametrize("together", [1, 3000, 1 << 19])
+def test_each_layer_has_its_own_rotation(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers and tokens are computed at once."""
+    monkeypatch.setattr("lmcache_rag.chunk_kv.TOGETHER", together)
+    monkeypatch.setattr("lmcache_rag.codec.base.TOGETHER", together)
+    angles = torch.outer(torch.arange(300).float(), torch.tensor([1.0, 0.2]))
+    one, other = Rotation(angles.cos(), angles.sin()), Rotation(angles.cos(), angles.sin(), interleaved=True)
+    kv, offset, length, start = sample(200, 2), 30, 120, 7
+    found = unpack(stored(CODECS["raw"].make(LAYERS, None), "raw", kv)).coded
+    for turns in ([one, one, None], [other, None, one], [None, other, other]):
+        placed, restored = torch.zeros(2, 2, LAYERS, length, HEADS, SIZE)
+        ChunkKV(np.arange(200, dtype=np.int32), kv).place(offset, turns, start, *placed)
+        CODECS["raw"].make(LAYERS, None).restore(found, offset, turns, start, *restored)
+        expected = kv[:, :, offset : offset + length].transpose(0, 1).clone()
+        for key, turn in zip(expected[0], turns, strict=True):
+            if turn is not None:
+                rotate(key, turn, torch.arange(start, start + length), out=key)
+        assert torch.equal(placed, expected) and torch.equal(restored, expected)
 
 
 @pytest.mark.parametrize("name", sorted(set(CODECS) - {"cachegen"}))
@@ -122,7 +141,7 @@ def test_what_does_not_vary_comes_back(name: str) -> None:
 @pytest.mark.parametrize("name", UNLEARNED)
 def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(name: str, data: st.DataObject) -> None:
     codec = CODECS[name].make(LAYERS, None)
-    stream = bytearray(codec.encode_group(0, sample(20, 1)[0]))
+    stream = bytearray(codec.encode(sample(20, 1)[:1])[0][0])
     kind = data.draw(st.sampled_from(["cut", "flip", "junk"]))
     if kind == "cut":
         stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
@@ -131,10 +150,12 @@ def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(name: str, data: 
     else:
         stream = bytearray(data.draw(st.binary(max_size=2000)))
     try:
-        decoded = codec.decode_group(0, memoryview(stream), (20, HEADS, SIZE), torch.float32)
+        decoded = codec.decode(
+            CodedGroups(memoryview(stream), np.array([[[0, len(stream)]]]), 20, 20), HEADS, SIZE, torch.float32
+        )
     except CorruptObjectError:
         return
-    assert decoded.shape == (2, 20, HEADS, SIZE)
+    assert decoded.shape == (1, 2, 20, HEADS, SIZE)
 
 
 def test_an_unknown_level_is_named() -> None:

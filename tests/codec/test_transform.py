@@ -8,6 +8,7 @@ import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmcache_rag_kernels import CodedGroups
 
 from lmcache_rag.codec.tables import CodecTables, head_groups, learn_tables
 from lmcache_rag.codec.transform import TransformCodec
@@ -41,15 +42,12 @@ def tables(fisher: torch.Tensor, request: pytest.FixtureRequest) -> CodecTables:
 
 def coded(codec: TransformCodec, kv: torch.Tensor) -> tuple[torch.Tensor, int]:
     """What comes back, and the number of bytes."""
-    decoded, size = [], 0
-    for layer, own in enumerate(kv.unflatten(3, (HEADS, SIZE))):
-        streams = codec.encode_layer(layer, own)
-        size += sum(map(len, streams))
-        decoded += [
-            codec.decode_group(layer, memoryview(stream), tuple(part.shape[1:]), kv.dtype)
-            for stream, part in zip(streams, own.split(codec.group, dim=1), strict=True)
-        ]
-    return torch.cat(decoded, dim=1).view(2, LAYERS, *kv.shape[2:]).transpose(0, 1), size
+    streams = codec.encode(kv.unflatten(3, (HEADS, SIZE)))
+    lengths = np.array([[len(stream) for stream in group] for group in streams])
+    places = np.stack([lengths.cumsum().reshape(lengths.shape) - lengths, lengths], axis=-1)
+    data = memoryview(b"".join(stream for group in streams for stream in group))
+    decoded = codec.decode(CodedGroups(data, places, kv.shape[2], codec.group), HEADS, SIZE, kv.dtype)
+    return decoded.flatten(3), int(lengths.sum())
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -93,9 +91,10 @@ def test_errors_shrink_nothing(tables: CodecTables) -> None:
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(tables: CodecTables, data: st.DataObject) -> None:
+def test_wrong_bytes_are_refused_or_decoded(tables: CodecTables, data: st.DataObject) -> None:
     codec = TransformCodec(tables, 0.26)
-    stream = bytearray(codec.encode_group(0, sample(20)[0].view(2, *SHAPE)))
+    first, second = codec.encode(sample(20).view(LAYERS, 2, *SHAPE))[0]
+    stream = bytearray(first)
     match data.draw(st.sampled_from(["cut", "flip", "any"])):
         case "cut":
             stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
@@ -104,10 +103,10 @@ def test_wrong_bytes_are_refused_or_decoded_to_the_right_shape(tables: CodecTabl
         case _:
             stream = bytearray(data.draw(st.binary(max_size=400)))
     try:
-        decoded = codec.decode_group(0, memoryview(stream), SHAPE, torch.float32)
-    except CorruptObjectError:
-        return
-    assert decoded.shape == (2, *SHAPE)
+        places = np.array([[[0, len(stream)], [len(stream), len(second)]]])
+        codec.decode(CodedGroups(memoryview(stream + second), places, 20, 20), HEADS, SIZE, torch.float32)
+    except CorruptObjectError as error:
+        assert "layer 0" in str(error)
 
 
 def test_tables_are_read_as_they_were_written(tables: CodecTables) -> None:

@@ -62,7 +62,7 @@ def test_what_was_coded_with_older_tables_stays_readable(store: DiskStore) -> No
     kept.add(tables(2))
     loaded = chunks_of(store).load(chunks_of(store).name(TOKENS, VARIANT), SHAPE)
     assert isinstance(loaded, LoadedKV) and loaded.codec == "balanced"
-    assert float((loaded.layer(1) - kv.kv[1]).norm() / kv.kv[1].norm()) < 0.3
+    assert float((loaded.kv() - kv.kv).norm() / kv.kv.norm()) < 0.3
 
 
 def test_this_machines_tables_are_copied_into_the_store(store: DiskStore, tmp_path: Path) -> None:

@@ -53,30 +53,24 @@ def rotate(
     Raises:
         IndexError: a position is outside the rotation's range.
     """
-    cos = rotation.cos[positions].unsqueeze(1)
-    sin = rotation.sin[positions].unsqueeze(1)
+    dim, half = rotation.rotary_dim, rotation.rotary_dim // 2
+    shape, axis = ((half, 2), -1) if rotation.interleaved else ((2, half), -2)
+    cos = rotation.cos[positions].unsqueeze(1).unsqueeze(axis)
+    sin = rotation.sin[positions].unsqueeze(1).unsqueeze(axis)
     if inverse:
         sin = -sin
-    dim = rotation.rotary_dim
-    rotated = x[..., :dim]
-    if rotation.interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated[..., : dim // 2], rotated[..., dim // 2 :]
-    if x.dtype == torch.float64:
-        cos, sin = cos.double(), sin.double()
-    else:
-        first, second = first.float(), second.float()
-    new_first = (first * cos).addcmul_(second, sin, value=-1.0)
-    new_second = (second * cos).addcmul_(first, sin)
+    pairs = x[..., :dim].unflatten(-1, shape)
+    pairs = pairs if x.dtype == torch.float64 else pairs.float()
+    # In full, not broadcast, so that a head is one run of numbers to PyTorch.
+    cos, sin = torch.cat([cos, cos], axis).to(pairs.dtype), torch.cat([-sin, sin], axis).to(pairs.dtype)
+    partners = pairs.flip(axis)
     if out is None:
         out = torch.empty_like(x)
-    if rotation.interleaved:
-        out[..., 0:dim:2] = new_first
-        out[..., 1:dim:2] = new_second
+    rotated = out[..., :dim].unflatten(-1, shape)
+    if out.dtype == pairs.dtype:
+        torch.mul(pairs, cos, out=rotated).addcmul_(partners, sin)
     else:
-        out[..., : dim // 2] = new_first
-        out[..., dim // 2 : dim] = new_second
+        rotated.copy_((pairs * cos).addcmul_(partners, sin))
     if out is not x and dim < x.shape[-1]:
         out[..., dim:] = x[..., dim:]
     return out
