@@ -92,7 +92,7 @@ class ReuseReport(BaseModel):
     """What happened to one request's prompt. Token counts add up to `prompt_tokens` with `vllm_tokens`.
 
     Attributes:
-        mode: what the prompt was answered from: `blend`; `continued`, KV that an earlier answer left, which was blended;
+        mode: what the prompt was answered from: `blend`; `continued`, KV of an earlier answer, which was blended;
             `prefix`, exact KV of its beginning from the store; `plain`, exact KV, computed or in vLLM's prefix cache
             (nothing to reuse, or not handled: see `reason`); `off`, the same, as asked; or `precompute`.
         prompt_tokens: length of the prompt.

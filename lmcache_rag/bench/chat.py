@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lmcache_rag.bench.questions import Question
 from lmcache_rag.bench.scores import kl_divergence, log_probs
+from lmcache_rag.bench.second import SecondEngine
 from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
@@ -28,9 +27,13 @@ from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
 
-WORKLOADS = ("same_passages", "growing_chat", "new_passages")
+WORKLOADS = ("same_passages", "growing_chat", "new_passages", "second_engine")
+"""`second_engine` is `growing_chat`, each turn of which is asked of the other of two engines on one store."""
+
 _MODES = {"prefix_cache": BlendOptions(mode="off"), "blend": BlendOptions()}
 _ANSWER_WORDS = 8
+_COMPARED_TOKENS = 4
+"""The distributions of so many of an answer's tokens are compared."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,13 @@ def bench_chat(
     workloads: Sequence[str],
     idle_s: Sequence[float],
     progress: Callable[[str], Any],
+    second: SecondEngine | None = None,
 ) -> list[Row]:
-    """The rows that `lmcache-rag bench chat` writes."""
+    """The rows that `lmcache-rag bench chat` writes.
+
+    Args:
+        second: on the same store, for the workload that takes two engines.
+    """
     preamble = form.preamble_ids(engine.tokenizer)
     passages = {passage for turns in conversations for turn in turns for passage in turn.passages}
     progress(f"ingest: {len(passages)} passages")
@@ -102,27 +110,36 @@ def bench_chat(
             measured: dict[tuple[int, str], list[tuple[Completion, float]]] = defaultdict(list)
             for number, turns in enumerate(conversations, start=1):
                 progress(f"{workload}, {idle:g} s idle, conversation {number} of {len(conversations)}")
-                for place, done in _asked(engine, preamble, turns, workload, idle):
+                for place, done in _asked(engine, second, preamble, turns, workload, idle):
                     measured[place].append(done)
             rows += [_row(workload, idle, turn, mode, done) for (turn, mode), done in sorted(measured.items())]
     return rows
 
 
 def _asked(
-    engine: LocalEngine, preamble: Sequence[int], turns: Sequence[Turn], workload: str, idle_s: float
+    engine: LocalEngine,
+    second: SecondEngine | None,
+    preamble: Sequence[int],
+    turns: Sequence[Turn],
+    workload: str,
+    idle_s: float,
 ) -> Iterator[tuple[tuple[int, str], tuple[Completion, float]]]:
     """One conversation: (turn, mode), and what came of it with its divergence from exact KV."""
     engine.settle()
     salts = {mode: uuid.uuid4().hex for mode in _MODES}
     for number, (turn, prompt) in enumerate(zip(turns, prompts(preamble, turns, workload), strict=True), start=1):
         forced = Sampling(max_tokens=len(turn.answer), ignore_eos=True, forced_token_ids=turn.answer)
-        expected: np.ndarray | None = None
-        for mode, options in _MODES.items():
-            done = engine.generate(prompt, forced, options, cache_salt=salts[mode])
-            again = forced.model_copy(update={"logprobs": -1})
-            found = log_probs(engine.generate(prompt, again, options, cache_salt=salts[mode]).logprobs)
-            expected = found if expected is None else expected
-            yield (number, mode), (done, float(kl_divergence(expected, found).mean()))
+        again = forced.model_copy(update={"logprobs": -1, "max_tokens": min(_COMPARED_TOKENS, len(turn.answer))})
+        other = second if second is not None and workload == "second_engine" and number % 2 == 0 else engine
+        asked = {"prefix_cache": engine, "blend": other}
+        done = {mode: asked[mode].generate(prompt, forced, _MODES[mode], cache_salt=salts[mode]) for mode in _MODES}
+        found = {
+            mode: log_probs(asked[mode].generate(prompt, again, _MODES[mode], cache_salt=salts[mode]).logprobs)
+            for mode in _MODES
+        }
+        for mode in _MODES:
+            divergence = kl_divergence(found["prefix_cache"], found[mode])
+            yield (number, mode), (done[mode], float(divergence.mean()))
         time.sleep(idle_s)
 
 
@@ -135,7 +152,7 @@ def _row(workload: str, idle_s: float, turn: int, mode: str, done: Sequence[tupl
         "turn": turn,
         "mode": mode,
         "ttft_median_s": round(statistics.median(completion.ttft_s for completion, _ in done), 3),
-        "exact": all(report.mode in ("plain", "off") for report in reuse),
+        "exact": all(report.mode in ("plain", "prefix", "off") for report in reuse),
         "answered_from": sorted({report.mode for report in reuse}),
         "kl_to_full": round(statistics.mean(kl for _, kl in done), 4),
         "reused_tokens": round(statistics.median(reused)),

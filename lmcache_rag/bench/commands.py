@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -124,8 +124,8 @@ def bench_chat_command(
     words: Annotated[int, typer.Option(min=16, help="Words per passage.")] = 150,
     conversations: Annotated[int, typer.Option(min=1, help="Conversations per workload.")] = 5,
     workloads: Annotated[
-        str, typer.Option(help="same_passages, growing_chat, new_passages.")
-    ] = "same_passages,growing_chat,new_passages",
+        str, typer.Option(help="Some of same_passages, growing_chat, new_passages, second_engine.")
+    ] = "same_passages,growing_chat,new_passages,second_engine",
     idle: Annotated[str, typer.Option(help="Seconds between turns, separated by commas.")] = "5,0",
     json_file: JsonOption = None,
     model: ModelOption = None,
@@ -138,6 +138,7 @@ def bench_chat_command(
     from lmcache_rag.bench.calibrate import default_questions
     from lmcache_rag.bench.chat import WORKLOADS, bench_chat, conversation
     from lmcache_rag.bench.questions import read_questions
+    from lmcache_rag.bench.second import SecondEngine
     from lmcache_rag.prompt import completion_format
 
     chosen = [name.strip() for name in workloads.split(",")]
@@ -151,7 +152,15 @@ def bench_chat_command(
     else:
         asked = read_questions(data, passages=passages, words=words, limit=needed)
     form = completion_format()
-    with _bench_engine(**_AS_USED, kv_cache_bytes=3 << 30, model=model, codec=codec, dtype=dtype, threads=threads) as (
+    with _bench_engine(
+        **_AS_USED,
+        conversations="stored" if "second_engine" in chosen else "local",
+        kv_cache_bytes=3 << 30,
+        model=model,
+        codec=codec,
+        dtype=dtype,
+        threads=threads,
+    ) as (
         engine,
         progress,
     ):
@@ -159,7 +168,9 @@ def bench_chat_command(
             conversation(engine, form, asked[number * turns :][:turns] or asked, turns, number)
             for number in range(conversations)
         ]
-        rows = bench_chat(engine, form, told, workloads=chosen, idle_s=idle_s, progress=progress)
+        two = "second_engine" in chosen
+        with SecondEngine(engine.settings) if two else nullcontext() as second:
+            rows = bench_chat(engine, form, told, workloads=chosen, idle_s=idle_s, progress=progress, second=second)
     show_rows(rows)
     _write(rows, json_file)
 

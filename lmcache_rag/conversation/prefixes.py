@@ -1,9 +1,9 @@
 """Exact prefixes in the store: the beginning of a conversation, from which any engine goes on.
 
 A prefix is kept in pieces of `PIECE_TOKENS` tokens, each stored like a chunk, lossless, as the variant that was
-computed behind all tokens before it. So its name says what it is exact behind, a longer conversation adds pieces to those
-of the shorter one, and prompts that begin alike share them. Conversations have a namespace of their own beside that of
-the chunks, one for each cache salt, so that no prompt of others is matched with them.
+computed behind all tokens before it. So its name says what it is exact behind, a longer conversation adds pieces to
+those of the shorter one, and prompts that begin alike share them. Conversations have a namespace of their own beside
+that of the chunks, one for each cache salt, so that no prompt of others is matched with them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _QUEUED = 16
 """Who answers so many prompts without a pause does not refine the oldest."""
 
-_SETTLED_S = 0.3
+_SETTLED_S = 0.5
 """An engine is idle when nothing was asked for so long: who asks in a loop is not to wait for a piece each time."""
 
 _PAUSE_S = 0.002
