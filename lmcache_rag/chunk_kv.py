@@ -17,7 +17,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from lmcache_rag_kernels import Rotation
+    from lmcache_rag_kernels import Rows
     from torch import Tensor
 
 NO_CONTEXT = "0" * 16
@@ -43,33 +43,31 @@ class ChunkKV:
     def tokens(self) -> int:
         return int(self.kv.shape[2])
 
-    def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
-        """Write tokens from `offset` on to `key` and `value` `[layers, length, kv_heads, head_size]`, K rotated to
-        positions from `start` on."""
-        place(self.kv[:, :, offset : offset + key.shape[1]], rotations, start, key, value)
+    def place(self, offset: int, rows: Rows) -> None:
+        """Write tokens from `offset` on to as many rows."""
+        place(self.kv[:, :, offset : offset + rows.length], rows)
 
 
-def place(kv: Tensor, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
-    """Write position-free K and V `[layers, 2, length, kv_heads, head_size]` to `key` and `value`
-    `[layers, length, kv_heads, head_size]`, K rotated to positions from `start` on."""
+def place(kv: Tensor, rows: Rows) -> None:
+    """Write position-free K and V `[layers, 2, length, kv_heads, head_size]` to rows, K rotated to place."""
     import torch
     from lmcache_rag_kernels import rotate
 
-    value.copy_(kv[:, 1])
-    length = key.shape[1]
+    rows.value.copy_(kv[:, 1])
+    key, length = rows.key, rows.length
     most = max(1, TOGETHER * length // key.numel()) if length else 1
     for begin in range(0, length, most):
         tokens = slice(begin, min(begin + most, length))
-        positions = torch.arange(start + tokens.start, start + tokens.stop, device=key.device)
+        positions = torch.arange(rows.start + tokens.start, rows.start + tokens.stop, device=key.device)
         layer = 0
-        for _, alike in itertools.groupby(rotations, key=id):
+        for _, alike in itertools.groupby(rows.rotations, key=id):
             rotation, *others = alike
             own = slice(layer, layer := layer + 1 + len(others))
-            to, rows = key[own, tokens], kv[own, 0, tokens].to(key.device)
+            to, taken = key[own, tokens], kv[own, 0, tokens].to(key.device)
             if rotation is None:
-                to.copy_(rows)
+                to.copy_(taken)
             else:
-                rotate(rows, rotation, positions, out=to)
+                rotate(taken, rotation, positions, out=to)
 
 
 @dataclass(frozen=True)

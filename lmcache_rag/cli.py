@@ -186,8 +186,9 @@ def ask(
 
 def describe(reuse: ReuseReport) -> str:
     """A reuse report in a sentence."""
-    if reuse.mode in ("off", "plain"):
-        return f"{reuse.prompt_tokens} prompt tokens, all by plain prefill ({reuse.reason})"
+    if reuse.mode in ("off", "plain", "continued"):
+        share = f"{reuse.local_tokens} in the prefix cache, the rest" if reuse.local_tokens else "all"
+        return f"{reuse.prompt_tokens} prompt tokens, {share} by plain prefill ({reuse.reason})"
     parts = [
         f"{reuse.reused_tokens} reused",
         f"{reuse.recomputed_tokens} recomputed ({reuse.selector}, r={reuse.ratio:g})",

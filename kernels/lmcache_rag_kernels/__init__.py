@@ -3,5 +3,6 @@
 from lmcache_rag_kernels.attend import attend, attend_weighing
 from lmcache_rag_kernels.restore import CodedGroups, Transform, restore
 from lmcache_rag_kernels.rope import Rotation, rotate
+from lmcache_rag_kernels.rows import Rows
 
-__all__ = ["CodedGroups", "Rotation", "Transform", "attend", "attend_weighing", "restore", "rotate"]
+__all__ = ["CodedGroups", "Rotation", "Rows", "Transform", "attend", "attend_weighing", "restore", "rotate"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lmcache_rag_kernels import Rotation, rotate
+from lmcache_rag_kernels import Rotation, Rows, rotate
 from torch import Tensor
 
 from lmcache_rag.bench.questions import Question
@@ -210,7 +210,7 @@ class CodecBench:
                 index = _index(data)
                 begin, end = index.range_of(0, length)
                 stored = unpack_range(index, 0, length, memoryview(data)[begin:end])
-                codec.restore(stored.coded, 0, self._rotations, 0, key[:, :length], value[:, :length])
+                codec.restore(stored.coded, 0, Rows(key[:, :length], value[:, :length], 0, self._rotations))
                 best[way] = min(best[way], time.perf_counter() - start)
         return data, _Times(*best)
 

@@ -184,6 +184,9 @@ def bench_throughput_command(
     passage_tokens: Annotated[int, typer.Option(min=32, help="Tokens per passage.")] = 300,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the choice of passages.")] = 0,
+    max_num_batched_tokens: Annotated[
+        Optional[int], typer.Option(min=16, help="Tokens per step, in all modes; vLLM's own choice else.")
+    ] = None,
     json_file: JsonOption = None,
     model: ModelOption = None,
     codec: CodecOption = None,
@@ -196,7 +199,14 @@ def bench_throughput_command(
     if passages > pool:
         raise PromptError(f"A question over {passages} passages needs a pool of as many, not {pool}.")
     counts = _counts("concurrency", concurrency)
-    with _bench_engine(never_slower=True, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+    with _bench_engine(
+        never_slower=True,
+        max_num_batched_tokens=max_num_batched_tokens,
+        model=model,
+        codec=codec,
+        dtype=dtype,
+        threads=threads,
+    ) as (engine, progress):
         rows = bench_throughput(
             engine,
             concurrency=counts,

@@ -7,6 +7,7 @@ blending (beside the prefix cache, as users run it).
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import statistics
@@ -25,6 +26,7 @@ from lmcache_rag.prompt import MarkedPrompt, completion_format
 from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
+_Answer = tuple[Completion, list[float]]
 
 _OFF = BlendOptions(mode="off")
 
@@ -68,27 +70,35 @@ def bench_throughput(
             progress(f"{mode}, {callers} at a time")
             shared = uuid.uuid4().hex
 
-            def ask(plan: MarkedPrompt, mode: str = mode, shared: str = shared) -> Completion:
+            def ask(plan: MarkedPrompt, mode: str = mode, shared: str = shared) -> _Answer:
                 salt = uuid.uuid4().hex if mode == "full" else shared
-                return engine.generate(plan, sampling, BlendOptions() if mode == "blend" else _OFF, cache_salt=salt)
+                return _streamed(engine, plan, sampling, BlendOptions() if mode == "blend" else _OFF, salt)
 
             start = time.perf_counter()
             done = _closed_loop(plans, callers, ask)
             rows.append(_row(mode, callers, done, time.perf_counter() - start))
-            missed = [one.reuse for one in done if one.reuse.mode != "blend" or one.reuse.missed_tokens]
+            missed = [one.reuse for one, _ in done if one.reuse.mode != "blend" or one.reuse.missed_tokens]
             if mode == "blend" and missed:
                 why = missed[0].reason or missed[0].misses
                 raise EngineError(f"{len(missed)} requests were not blended in full ({why}): nothing to measure.")
     return rows
 
 
-def _closed_loop(
-    plans: Sequence[MarkedPrompt], callers: int, ask: Callable[[MarkedPrompt], Completion]
-) -> list[Completion]:
+def _streamed(engine: LocalEngine, plan: MarkedPrompt, sampling: Sampling, options: BlendOptions, salt: str) -> _Answer:
+    """The answer, and the seconds between its tokens."""
+    came, completion = [], None
+    for delta in engine.stream(plan, sampling, options, cache_salt=salt):
+        came.append(time.perf_counter())
+        completion = delta.completion
+    assert completion is not None
+    return completion, [after - before for before, after in itertools.pairwise(came)]
+
+
+def _closed_loop(plans: Sequence[MarkedPrompt], callers: int, ask: Callable[[MarkedPrompt], _Answer]) -> list[_Answer]:
     waiting: queue.SimpleQueue[MarkedPrompt] = queue.SimpleQueue()
     for plan in plans:
         waiting.put(plan)
-    done: list[Completion] = []
+    done: list[_Answer] = []
     failures: list[BaseException] = []
 
     def call() -> None:
@@ -110,9 +120,10 @@ def _closed_loop(
     return done
 
 
-def _row(mode: str, concurrency: int, done: Sequence[Completion], seconds: float) -> Row:
-    ttft = sorted(one.ttft_s for one in done)
-    tpot = [(one.total_s - one.ttft_s) / max(1, len(one.token_ids) - 1) for one in done]
+def _row(mode: str, concurrency: int, done: Sequence[_Answer], seconds: float) -> Row:
+    ttft = sorted(one.ttft_s for one, _ in done)
+    tpot = [(one.total_s - one.ttft_s) / max(1, len(one.token_ids) - 1) for one, _ in done]
+    gaps = sorted(gap for _, own in done for gap in own)
     return {
         "mode": mode,
         "concurrency": concurrency,
@@ -120,4 +131,5 @@ def _row(mode: str, concurrency: int, done: Sequence[Completion], seconds: float
         "ttft_p50_s": round(statistics.median(ttft), 3),
         "ttft_p95_s": round(ttft[min(len(ttft) - 1, int(0.95 * len(ttft)))], 3),
         "tpot_p50_s": round(statistics.median(tpot), 4),
+        "itl_p99_ms": round(1000 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))], 1),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
 from lmcache_rag.blend.preambles import Preambles
 from lmcache_rag.blend.selectors import SELECTORS
+from lmcache_rag.blend.steps import Allowance, Steps
 from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec import CODECS
@@ -25,6 +26,9 @@ from lmcache_rag.plan.budget import share_of
 from lmcache_rag.plan.cost import PROBE_TOKENS, Rates
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
+
+_PLACED_FOR_ONE = 16
+"""So many tokens' KV is decoded and placed in the time in which one is computed, or in less."""
 
 _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""
@@ -39,6 +43,7 @@ class Blender:
         never_slower: whether loading is given up where computing would be faster.
 
     Attributes:
+        allowance: how much may be done before a blend pauses.
         token_layers: of the blend under way: layers run, summed over the tokens run.
         rates: how fast this machine computes, measured here.
     """
@@ -57,24 +62,27 @@ class Blender:
         self.shape = shape
         self._max_pass_tokens = max_pass_tokens
         self.preambles = Preambles()
+        self.allowance = Allowance()
         self.token_layers = 0
         self._slower_s = 0.0  # than `rates` said, the last time
         self.rates = self._measured_rates()
         self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
-    def blend(self, plan: BlendPlan, chunks: ChunkStore) -> ReuseReport:
-        """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done."""
+    def blend(self, plan: BlendPlan, chunks: ChunkStore) -> Steps[ReuseReport]:
+        """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done. The workspace is this
+        blend's until then."""
         report = ReuseReport(
             mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
         )
         self.token_layers = 0
         self.workspace.holder = self
-        with _timed(report, "load"):
-            state = _Blend(self, plan, chunks, report)
-        with _timed(report, "select"):
-            recomputed = state.select()
-        with _timed(report, "recompute"):
-            state.recompute(recomputed)
+        with self._timed(report, "load"):
+            state = _Blend(self, plan, report)
+            yield from state.load(chunks)
+        with self._timed(report, "select"):
+            recomputed = yield from state.select()
+        with self._timed(report, "recompute"):
+            yield from state.recompute(recomputed)
         state.count(recomputed)
         computing_s = report.phases_s["select"] + report.phases_s["recompute"]
         self._slower_s = max(0.0, computing_s - self.rates.computing_s(plan))
@@ -112,23 +120,42 @@ class Blender:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    def run(self, plan: BlendPlan, positions: Tensor, make: Callable[[Tensor], Pass]) -> None:
+    def run(
+        self, plan: BlendPlan, positions: Tensor, make: Callable[[Tensor], Pass], whole: Sequence[int] = ()
+    ) -> Steps[None]:
         """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question.
 
         Args:
             make: makes the pass of some of the positions.
+            whole: ends of what is to go through one pass, if that can be: positions, ascending.
         """
         if not len(positions):
             return
         prompt = torch.tensor(plan.token_ids, dtype=torch.int64, device=self.workspace.device)
         probe = positions >= plan.end
         token_ids = torch.cat([prompt[positions[~probe]], prompt[len(prompt) - int(probe.sum()) :]])
-        for ids, part in zip(
-            token_ids.split(self._max_pass_tokens), positions.split(self._max_pass_tokens), strict=True
-        ):
-            nested = make(part)
+        ends = torch.searchsorted(positions, torch.tensor(whole, device=positions.device)).tolist()
+        start = 0
+        while start < len(positions):
+            most = min(len(positions) - start, self._max_pass_tokens)
+            count = yield from self.allowance.take(most)
+            parts = [end - start for end in ends if start < end <= start + most]
+            if parts and count < len(positions) - start:
+                count = max((part for part in parts if part <= count), default=parts[0])
+            nested = make(positions[start : start + count])
             self.token_layers += nested.token_layers
-            self._run(ids, nested)
+            self._run(token_ids[start : start + count], nested)
+            start += count
+
+    @contextmanager
+    def _timed(self, report: ReuseReport, phase: str) -> Iterator[None]:
+        """Count the seconds of a phase, but for its pauses."""
+        start, paused_s = time.perf_counter(), self.allowance.paused_s
+        try:
+            yield
+        finally:
+            own_s = time.perf_counter() - start - (self.allowance.paused_s - paused_s)
+            report.phases_s[phase] = report.phases_s.get(phase, 0.0) + own_s
 
 
 class _Blend:
@@ -139,7 +166,7 @@ class _Blend:
         candidates, budget, segments, layers: see `selectors.Selection`.
     """
 
-    def __init__(self, blender: Blender, plan: BlendPlan, chunks: ChunkStore, report: ReuseReport) -> None:
+    def __init__(self, blender: Blender, plan: BlendPlan, report: ReuseReport) -> None:
         self.layers = len(blender.workspace.layers)
         self._blender = blender
         self._plan = plan
@@ -147,7 +174,12 @@ class _Blend:
         self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
         self._missed = torch.zeros_like(self.required)
         self._lossy: set[PlannedSegment] = set()
-        self._reused = self._load(chunks)
+        self._reused: set[PlannedSegment] = set()
+
+    def load(self, chunks: ChunkStore) -> Steps[None]:
+        """Place all that is in memory or in the store, and so know what may be recomputed."""
+        plan = self._plan
+        self._reused = yield from self._loaded(chunks)
         self._pending = self.required.clone()
         self.segments = tuple(segment for segment in plan.segments if segment in self._reused)
         self.candidates = ~self.required
@@ -161,14 +193,15 @@ class _Blend:
         repairs_all = self.budget == candidates and plan.selector != "none"  # then there is nothing to choose
         self._selector = SELECTORS["all" if repairs_all else plan.selector]
 
-    def select(self) -> Tensor:
+    def select(self) -> Steps[Tensor]:
         """The tokens to recompute: bool `[end]`."""
         selected = torch.zeros_like(self.required)
         if self.budget:
-            selected[self._selector.select(self)] = True
+            chosen = yield from self._selector.select(self)
+            selected[chosen] = True
         return selected
 
-    def recompute(self, recomputed: Tensor) -> None:
+    def recompute(self, recomputed: Tensor) -> Steps[None]:
         """Run what was selected (bool `[end]`), and what has no KV yet: that needs all layers, the others as many as
         their selector says."""
         depth = 1.0 if bool(self._pending.any()) else self._selector.depth
@@ -181,15 +214,19 @@ class _Blend:
             observe = None if extrapolation is None else extrapolation.after(positions)
             return Pass(workspace, positions, observe, stop_after=layers - 1)
 
-        self._blender.run(self._plan, (self._take_pending() | recomputed).nonzero().flatten(), make)
+        positions = (self._take_pending() | recomputed).nonzero().flatten()
+        whole = () if extrapolation is None else extrapolation.ends
+        yield from self._blender.run(self._plan, positions, make, whole)
 
-    def question_attention(self, first_layer: int) -> Tensor:
+    def question_attention(self, first_layer: int) -> Steps[Tensor]:
         workspace, end = self._blender.workspace, self._plan.end
         question = min(PROBE_TOKENS, len(self._plan.token_ids) - end, workspace.max_tokens - end)
         mass = torch.zeros(end, dtype=torch.float32, device=workspace.device)
         probe = torch.arange(end, end + question, device=workspace.device)
         positions = torch.cat([self._take_pending().nonzero().flatten(), probe])
-        self._blender.run(self._plan, positions, lambda part: ProbePass(workspace, part, end, first_layer, mass))
+        yield from self._blender.run(
+            self._plan, positions, lambda part: ProbePass(workspace, part, end, first_layer, mass)
+        )
         return mass
 
     def _take_pending(self) -> Tensor:
@@ -199,12 +236,12 @@ class _Blend:
         pending, self._pending = self._pending, torch.zeros_like(self._pending)
         return pending
 
-    def value_deviation(self, layer: int) -> Tensor:
+    def value_deviation(self, layer: int) -> Steps[Tensor]:
         workspace = self._blender.workspace
         value = workspace.value[layer, : self._plan.end]
         reused = value.clone()
         everything = (self.required | self.candidates).nonzero().flatten()
-        self._blender.run(self._plan, everything, lambda part: Pass(workspace, part, stop_after=layer))
+        yield from self._blender.run(self._plan, everything, lambda part: Pass(workspace, part, stop_after=layer))
         return (value.float() - reused.float()).square().sum((1, 2))
 
     def count(self, recomputed: Tensor) -> None:
@@ -220,17 +257,22 @@ class _Blend:
             report.exact_tokens += tokens if segment.exact else 0
             report.foreign_tokens += tokens if segment.foreign else 0
 
-    def _load(self, chunks: ChunkStore) -> set[PlannedSegment]:
+    def _loaded(self, chunks: ChunkStore) -> Steps[set[PlannedSegment]]:
         """Place all that is in memory or in the store; returns which segments that is."""
         plan, blender, reused = self._plan, self._blender, set()
+        allowance = blender.allowance
         preamble = plan.preamble
         if blender.preambles.place(blender.workspace, plan.namespace, plan.token_ids[: preamble.length]):
             self.required[: preamble.length] = False
             reused.add(preamble)
         wanted = [segment for segment in (preamble, *plan.segments) if segment not in reused]
-        for segment, kv in blender.loader.load(chunks, wanted, plan.end, blender.loading_s(plan)):
-            if self._placed(segment, kv):
-                reused.add(segment)
+        for found in blender.loader.load(chunks, wanted, plan.end, blender.loading_s(plan), lambda: allowance.alone):
+            if found is None:
+                yield from allowance.pause()
+                continue
+            yield from allowance.take(found[0].length // _PLACED_FOR_ONE)
+            if self._placed(*found):
+                reused.add(found[0])
         for segment in plan.segments:
             if segment.name is None:
                 self._miss(segment, segment.reason)
@@ -263,12 +305,3 @@ class _Blend:
     def _miss(self, segment: PlannedSegment, reason: str) -> None:
         self._missed[segment.start : segment.end] = True
         self._report.miss(reason, max(0, segment.end - max(segment.start, self._plan.local_tokens)))
-
-
-@contextmanager
-def _timed(report: ReuseReport, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.phases_s[phase] = report.phases_s.get(phase, 0.0) + time.perf_counter() - start

@@ -63,6 +63,11 @@ class Extrapolation:
                     key, value = workspace.key[:layers, taught], workspace.value[:layers, taught]
                     self._chunks.append(_Chunk(rows, span, taught, self._weights(span, taught), key, value))
 
+    @property
+    def ends(self) -> list[int]:
+        """Where what is carried over among ends: up to there, tokens that are recomputed belong in one pass."""
+        return [chunk.rows.stop for chunk in self._chunks]
+
     def after(self, positions: Tensor) -> Observer:
         """What is done in each layer of the pass of the recomputed tokens at `positions`. A long pass comes in parts: a
         chunk's turn is the part in which all that teaches it is known."""

@@ -60,13 +60,16 @@ class Loader:
         segments: Sequence[PlannedSegment],
         tokens: int,
         seconds: float | None = None,
-    ) -> Iterator[tuple[PlannedSegment, LoadedKV | str]]:
-        """Each segment that names an object, in order, with what was read or why it cannot be used.
+        may_wait: Callable[[], bool] = lambda: True,
+    ) -> Iterator[tuple[PlannedSegment, LoadedKV | str] | None]:
+        """Each segment that names an object, in order, with what was read or why it cannot be used; None for as long as
+        the next one is not there, where it is not to be waited for.
 
         Args:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
                 is read for a while: requests that were planned before this was known are not to wait again. Nor is
                 anything read while all readers hang.
+            may_wait: asked while something is not there yet.
             seconds: by when loading is to be done, where the segments have forms to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
@@ -84,6 +87,8 @@ class Loader:
         size_bytes, ended = 0, start
         try:
             for segment, read in zip(named, reads.futures, strict=True):
+                while not read.done() and time.perf_counter() < deadline and not may_wait():
+                    yield None
                 result, at = _result(read, deadline)
                 if isinstance(result, LoadedKV):
                     size_bytes += result.size_bytes

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lmcache_rag.blend.steps import Steps, done
 from lmcache_rag.plan.plan import PlannedSegment
 
 
@@ -29,12 +30,12 @@ class Selection(Protocol):
     segments: tuple[PlannedSegment, ...]
     layers: int
 
-    def question_attention(self, first_layer: int) -> Tensor:
+    def question_attention(self, first_layer: int) -> Steps[Tensor]:
         """Attention that each token gets from the question over the reused KV, summed over the question's tokens,
         the heads, and the layers from `first_layer` on: float32 `[end]`. Costs one pass of the question's tokens."""
         ...
 
-    def value_deviation(self, layer: int) -> Tensor:
+    def value_deviation(self, layer: int) -> Steps[Tensor]:
         """Squared distance of each token's recomputed V in `layer` from the reused one: float32 `[end]`. Costs one
         pass of all tokens through the layers up to this one, whose K and V are then kept."""
         ...
@@ -52,8 +53,9 @@ class Selector(Protocol):
     depth: ClassVar[float]
     extrapolates: ClassVar[bool]
 
-    def select(self, selection: Selection) -> Tensor:
-        """Positions to recompute, int64, candidates only, `selection.budget` at most, in any order."""
+    def select(self, selection: Selection) -> Steps[Tensor]:
+        """Positions to recompute, int64, candidates only, `selection.budget` at most, in any order. It pauses where a
+        pass is run."""
         ...
 
 
@@ -64,8 +66,8 @@ class NoneSelector:
     depth: ClassVar[float] = 1.0
     extrapolates: ClassVar[bool] = False
 
-    def select(self, selection: Selection) -> Tensor:
-        return torch.zeros(0, dtype=torch.int64, device=selection.candidates.device)
+    def select(self, selection: Selection) -> Steps[Tensor]:
+        return done(torch.zeros(0, dtype=torch.int64, device=selection.candidates.device))
 
 
 class AllSelector:
@@ -75,8 +77,8 @@ class AllSelector:
     depth: ClassVar[float] = 1.0
     extrapolates: ClassVar[bool] = False
 
-    def select(self, selection: Selection) -> Tensor:
-        return selection.candidates.nonzero().flatten()
+    def select(self, selection: Selection) -> Steps[Tensor]:
+        return done(selection.candidates.nonzero().flatten())
 
 
 class HeadSelector:
@@ -86,11 +88,11 @@ class HeadSelector:
     depth: ClassVar[float] = 1.0
     extrapolates: ClassVar[bool] = False
 
-    def select(self, selection: Selection) -> Tensor:
+    def select(self, selection: Selection) -> Steps[Tensor]:
         depth = torch.full(selection.candidates.shape, torch.inf, device=selection.candidates.device)
         for segment in selection.segments:
             depth[segment.start : segment.end] = torch.arange(segment.length, device=depth.device) / segment.length
-        return _top(-depth, selection)
+        return done(_top(-depth, selection))
 
 
 class CacheBlendSelector:
@@ -102,8 +104,9 @@ class CacheBlendSelector:
     extrapolates: ClassVar[bool] = False
     check_layer: ClassVar[int] = 1
 
-    def select(self, selection: Selection) -> Tensor:
-        return _top(selection.value_deviation(min(self.check_layer, selection.layers - 1)), selection)
+    def select(self, selection: Selection) -> Steps[Tensor]:
+        deviation = yield from selection.value_deviation(min(self.check_layer, selection.layers - 1))
+        return _top(deviation, selection)
 
 
 class QuerySelector:
@@ -116,8 +119,9 @@ class QuerySelector:
     depth: ClassVar[float] = 5 / 6
     extrapolates: ClassVar[bool] = True
 
-    def select(self, selection: Selection) -> Tensor:
-        attention = selection.question_attention(selection.layers // 3) * selection.candidates
+    def select(self, selection: Selection) -> Steps[Tensor]:
+        attention = yield from selection.question_attention(selection.layers // 3)
+        attention = attention * selection.candidates
         beside = torch.nn.functional.pad(attention, (1, 1))
         return _top(attention + (beside[:-2] + beside[2:]) / 2, selection)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from lmcache_rag_kernels import Rotation, rotate
+from lmcache_rag_kernels import Rotation, Rows, rotate
 from torch import Tensor
 
 
@@ -29,9 +29,8 @@ class LayerSpec:
 class LayeredKV(Protocol):
     """Position-free K and V."""
 
-    def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
-        """Write tokens from `offset` on to `key` and `value` `[layers, length, kv_heads, head_size]`, K rotated to
-        positions from `start` on."""
+    def place(self, offset: int, rows: Rows) -> None:
+        """Write tokens from `offset` on to as many rows, K rotated to place."""
         ...
 
 
@@ -71,7 +70,7 @@ class Workspace:
     def place(self, kv: LayeredKV, start: int, offset: int, length: int) -> None:
         """Put tokens `offset` to `offset + length` of stored KV at positions from `start` on."""
         rows = slice(start, start + length)
-        kv.place(offset, self._rotations, start, self.key[:, rows], self.value[:, rows])
+        kv.place(offset, Rows(self.key[:, rows], self.value[:, rows], start, self._rotations))
 
     def take(self, start: int, length: int) -> Tensor:
         """A position-free copy of rows in main memory: `[layers, 2, length, kv_heads, head_size]`."""

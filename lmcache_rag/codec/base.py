@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +10,7 @@ from lmcache_rag.chunk_kv import TOGETHER, place
 
 if TYPE_CHECKING:
     import torch
-    from lmcache_rag_kernels import CodedGroups, Rotation
+    from lmcache_rag_kernels import CodedGroups, Rows
     from torch import Tensor
 
 GROUP_TOKENS = 64
@@ -32,18 +31,8 @@ class Codec(ABC):
         """Of each group the streams of its layers, from `[layers, 2, tokens, kv_heads, head_size]`."""
 
     @abstractmethod
-    def restore(
-        self,
-        coded: CodedGroups,
-        offset: int,
-        rotations: Sequence[Rotation | None],
-        start: int,
-        key: Tensor,
-        value: Tensor,
-    ) -> None:
-        """Of the chunk's tokens write those from `offset` on to `key` and `value`
-        `[layers, length, kv_heads, head_size]`, K rotated to positions from `start` on. Only the groups that hold them
-        are decoded.
+    def restore(self, coded: CodedGroups, offset: int, rows: Rows) -> None:
+        """Write the chunk's tokens from `offset` on to as many rows. Only the groups that hold them are decoded.
 
         Raises:
             CorruptObjectError: a stream does not fit the shape.
@@ -53,10 +42,12 @@ class Codec(ABC):
     def decode(self, coded: CodedGroups, heads: int, size: int, dtype: torch.dtype) -> Tensor:
         """All tokens that `coded` holds, `[layers, 2, tokens, kv_heads, head_size]`. Raises `CorruptObjectError`."""
         import torch
+        from lmcache_rag_kernels import Rows
 
         begin, end = coded.span(0)[0], coded.span(len(coded.places) - 1)[1]
         kv = torch.empty(coded.layers, 2, end - begin, heads, size, dtype=dtype)
-        self.restore(coded, begin, [None] * coded.layers, 0, *kv.unbind(1))
+        key, value = kv.unbind(1)
+        self.restore(coded, begin, Rows(key, value, 0, [None] * coded.layers))
         return kv
 
 
@@ -75,23 +66,15 @@ class GroupCodec(Codec):
     def encode(self, kv: Tensor) -> list[list[bytes | memoryview]]:
         return [self.encode_group(part) for part in kv.split(self.group, dim=2)]
 
-    def restore(
-        self,
-        coded: CodedGroups,
-        offset: int,
-        rotations: Sequence[Rotation | None],
-        start: int,
-        key: Tensor,
-        value: Tensor,
-    ) -> None:
-        layers, length, heads, size = key.shape
+    def restore(self, coded: CodedGroups, offset: int, rows: Rows) -> None:
+        layers, length, heads, size = rows.key.shape
         most = max(1, TOGETHER // (self.group * heads * size))
         for own in (slice(layer, layer + most) for layer in range(0, layers, most)):
             streams = replace(coded, places=coded.places[:, own])
             for group in coded.holding(offset, length):
                 begin, end = coded.span(group)
-                kv = self.decode_group(streams, group, heads, size, key.dtype)
+                kv = self.decode_group(streams, group, heads, size, rows.key.dtype)
                 first, last = max(begin, offset), min(end, offset + length)
                 here = slice(first - offset, last - offset)
                 wanted = kv[:, :, first - begin : last - begin]
-                place(wanted, rotations[own], start + here.start, key[own, here], value[own, here])
+                place(wanted, rows.part(own, here))

@@ -3,11 +3,9 @@ one step for all coordinates, entropy coding. See `lmcache_rag.codec.tables`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from lmcache_rag_kernels import CodedGroups, Rotation, Transform, rans, restore
+from lmcache_rag_kernels import CodedGroups, Rows, Transform, rans, restore
 from torch import Tensor
 
 from lmcache_rag.codec.base import Codec
@@ -39,16 +37,8 @@ class TransformCodec(Codec):
         by_layer = [self._encode(layer, own) for layer, own in enumerate(kv)]
         return [list(streams) for streams in zip(*by_layer, strict=True)]
 
-    def restore(
-        self,
-        coded: CodedGroups,
-        offset: int,
-        rotations: Sequence[Rotation | None],
-        start: int,
-        key: Tensor,
-        value: Tensor,
-    ) -> None:
-        failed = restore(coded, self._all, offset, rotations, start, key, value)
+    def restore(self, coded: CodedGroups, offset: int, rows: Rows) -> None:
+        failed = restore(coded, self._all, offset, rows)
         if failed is not None:
             raise CorruptObjectError(f"layer {failed} cannot be one of {coded.tokens} tokens")
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, StoredForm, key_of
-from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.codec import CODECS
+from lmcache_rag.library.chunks import ChunkStore, codec_of
 
 PIECE_TOKENS = 64
 """A group of the codecs: what a turn adds is kept but for so many tokens at most."""
@@ -45,7 +46,7 @@ def stored_pieces(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) -> 
     found = []
     for piece in pieces(token_ids):
         form = chunks.variants(key_of(piece.token_ids)).get(piece.variant)
-        if form is None:
+        if form is None or not CODECS[codec_of(form.name)].lossless:
             break
         found.append((piece, form))
     return found

@@ -274,15 +274,16 @@ def _hand_over(request: Request, event: Delta | BaseException) -> bool:
 
 
 def _has_work(engine: LLMEngine) -> bool:
-    """Whether the engine is to be stepped: it has requests, or its connector something to do while there are none."""
-    return engine.has_unfinished_requests() or _connector_of(engine).has_pending_push_work()
+    """Whether the engine is to be stepped: it has requests, some that ended have blocks that are still to be freed, or
+    its connector has something to do while nothing is asked."""
+    return engine.has_unfinished_requests() or _scheduler_of(engine).has_requests()
 
 
-def _connector_of(engine: LLMEngine) -> Any:
-    return engine.engine_core.engine_core.scheduler.connector  # type: ignore[attr-defined]
+def _scheduler_of(engine: LLMEngine) -> Any:
+    return engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
 
 def _report_of(engine: LLMEngine, request: Request) -> ReuseReport:
     """The report, from the connector's scheduler half: a response ended by a stop string does not carry it."""
-    report: ReuseReport = _connector_of(engine).report_of(request.core_id)
+    report: ReuseReport = _scheduler_of(engine).connector.report_of(request.core_id)
     return report

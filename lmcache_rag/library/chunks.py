@@ -20,7 +20,7 @@ from lmcache_rag.records.part import OwnerRow, VariantRow
 from lmcache_rag.records.records import Records, owner_number
 
 if TYPE_CHECKING:
-    from lmcache_rag_kernels import Rotation
+    from lmcache_rag_kernels import Rows
     from torch import Tensor
 
     from lmcache_rag.library.tables import ModelCodecs
@@ -51,9 +51,9 @@ class LoadedKV:
         """The name of the one that it was stored in."""
         return self._stored.header.codec
 
-    def place(self, offset: int, rotations: Sequence[Rotation | None], start: int, key: Tensor, value: Tensor) -> None:
+    def place(self, offset: int, rows: Rows) -> None:
         """See `ChunkKV.place`. Raises `CorruptObjectError`."""
-        self._codec.restore(self._stored.coded, offset, rotations, start, key, value)
+        self._codec.restore(self._stored.coded, offset, rows)
 
     def kv(self) -> Tensor:
         """Of the tokens that were read, as `ChunkKV.kv`. Raises `CorruptObjectError`."""

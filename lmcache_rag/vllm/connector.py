@@ -73,6 +73,7 @@ class BlendConnector(KVConnectorBase_V1):
                 unsupported=self._unsupported,
                 block_tokens=kv_cache_config.hash_block_size or vllm_config.cache_config.block_size,
                 max_tokens=self._workspace_tokens,
+                step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 chats=ChunkStores(self._store, self._fingerprint, LOSSLESS_CODEC) if stored else None,
             )
 
@@ -103,12 +104,16 @@ class BlendConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         step = self._get_connector_metadata()
         assert isinstance(step, StepJobs)
-        for job in step.jobs:
-            assert self._worker is not None
-            self._worker.do(job)
+        worker = self._worker
+        if worker is None:
+            return
+        for request_id in step.dropped:
+            worker.drop(request_id)
+        if step.begun is not None:
+            worker.begin(step.begun)
+        worker.go_on(step.tokens)
         if step.refine is not None:
-            assert self._worker is not None
-            self._worker.refine(step.refine)
+            worker.refine(step.refine)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, (self._worker.take_done() or None) if self._worker is not None else None
@@ -153,7 +158,7 @@ class BlendConnector(KVConnectorBase_V1):
         self.scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.scheduler.take_jobs(idle=not scheduler_output.total_num_scheduled_tokens)
+        return self.scheduler.take_jobs(scheduler_output.total_num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta

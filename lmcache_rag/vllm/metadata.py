@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lmcache_rag.plan.plan import BlendPlan
 
 @dataclass(frozen=True)
 class BlendJob:
-    """A blend that the worker half is to do before this step's forward."""
+    """A blend that the worker half is to do, from this step on."""
 
     request_id: str
     plan: BlendPlan
@@ -39,9 +40,17 @@ class RefineJob:
 
 @dataclass
 class StepJobs(KVConnectorMetadata):
-    """From the scheduler half to the worker half."""
+    """From the scheduler half to the worker half.
 
-    jobs: list[BlendJob] = field(default_factory=list)
+    Attributes:
+        dropped: the requests that were aborted while they were blended.
+        begun: the blend that begins in this step.
+        tokens: how many tokens the blend under way may compute in this step; infinite where nobody else waits.
+    """
+
+    dropped: list[str] = field(default_factory=list)
+    begun: BlendJob | None = None
+    tokens: float = math.inf
     refine: RefineJob | None = None
 
 

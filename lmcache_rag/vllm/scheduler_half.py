@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 from vllm.v1.request import RequestStatus
 
+from lmcache_rag.blend.steps import LEAST_TOKENS
 from lmcache_rag.conversation.answers import Answered, Answers
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.plan import BlendPlan
@@ -21,7 +22,7 @@ from lmcache_rag.vllm.choosing import Choice, Chooser
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
-from lmcache_rag.vllm.metadata import BlendJob, Refined, StepJobs, StepReports
+from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
 from lmcache_rag.vllm.refinements import Refinements
 
@@ -80,6 +81,7 @@ class SchedulerHalf:
         unsupported: why no request of this engine is handled, or nothing.
         block_tokens: tokens per block of the prefix cache.
         max_tokens: the longest prompt that is refined.
+        step_tokens: how many tokens vLLM computes in a step at most.
         chats: stored conversations, where they are used.
     """
 
@@ -91,6 +93,7 @@ class SchedulerHalf:
         unsupported: str,
         block_tokens: int,
         max_tokens: int,
+        step_tokens: int,
         chats: ChunkStores | None = None,
     ) -> None:
         self._planner = planner
@@ -98,6 +101,7 @@ class SchedulerHalf:
         self._unsupported = unsupported
         self._block_tokens = block_tokens
         self._max_tokens = max_tokens
+        self._step_tokens = step_tokens
         self._answers = Answers()
         self._chooser = Chooser(planner, self._answers, block_tokens, never_slower=config.never_slower, chats=chats)
         self._refinements: Refinements | None = None
@@ -106,7 +110,8 @@ class SchedulerHalf:
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._blending: str | None = None  # the request whose blend is under way, until vLLM has computed the rest
         self._taken_over = False  # its rest is computed in this step
-        self._jobs: list[BlendJob] = []
+        self._begun: BlendJob | None = None
+        self._dropped: list[str] = []
         self.stats = ReuseStats()
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -227,7 +232,7 @@ class SchedulerHalf:
         if external_tokens and tracked.plan is not None:
             self._blending = request.request_id
             plan = replace(tracked.plan, local_tokens=_provided(tracked.plan) - external_tokens)
-            self._jobs.append(BlendJob(request.request_id, plan, tuple(block_ids)))
+            self._begun = BlendJob(request.request_id, plan, tuple(block_ids))
         elif self._blending == request.request_id:
             self._taken_over = True
         elif not tracked.placed:
@@ -253,27 +258,29 @@ class SchedulerHalf:
             turns = choice.held.continued.turns if choice.held.continued is not None else 0
             report["mode"], report["reason"] = "continued", f"blended KV of {turns} answers before in the prefix cache"
 
-    def take_jobs(self, *, idle: bool) -> StepJobs:
-        """This step's blend, if any; the step's requests are known.
-
-        Args:
-            idle: whether vLLM computes nothing in this step.
-        """
-        jobs, self._jobs = self._jobs, []
+    def take_jobs(self, scheduled_tokens: int) -> StepJobs:
+        """What the worker half is to do in this step; its requests are known, and how many tokens vLLM computes of
+        them. A blend has what that leaves of a step's tokens, and no limit where vLLM computes none."""
+        jobs = StepJobs(self._dropped, self._begun)
+        self._dropped, self._begun = [], None
+        if scheduled_tokens:
+            jobs.tokens = max(LEAST_TOKENS, self._step_tokens - scheduled_tokens)
         if self._taken_over:
             self._blending, self._taken_over = None, False
-        refinements = self._refinements
-        if refinements is None:
-            return StepJobs(jobs)
-        if jobs or self._tracked or not idle:
+        if self._refinements is not None:
+            jobs.refine = self._refine_job(self._refinements, idle=not scheduled_tokens and not self._tracked)
+        return jobs
+
+    def _refine_job(self, refinements: Refinements, *, idle: bool) -> RefineJob | None:
+        if not idle:
             refinements.busy()
-            return StepJobs(jobs)
+            return None
         try:
-            return StepJobs(jobs, refinements.next_job())
+            return refinements.next_job()
         except Exception as error:  # noqa: BLE001  # nobody waits for it
             self._failures.note("Refinement", error)
             refinements.drop()
-            return StepJobs(jobs)
+            return None
 
     def _take_refined(self, refinements: Refinements, refined: Refined) -> None:
         try:
@@ -309,7 +316,7 @@ class SchedulerHalf:
         if tracked is None:
             return {}
         if self._blending == request.request_id:
-            self._blending, self._taken_over = None, False
+            self._drop(request.request_id)
         self.stats.add(tracked.report)
         try:
             self._remember(request, tracked)
@@ -319,6 +326,11 @@ class SchedulerHalf:
         while len(self._finished) > _KEPT_REPORTS:
             self._finished.popitem(last=False)
         return {PARAMS_KEY: tracked.report}
+
+    def _drop(self, request_id: str) -> None:
+        """A request ends whose blend may be under way, or is to begin."""
+        self._blending, self._taken_over = None, False
+        self._dropped.append(request_id)
 
     def _remember(self, request: Request, tracked: _Tracked) -> None:
         """Have an answer over approximate KV continued by later prompts, and made exact when there is time."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lmcache_rag.blend.blender import Blender
+from lmcache_rag.blend.steps import Steps, next_of
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
@@ -69,21 +70,40 @@ class WorkerHalf:
         self._refined: Refined | None = None
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
+        self._under_way: tuple[BlendJob, Steps[ReuseReport]] | None = None
         self._done: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._reports: dict[str, dict[str, Any]] = {}
 
+    def begin(self, job: BlendJob) -> None:
+        """Take a blend; none is under way."""
+        self._under_way = job, self._blended(job)
+
     @torch.inference_mode()
-    def do(self, job: BlendJob) -> None:
-        """Do one blend, and keep its report for the scheduler half. Where it fails, whatever the reason, vLLM is told
-        that the request's blocks were not loaded."""
+    def go_on(self, tokens: float) -> None:
+        """Go on with the blend that is under way, if any, by so many tokens about. At its end its report is kept for
+        the scheduler half. Where it fails, whatever the reason, vLLM is told that its blocks were not loaded."""
+        if self._under_way is None:
+            return
+        job, steps = self._under_way
+        self._blender.allowance.tokens = tokens
         try:
-            report = self._blended(job)
+            report = next_of(steps)
         except Exception as error:  # noqa: BLE001  # one request's misfortune is not to end the engine for all
             report = _failed(job.plan, self._failures.note("A blend", error))
             self._failed_blocks.update(job.block_ids[job.plan.local_tokens // self._block_tokens :])
+        if report is None:
+            return
+        self._under_way = None
         self._done.add(job.request_id)
         self._reports[job.request_id] = report.model_dump()
+
+    def drop(self, request_id: str) -> None:
+        """A request was aborted: its blend ends here, and vLLM may free its blocks."""
+        if self._under_way is not None and self._under_way[0].request_id == request_id:
+            self._under_way[1].close()
+            self._under_way = None
+            self._done.add(request_id)
 
     @torch.inference_mode()
     def refine(self, job: RefineJob) -> None:
@@ -144,10 +164,10 @@ class WorkerHalf:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    def _blended(self, job: BlendJob) -> ReuseReport:
+    def _blended(self, job: BlendJob) -> Steps[ReuseReport]:
         plan = job.plan
         chunks = self._chunks.of(plan.namespace)
-        report = self._blender.blend(plan, chunks)
+        report = yield from self._blender.blend(plan, chunks)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
         if end > plan.local_tokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from lmcache_rag.blend import Blender, LayerSpec, Workspace
 from lmcache_rag.blend.passes import Pass
+from lmcache_rag.blend.steps import LEAST_TOKENS, finished, next_of
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
 from lmcache_rag.library.chunks import ChunkStore
@@ -59,15 +62,15 @@ class Blends:
             chunks.save(ChunkKV(token_ids, torch.zeros(LAYERS, 2, length, 1, 8)), NO_CONTEXT)
         return PlannedSegment(start, length, name=chunks.name(token_ids, NO_CONTEXT), exact=exact)
 
-    def blend(
+    def plan(
         self,
         *segments: PlannedSegment,
         preamble: PlannedSegment | None = None,
         selector: str = "none",
         ratio: float = 0.0,
         namespace: str = "default",
-    ) -> ReuseReport:
-        plan = BlendPlan(
+    ) -> BlendPlan:
+        return BlendPlan(
             mode="blend",
             namespace=namespace,
             token_ids=tuple(range(TOKENS + QUESTION)),
@@ -77,8 +80,11 @@ class Blends:
             selector=selector,
             ratio=ratio,
         )
+
+    def blend(self, *segments: PlannedSegment, namespace: str = "default", **options: Any) -> ReuseReport:
+        plan = self.plan(*segments, namespace=namespace, **options)
         self.recorder.passes.clear()
-        return self.blender.blend(plan, self.chunks(namespace))
+        return finished(self.blender.blend(plan, self.chunks(namespace)))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -172,3 +178,33 @@ def test_one_namespace_does_not_get_anothers_preamble(blends: Blends) -> None:
     assert blends.sizes == [(10, 12)]
     blends.blend(blends.stored(10, 30))
     assert blends.sizes == []
+
+
+def test_a_blend_pauses_where_no_more_may_be_computed(blends: Blends) -> None:
+    """What was allowed at first is used up by the probe; then the rest is repaired in two pieces."""
+    plan = blends.plan(blends.stored(4, 36), selector="query", ratio=1 / 3)
+    whole = finished(blends.blender.blend(plan, blends.chunks()))
+    expected = blends.workspace.key.clone(), blends.workspace.value.clone()
+    blends.recorder.passes.clear()
+    allowance, steps, pauses = blends.blender.allowance, blends.blender.blend(plan, blends.chunks()), 0
+    while True:
+        allowance.tokens = LEAST_TOKENS
+        report = next_of(steps)
+        if report is not None:
+            break
+        pauses += 1
+    assert pauses >= 1 and report.recomputed_tokens == whole.recomputed_tokens == 12
+    assert all(tokens <= LEAST_TOKENS for tokens, _ in blends.sizes)
+    assert torch.equal(blends.workspace.key[:, :TOKENS], expected[0][:, :TOKENS])
+    assert torch.equal(blends.workspace.value[:, :TOKENS], expected[1][:, :TOKENS])
+    assert report.phases_s.keys() == whole.phases_s.keys()
+
+
+def test_a_blend_that_is_dropped_reads_no_more(blends: Blends) -> None:
+    plan = blends.plan(blends.stored(4, 36))
+    steps = blends.blender.blend(plan, blends.chunks())
+    blends.blender.allowance.tokens = 0
+    assert next_of(steps) is None
+    steps.close()
+    blends.blender.allowance.tokens = math.inf
+    assert finished(blends.blender.blend(plan, blends.chunks())).reused_tokens == 36

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmcache_rag_kernels import CodedGroups, Rotation, rotate
+from lmcache_rag_kernels import CodedGroups, Rotation, Rows, rotate
 
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope
 from lmcache_rag.codec import CODECS, Codec, StoredObject, codec_named, open_index, unpack, unpack_range
@@ -45,7 +45,7 @@ def restored(codec: Codec, found: StoredObject, offset: int, length: int, dtype:
     angles = torch.outer(torch.arange(300).float(), torch.tensor([1.0, 0.2]))
     turns = [Rotation(angles.cos(), angles.sin())] * LAYERS
     key, value = torch.zeros(2, LAYERS, length, HEADS, SIZE, dtype=dtype)
-    codec.restore(found.coded, offset, turns, 3 + offset, key, value)
+    codec.restore(found.coded, offset, Rows(key, value, 3 + offset, turns))
     return torch.stack([key, value], dim=1)
 
 
@@ -95,8 +95,8 @@ def test_each_layer_has_its_own_rotation(together: int, monkeypatch: pytest.Monk
     found = unpack(stored(CODECS["raw"].make(LAYERS, None), "raw", kv)).coded
     for turns in ([one, one, None], [other, None, one], [None, other, other]):
         placed, restored = torch.zeros(2, 2, LAYERS, length, HEADS, SIZE)
-        ChunkKV(np.arange(200, dtype=np.int32), kv).place(offset, turns, start, *placed)
-        CODECS["raw"].make(LAYERS, None).restore(found, offset, turns, start, *restored)
+        ChunkKV(np.arange(200, dtype=np.int32), kv).place(offset, Rows(*placed, start=start, rotations=turns))
+        CODECS["raw"].make(LAYERS, None).restore(found, offset, Rows(*restored, start=start, rotations=turns))
         expected = kv[:, :, offset : offset + length].transpose(0, 1).clone()
         for key, turn in zip(expected[0], turns, strict=True):
             if turn is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from lmcache_rag_kernels import CodedGroups, Rotation, Transform, rans
+from lmcache_rag_kernels import CodedGroups, Rotation, Rows, Transform, rans
 from lmcache_rag_kernels.rans import Distributions
 from lmcache_rag_kernels.restore import cpu, reference, restore
 
@@ -93,7 +93,7 @@ def test_as_the_reference(isa: str, heads: int, size: int, head_groups: int, off
     for run, into in ((reference.restore, expected), (cpu.restore, found)):
         options = {"isa": isa} if run is cpu.restore else {}
         key, value = into[:, :, 9 : 9 + length]  # views of something larger, as a workspace's
-        assert run(groups, transform, offset, rotations, START, key, value, **options) is None
+        assert run(groups, transform, offset, Rows(key, value, START, rotations), **options) is None
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
     assert not found[:, :, :9].any() and not found[:, :, 9 + length :].any()
 
@@ -108,7 +108,7 @@ def test_narrower_types_are_float32_rounded(
     rotations = [rotation(size - size % 2), None, rotation(4)]
     whole, found = torch.zeros(2, LAYERS, 50, heads, size), torch.zeros(2, LAYERS, 50, heads, size, dtype=dtype)
     for key, value in (whole[:, :, 9 : 9 + TOKENS], found[:, :, 9 : 9 + TOKENS]):
-        assert cpu.restore(groups, transform, 0, rotations, START, key, value, isa=isa) is None
+        assert cpu.restore(groups, transform, 0, Rows(key, value, START, rotations), isa=isa) is None
     assert torch.equal(found, whole.to(dtype))
     assert found[:, :, 9 : 9 + TOKENS].any()
 
@@ -134,7 +134,7 @@ def test_rounding_is_pytorchs(isa: str, dtype: torch.dtype) -> None:
         [rans.encode(torch.empty(0, 1, dtype=torch.int16), np.empty(0, np.uint8), transform.distributions, 1)], 1, 1
     )
     key, value = torch.zeros(2, 1, 1, 1, len(row), dtype=dtype)
-    assert cpu.restore(groups, transform, 0, [None], 0, key, value, isa=isa) is None
+    assert cpu.restore(groups, transform, 0, Rows(key, value, 0, [None]), isa=isa) is None
     assert torch.equal(value.flatten().view(torch.int16), row.to(dtype).view(torch.int16))
 
 
@@ -145,11 +145,11 @@ def test_a_part_is_the_wholes_part(tokens: int, count: int) -> None:
     turns = [Rotation(torch.ones(300, 4), torch.zeros(300, 4))] * LAYERS
     with threads(1):
         whole = torch.zeros(2, LAYERS, tokens, 4, 8)
-        assert restore(groups, transform, 0, turns, 0, *whole) is None
+        assert restore(groups, transform, 0, Rows(*whole, start=0, rotations=turns)) is None
     with threads(count):
         for offset, length in {(0, tokens), (tokens // 2, tokens - tokens // 2), (tokens - 1, 1), (tokens // 3, 1)}:
             part = torch.zeros(2, LAYERS, length, 4, 8)
-            assert restore(groups, transform, offset, turns, 0, *part) is None
+            assert restore(groups, transform, offset, Rows(*part, start=0, rotations=turns)) is None
             assert torch.equal(part, whole[:, :, offset : offset + length])
 
 
@@ -163,15 +163,15 @@ def test_only_groups_with_wanted_tokens_are_looked_at(version: str) -> None:
     options = {} if version == "reference" else {"isa": version}
     run = reference.restore if version == "reference" else cpu.restore
     expected = torch.zeros(2, LAYERS, 10, 2, 8)
-    assert run(groups, transform, 20, NOTHING, START, *expected, **options) is None
+    assert run(groups, transform, 20, Rows(*expected, start=START, rotations=NOTHING), **options) is None
     for some in (partly, alone):
         found = torch.zeros(2, LAYERS, 10, 2, 8)
-        assert run(some, transform, 20, NOTHING, START, *found, **options) is None
+        assert run(some, transform, 20, Rows(*found, start=START, rotations=NOTHING), **options) is None
         assert torch.equal(found, expected)
         with pytest.raises(ValueError, match="among those of the groups"):
-            run(alone, transform, 15, NOTHING, START, *found, **options)
+            run(alone, transform, 15, Rows(*found, start=START, rotations=NOTHING), **options)
         with pytest.raises(ValueError, match="among those of the groups"):
-            run(alone, transform, 23, NOTHING, START, *found, **options)
+            run(alone, transform, 23, Rows(*found, start=START, rotations=NOTHING), **options)
 
 
 def test_other_types_and_rotations_take_the_reference() -> None:
@@ -180,7 +180,7 @@ def test_other_types_and_rotations_take_the_reference() -> None:
     interleaved = Rotation(whole.cos, whole.sin, interleaved=True)
     for dtype, turn in ((torch.float64, whole), (torch.float32, interleaved)):
         key, value = torch.zeros(2, LAYERS, TOKENS, 2, 8, dtype=dtype)
-        assert restore(groups, transform, 0, [turn] * LAYERS, START, key, value) is None
+        assert restore(groups, transform, 0, Rows(key, value, START, [turn] * LAYERS)) is None
         assert key[0].any() and value[1].any()
 
 
@@ -198,8 +198,8 @@ def test_a_stream_that_does_not_fit_is_named(count: int, group: int) -> None:
             broken = [list(layers) for layers in streams]
             broken[group][1] = wrong
             groups = in_groups(broken, TOKENS, GROUP)
-            assert restore(groups, transform, 0, NOTHING, START, key, value) == 1
-            assert reference.restore(groups, transform, 0, NOTHING, START, key, value) == 1
+            assert restore(groups, transform, 0, Rows(key, value, START, NOTHING)) == 1
+            assert reference.restore(groups, transform, 0, Rows(key, value, START, NOTHING)) == 1
 
 
 @pytest.mark.skipif(not VERSIONS, reason="the extension is not compiled")
@@ -207,21 +207,21 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     groups, transform = coded(2, 8)
     key, value = torch.zeros(2, LAYERS, TOKENS, 2, 8)
     with pytest.raises(ValueError, match="among those of the groups"):
-        cpu.restore(groups, transform, 1, NOTHING, START, key, value)
+        cpu.restore(groups, transform, 1, Rows(key, value, START, NOTHING))
     with pytest.raises(ValueError, match="one row for each token"):
-        cpu.restore(groups, transform, 0, [rotation(8)] * LAYERS, 40, key, value)
+        cpu.restore(groups, transform, 0, Rows(key, value, 40, [rotation(8)] * LAYERS))
     with pytest.raises(ValueError, match=r"counts must be \[layers, 2, head groups\]"):
         fewer = dataclasses.replace(groups, places=groups.places[:, :2].copy())
-        cpu.restore(fewer, transform, 0, NOTHING[:2], START, key[:2], value[:2])
+        cpu.restore(fewer, transform, 0, Rows(key[:2], value[:2], START, NOTHING[:2]))
     with pytest.raises(ValueError, match="places must be in data"):
         outside = dataclasses.replace(groups, data=groups.data[:-2])
-        cpu.restore(outside, transform, 0, NOTHING, START, key, value)
+        cpu.restore(outside, transform, 0, Rows(key, value, START, NOTHING))
     with pytest.raises(ValueError, match="coordinates that have directions"):
         more = dataclasses.replace(transform, counts=transform.counts + 17)
-        cpu.restore(groups, more, 0, NOTHING, START, key, value)
+        cpu.restore(groups, more, 0, Rows(key, value, START, NOTHING))
     with pytest.raises(ValueError, match="must have"):
-        cpu.restore(groups, coded(2, 7)[1], 0, NOTHING, START, key, value)
+        cpu.restore(groups, coded(2, 7)[1], 0, Rows(key, value, START, NOTHING))
     with pytest.raises(ValueError, match="lie in a row"):
-        cpu.restore(groups, transform, 0, NOTHING, START, key.mT, value.mT)
+        cpu.restore(groups, transform, 0, Rows(key.mT, value.mT, START, NOTHING))
     with pytest.raises(ValueError, match="narrower type"):
-        cpu.restore(groups, transform, 0, NOTHING, START, key, value.bfloat16())
+        cpu.restore(groups, transform, 0, Rows(key, value.bfloat16(), START, NOTHING))

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from lmcache_rag_kernels import Rotation
+from lmcache_rag_kernels import Rotation, Rows
 from lmcache_rag_kernels.restore import reference
 
 from tests.kernels.test_restore import (
@@ -65,7 +65,7 @@ def test_as_the_reference(heads: int, size: int, head_groups: int, offset: int, 
         expected, found = torch.zeros(2, 2, LAYERS, 64, heads, size, dtype=dtype)
         for run, into in ((reference.restore, expected), (cuda.restore, found)):
             key, value = into[:, :, 9 : 9 + length]
-            assert run(groups, transform, offset, [turned, None, other], START, key, value) is None
+            assert run(groups, transform, offset, Rows(key, value, START, [turned, None, other])) is None
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-2)
         assert not found[:, :, :9].any() and not found[:, :, 9 + length :].any()
 
@@ -83,4 +83,4 @@ def test_a_stream_that_does_not_fit_is_named() -> None:
     for wrong in (right[:-2], right[:-1], b"", bytes(flipped)):
         broken = [*streams[:2], [streams[2][0], wrong, streams[2][2]]]
         groups = in_groups(broken, TOKENS, GROUP)
-        assert cuda.restore(groups, transform, 0, NOTHING, START, key, value) == 1
+        assert cuda.restore(groups, transform, 0, Rows(key, value, START, NOTHING)) == 1

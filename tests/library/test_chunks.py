@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lmcache_rag_kernels import Rows
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
@@ -119,7 +120,7 @@ def test_a_part_of_a_chunk_is_read_alone(tmp_path: Path, part: range) -> None:
     loaded = chunks.load(chunks.name(tokens, OWN), shape, part)
     assert isinstance(loaded, LoadedKV) and loaded.size_bytes < 0.9 * size_bytes
     key, value = torch.empty(2, 2, len(part), 1, 64)
-    loaded.place(part.start, [None, None], 0, key, value)
+    loaded.place(part.start, Rows(key, value, 0, [None, None]))
     assert torch.equal(key, kv[:, 0, part.start : part.stop])
     assert torch.equal(value, kv[:, 1, part.start : part.stop])
     assert chunks.load(chunks.name(tokens, OWN), shape, range(150, 201)) == "shorter than planned"

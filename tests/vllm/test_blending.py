@@ -19,7 +19,7 @@ from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
-from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
+from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half
 
 REUSE = BlendOptions(selector="none", ratio=0.0)
 REPAIR = BlendOptions(selector="query", ratio=0.2)
@@ -248,24 +248,88 @@ def test_a_first_token_does_not_wait_for_the_next_blend(llama: LocalEngine, monk
         ingest(llama, plan)
     events: list[str] = []
     worker, ended = get_kv_transfer_group()._worker, threading.Semaphore(0)
-    do = worker.do
+    begin = worker.begin
 
     def noted(job: Any) -> None:
         events.append("blend")
-        do(job)
+        begin(job)
 
     def deliver(name: str, delta: Any) -> None:
         events.append(name)
         if delta.completion is not None:
             ended.release()
 
-    monkeypatch.setattr(worker, "do", noted)
+    monkeypatch.setattr(worker, "begin", noted)
     sampling = Sampling(max_tokens=1, ignore_eos=True)
     for name, plan in zip(("first", "second"), plans, strict=True):
         llama._submit(plan, sampling, REPAIR, "pair", functools.partial(deliver, name))
     for _ in plans:
         ended.acquire()
     assert events == ["blend", "first", "blend", "second"]
+
+
+def test_a_stream_goes_on_while_another_request_is_blended(llama: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has 256 tokens here, of which the blend takes what the stream leaves. At r=1 it is full prefill."""
+    plan, events, ended = random_plan(42, chunks=(300, 300, 200)), [], threading.Semaphore(0)
+    ingest(llama, plan)
+    tolerance = 20 * noise(llama, plan)
+    expected, _ = answer(llama, plan, OFF, tokens=1)
+    worker = worker_half()
+    begin = worker.begin
+
+    def begun(job: Any) -> None:
+        events.append("begun")
+        begin(job)
+
+    def streamed(delta: Any) -> None:
+        if not events:
+            sampling = Sampling(max_tokens=1, logprobs=-1)
+            llama._submit(plan, sampling, BlendOptions(ratio=1.0), "blended", answered)
+        events.append("token")
+        if delta.completion is not None:
+            ended.release()
+
+    def answered(delta: Any) -> None:
+        events.append(delta)
+        ended.release()
+
+    monkeypatch.setattr(worker, "begin", begun)
+    llama._submit(random_plan(43), Sampling(max_tokens=60, ignore_eos=True), OFF, "stream", streamed)
+    for _ in range(2):
+        ended.acquire()
+    (done,) = [event.completion for event in events if not isinstance(event, str)]
+    between = events[events.index("begun") : next(i for i, event in enumerate(events) if not isinstance(event, str))]
+    assert between.count("token") >= 3  # 800 tokens are some four steps' work
+    assert done.reuse.mode == "blend" and done.reuse.recomputed_tokens > 400
+    found = torch.tensor([done.logprobs[0][token] for token in sorted(done.logprobs[0])])
+    torch.testing.assert_close(found, expected[0], atol=tolerance, rtol=0)
+
+
+def test_a_request_aborted_while_it_is_blended_leaves_nothing(
+    llama: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = random_plan(44, chunks=(300, 300, 200))
+    ingest(llama, plan)
+    pool = connector(llama).scheduler._chooser.prefixes._pool
+    worker = worker_half()
+    free, go_on = pool.get_num_free_blocks(), worker.go_on
+    rounds: list[float] = []
+
+    def slowly(tokens: float) -> None:
+        """As if other requests left 32 tokens a step, until the third one, in which the request is aborted."""
+        rounds.append(tokens)
+        if len(rounds) == 3:
+            llama._loop.abort(next(iter(llama._loop._requests)))
+        go_on(32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "go_on", slowly)
+        llama._submit(plan, Sampling(max_tokens=5), BlendOptions(ratio=0.5), "aborted", lambda _: None)
+        llama.settle()
+    assert 3 <= len(rounds) < 10 and worker._under_way is None
+    assert pool.get_num_free_blocks() == free and not connector(llama).scheduler._tracked
+    _, done = answer(llama, plan, BlendOptions(ratio=0.5))
+    assert done.reuse.mode == "blend" and not done.reuse.missed_tokens
 
 
 def test_a_question_longer_than_a_step_is_chunked_by_vllm(llama: LocalEngine) -> None:

@@ -30,7 +30,7 @@ def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
         max_tokens=1024,
         never_slower=config.never_slower,
     )
-    return SchedulerHalf(planner, config, unsupported="", block_tokens=16, max_tokens=1024)
+    return SchedulerHalf(planner, config, unsupported="", block_tokens=16, max_tokens=1024, step_tokens=2048)
 
 
 def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:

@@ -161,16 +161,15 @@ def test_blends_that_fail_among_ordinary_requests(llama: LocalEngine, monkeypatc
     blended = [answer(llama, plan, QUERY, tokens=2)[0] for plan in plans]
     stages = ["", *(stage for stage in STAGES if stage != "plan")]
     worker, under_way, failed = worker_half(), itertools.count(), 0
-    do, stage = worker.do, [""]
+    begin, stage = worker.begin, [""]
 
     def counted(job: Any) -> None:
         nonlocal failed
         stage[0] = stages[next(under_way) % len(stages)]
         failed += bool(stage[0])
-        do(job)
-        stage[0] = ""
+        begin(job)
 
-    monkeypatch.setattr(worker, "do", counted)
+    monkeypatch.setattr(worker, "begin", counted)
     monkeypatch.setattr(worker._blender.loader, "_prefill_tokens_per_s", 0.0)  # nothing is given up on a busy machine
     for name in stages[1:]:
         fail_at(name, monkeypatch, lambda name=name: stage[0] == name)
@@ -198,8 +197,8 @@ def test_nothing_but_its_report_is_kept_of_a_request(llama: LocalEngine, monkeyp
     plans: list[weakref.ref[Any]] = []
     planned = Planner.plan
 
-    def noted(*args: Any) -> Any:
-        made = planned(*args)
+    def noted(*args: Any, **named: Any) -> Any:
+        made = planned(*args, **named)
         plans.append(weakref.ref(made))
         return made
 

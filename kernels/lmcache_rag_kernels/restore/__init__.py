@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from lmcache_rag_kernels.rans import Distributions
 from lmcache_rag_kernels.restore import cpu, reference
 from lmcache_rag_kernels.restore.coded import CodedGroups
-from lmcache_rag_kernels.rope import Rotation
+from lmcache_rag_kernels.rows import Rows
 
 __all__ = ["CodedGroups", "Transform", "restore"]
 
@@ -49,21 +48,11 @@ class Transform:
         )
 
 
-def restore(
-    coded: CodedGroups,
-    transform: Transform,
-    offset: int,
-    rotations: Sequence[Rotation | None],
-    start: int,
-    key: Tensor,
-    value: Tensor,
-) -> int | None:
-    """Write stored tokens, from `offset` on, as many as `key` has; only the groups that hold them are decoded.
+def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows) -> int | None:
+    """Write stored tokens, from `offset` on, to as many rows; only the groups that hold them are decoded.
 
     Args:
         coded: streams of `rans`, of the int16 coordinates of a group's tokens, K's and then V's.
-        rotations: of each layer's K, for positions from `start` on.
-        key, value: `[layers, length, heads, head_size]`, written; strided, but a token's channels lie in a row.
 
     On CPUs C++ restores, to float32, bfloat16 or float16; on CUDA Triton. Other devices and types, and interleaved
     rotations on CPUs, take the PyTorch reference.
@@ -74,12 +63,11 @@ def restore(
     Raises:
         ValueError: the tokens are not among those of `coded`, or shapes do not fit each other.
     """
-    arguments = (coded, transform, offset, rotations, start, key, value)
-    if cpu.fits(key, rotations):
-        return cpu.restore(*arguments)
-    if key.is_cuda:
+    if cpu.fits(rows):
+        return cpu.restore(coded, transform, offset, rows)
+    if rows.key.is_cuda:
         from lmcache_rag_kernels.restore import cuda
 
-        if cuda.fits(key, rotations):
-            return cuda.restore(*arguments)
-    return reference.restore(*arguments)
+        if cuda.fits(rows):
+            return cuda.restore(coded, transform, offset, rows)
+    return reference.restore(coded, transform, offset, rows)

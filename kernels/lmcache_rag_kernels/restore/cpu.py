@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lmcache_rag_kernels.rope import Rotation
-
 if TYPE_CHECKING:
     from lmcache_rag_kernels.restore import Transform
     from lmcache_rag_kernels.restore.coded import CodedGroups
+    from lmcache_rag_kernels.rows import Rows
 
 try:
     from lmcache_rag_kernels.restore import _restore  # type: ignore[attr-defined]
@@ -24,13 +22,13 @@ _NOTHING = np.zeros((0, 0), np.float32)
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
+def fits(rows: Rows) -> bool:
     """Whether the extension was built, and is for tensors like these."""
     return (
         _restore is not None
-        and key.device.type == "cpu"
-        and key.dtype in _TYPES
-        and not any(rotation is not None and rotation.interleaved for rotation in rotations)
+        and rows.key.device.type == "cpu"
+        and rows.key.dtype in _TYPES
+        and not any(rotation is not None and rotation.interleaved for rotation in rows.rotations)
     )
 
 
@@ -39,23 +37,13 @@ def instruction_sets() -> list[str]:
     return _restore.instruction_sets()
 
 
-def restore(
-    coded: CodedGroups,
-    transform: Transform,
-    offset: int,
-    rotations: Sequence[Rotation | None],
-    start: int,
-    key: Tensor,
-    value: Tensor,
-    *,
-    isa: str = "",
-) -> int | None:
+def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows, *, isa: str = "") -> int | None:
     """See `lmcache_rag_kernels.restore.restore`; without the GIL, each layer's groups shared out among the threads.
     `isa` is one of `instruction_sets()`, empty for the best."""
-    rows = slice(start, start + key.shape[1])
+    positions = slice(rows.start, rows.start + rows.length)
     angles = [
-        (_NOTHING, _NOTHING) if rotation is None else (rotation.cos[rows].numpy(), rotation.sin[rows].numpy())
-        for rotation in rotations
+        (_NOTHING, _NOTHING) if rotation is None else (rotation.cos[positions].numpy(), rotation.sin[positions].numpy())
+        for rotation in rows.rotations
     ]
     distributions = transform.distributions
     failed = _restore.restore(
@@ -70,14 +58,14 @@ def restore(
         transform.mean.numpy(),
         [cos for cos, _ in angles],
         [sin for _, sin in angles],
-        _as_numpy(key),
-        _as_numpy(value),
+        _as_numpy(rows.key),
+        _as_numpy(rows.value),
         coded.tokens,
         coded.group,
         coded.first,
         offset,
         torch.get_num_threads(),
-        _TYPES[key.dtype],
+        _TYPES[rows.key.dtype],
         isa=isa,
     )
     return None if failed < 0 else failed

@@ -8,7 +8,6 @@ belong.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,32 +17,25 @@ import triton.language as tl
 from torch import Tensor
 
 from lmcache_rag_kernels.rans.reference import LANES, LOWEST
-from lmcache_rag_kernels.rope import Rotation
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels.restore import Transform
     from lmcache_rag_kernels.restore.coded import CodedGroups
+    from lmcache_rag_kernels.rows import Rows
 
 _BLOCK_TOKENS = 16
 _BLOCK_COORDINATES = 32
 
 
-def fits(key: Tensor, rotations: Sequence[Rotation | None]) -> bool:
+def fits(rows: Rows) -> bool:
     """Whether it is for tensors like these."""
-    kinds = {(rotation.rotary_dim, rotation.interleaved) for rotation in rotations if rotation is not None}
-    return key.is_cuda and len(kinds) <= 1
+    kinds = {(rotation.rotary_dim, rotation.interleaved) for rotation in rows.rotations if rotation is not None}
+    return rows.key.is_cuda and len(kinds) <= 1
 
 
-def restore(
-    coded: CodedGroups,
-    transform: Transform,
-    offset: int,
-    rotations: Sequence[Rotation | None],
-    start: int,
-    key: Tensor,
-    value: Tensor,
-) -> int | None:
+def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows) -> int | None:
     """See `lmcache_rag_kernels.restore.restore`. Streams begin at even places in `coded.data`."""
+    key, value = rows.key, rows.value
     groups = coded.holding(offset, key.shape[1])
     if not groups:
         return None
@@ -65,9 +57,9 @@ def restore(
     failed = (fits == 0).any(1).nonzero().flatten()
     if len(failed):
         return int(failed[0])
-    turns, which = _angles(rotations, start, length, key.device)
+    turns, which = _angles(rows)
     grid = (layers * 2, heads, triton.cdiv(length, _BLOCK_TOKENS))
-    interleaved = any(rotation is not None and rotation.interleaved for rotation in rotations)
+    interleaved = any(rotation is not None and rotation.interleaved for rotation in rows.rotations)
     _place[grid](
         symbols, tables.first, tables.counts, tables.directions, tables.mean, turns, which, key, value,
         end - begin, offset - begin, length, heads, size, heads // transform.counts.shape[2], turns.shape[3],
@@ -119,17 +111,16 @@ def _moved(directions: Tensor, device: torch.device) -> Tensor:
     return directions.to(device)
 
 
-def _angles(
-    rotations: Sequence[Rotation | None], start: int, length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _angles(rows: Rows) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each different rotation, float32 `[rotations, 2, length, half]`, and which one a layer has
     (int32, -1 for none).
     """
-    different = list({id(rotation): rotation for rotation in rotations if rotation is not None}.values())
-    rows = slice(start, start + length)
-    turns = [torch.stack([rotation.cos[rows], rotation.sin[rows]]).to(device) for rotation in different]
+    device = rows.key.device
+    different = list({id(rotation): rotation for rotation in rows.rotations if rotation is not None}.values())
+    positions = slice(rows.start, rows.start + rows.length)
+    turns = [torch.stack([rotation.cos[positions], rotation.sin[positions]]).to(device) for rotation in different]
     index = {id(rotation): number for number, rotation in enumerate(different)}
-    which = torch.tensor([index.get(id(rotation), -1) for rotation in rotations], dtype=torch.int32, device=device)
+    which = torch.tensor([index.get(id(rotation), -1) for rotation in rows.rotations], dtype=torch.int32, device=device)
     return (torch.stack(turns) if turns else torch.zeros(1, 2, 1, 1, device=device)), which
 
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lmcache_rag_kernels import rans
-from lmcache_rag_kernels.rope import Rotation, rotate
+from lmcache_rag_kernels.rope import rotate
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels.restore import Transform
     from lmcache_rag_kernels.restore.coded import CodedGroups
+    from lmcache_rag_kernels.rows import Rows
 
 
-def restore(
-    coded: CodedGroups,
-    transform: Transform,
-    offset: int,
-    rotations: Sequence[Rotation | None],
-    start: int,
-    key: Tensor,
-    value: Tensor,
-) -> int | None:
+def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows) -> int | None:
     """See `lmcache_rag_kernels.restore.restore`."""
-    length = key.shape[1]
-    positions = torch.arange(start, start + length, device=key.device)
+    key, value, length = rows.key, rows.value, rows.length
+    positions = torch.arange(rows.start, rows.start + length, device=key.device)
     groups = coded.holding(offset, length)
     for layer in range(coded.layers):
         own = transform.layer(layer)
@@ -42,7 +34,7 @@ def restore(
             here = slice(first - offset, last - offset)
             k, v = _inverse(wanted, own)
             k, v = (part.view(-1, *key.shape[2:]) for part in (k, v))
-            rotation = rotations[layer]
+            rotation = rows.rotations[layer]
             key[layer, here] = k if rotation is None else rotate(k, rotation, positions[here])
             value[layer, here] = v
     return None
