@@ -266,7 +266,15 @@ class _Blend:
             self.required[: preamble.length] = False
             reused.add(preamble)
         wanted = [segment for segment in (preamble, *plan.segments) if segment not in reused]
-        for found in blender.loader.load(chunks, wanted, plan.end, blender.loading_s(plan), lambda: allowance.alone):
+        found_in_order = blender.loader.load(
+            chunks,
+            wanted,
+            plan.end,
+            blender.loading_s(plan),
+            may_wait=lambda: allowance.alone,
+            paused_s=lambda: allowance.paused_s,
+        )
+        for found in found_in_order:
             if found is None:
                 yield from allowance.pause()
                 continue

@@ -61,6 +61,7 @@ class Loader:
         tokens: int,
         seconds: float | None = None,
         may_wait: Callable[[], bool] = lambda: True,
+        paused_s: Callable[[], float] = lambda: 0.0,
     ) -> Iterator[tuple[PlannedSegment, LoadedKV | str] | None]:
         """Each segment that names an object, in order, with what was read or why it cannot be used; None for as long as
         the next one is not there, where it is not to be waited for.
@@ -70,6 +71,7 @@ class Loader:
                 is read for a while: requests that were planned before this was known are not to wait again. Nor is
                 anything read while all readers hang.
             may_wait: asked while something is not there yet.
+            paused_s: the seconds in which the caller did something else, so far; they are no fault of the store.
             seconds: by when loading is to be done, where the segments have forms to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
@@ -78,7 +80,7 @@ class Loader:
         if start < self._slow_until or self._readers.hang():
             yield from ((segment, _TOO_SLOW) for segment in named)
             return
-        deadline = start + self._patience_s(tokens)
+        paused, deadline = paused_s(), start + self._patience_s(tokens)
         stream = None
         if seconds is not None:
             in_time = min(seconds, self._patience_s(tokens))
@@ -87,9 +89,9 @@ class Loader:
         size_bytes, ended = 0, start
         try:
             for segment, read in zip(named, reads.futures, strict=True):
-                while not read.done() and time.perf_counter() < deadline and not may_wait():
+                while not read.done() and time.perf_counter() < deadline + paused_s() - paused and not may_wait():
                     yield None
-                result, at = _result(read, deadline)
+                result, at = _result(read, deadline + paused_s() - paused)
                 if isinstance(result, LoadedKV):
                     size_bytes += result.size_bytes
                 elif result == _TOO_SLOW:
@@ -100,6 +102,8 @@ class Loader:
                 yield segment, result
         finally:
             reads.stop()
+        if paused_s() > paused and ended > self._slow_until:
+            return  # reads were begun when the caller came back
         if size_bytes >= _LARGE_BYTES or ended < self._slow_until:  # of what was given up, nothing was read
             self.bytes_per_s = max(1, size_bytes) / max(ended - start, 1e-6)
             self._last_rate = (self.bytes_per_s, ended)

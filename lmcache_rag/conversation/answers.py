@@ -62,16 +62,18 @@ class Answers:
                 self._answers.remove(earlier)
         self._answers.append(answered)
 
-    def continued_by(self, token_ids: Sequence[int] | np.ndarray, terms: Terms, ratio: float) -> list[Answered]:
-        """Those that a prompt begins like, the longest common beginning first. None of them has recomputed less than
-        is wanted now."""
+    def continued_by(
+        self, token_ids: Sequence[int] | np.ndarray, terms: Terms, ratio: float, least: int = 0
+    ) -> list[Answered]:
+        """Those that a prompt begins like for more than `least` tokens, the longest common beginning first. None of
+        them has recomputed less than is wanted now."""
         prompt = np.asarray(token_ids, dtype=np.int32)
         begun = [
             (_common(answered.token_ids, prompt), answered)
             for answered in self._answers
             if answered.terms == terms and answered.ratio >= ratio
         ]
-        return [answered for common, answered in sorted(begun, key=lambda pair: -pair[0]) if common]
+        return [answered for common, answered in sorted(begun, key=lambda pair: -pair[0]) if common > least]
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:

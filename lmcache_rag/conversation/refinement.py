@@ -37,16 +37,18 @@ class Refiner:
     def take_up(self, token_ids: Sequence[int]) -> int:
         """Go on with a prompt: what was done of another that begins alike is kept, the rest dropped. Returns how many
         of its first tokens are done."""
-        kept, end = 0, 0
+        token_ids, kept, end = tuple(token_ids), 0, 0
+        if token_ids == self._token_ids:
+            return sum(piece.shape[2] for piece in self._pieces)
         for piece in self._pieces:
             following = end + piece.shape[2]
-            if tuple(token_ids[:following]) != self._token_ids[:following]:
+            if token_ids[:following] != self._token_ids[:following]:
                 break
             kept, end = kept + 1, following
         if kept < len(self._pieces):
             self._workspace.holder = None
         del self._pieces[kept:]
-        self._token_ids = tuple(token_ids)
+        self._token_ids = token_ids
         return end
 
     def advance(self) -> int:

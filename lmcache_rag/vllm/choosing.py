@@ -18,8 +18,11 @@ from lmcache_rag.vllm.isolation import BlockNames, PrefixCache, kept_blocks
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-_SMALL_REST = 64
+SMALL_REST = 64
 """So few tokens are computed by vLLM's own prefill, whatever is stored."""
+
+_TRIED = 2
+"""So many of the answers that a prompt begins like are looked for in the prefix cache: naming blocks takes time."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Choice:
 
 
 class Chooser:
-    """Chooses what is fastest among all that is known here. Choosing changes nothing, and reads no store.
+    """Chooses what is fastest among all that is known here. Choosing changes nothing; of the store it asks what
+    was recorded since.
 
     Args:
         prefixes: None where the engine has no prefix cache.
@@ -93,15 +97,16 @@ class Chooser:
         if prefixes is None or options.mode == "precompute":
             return Held(0, None, 0, names)
         exact = prefixes.held(request, names)
-        if request.num_prompt_tokens - exact <= _SMALL_REST:
+        if request.num_prompt_tokens - exact <= SMALL_REST:
             return Held(exact, None, exact, names)
         assert request.prompt_token_ids is not None
         ratio = self._planner.ratio_of(options)
-        for answered in self._answers.continued_by(request.prompt_token_ids, self.terms(options, names), ratio):
+        terms, least = self.terms(options, names), exact + SMALL_REST
+        for answered in self._answers.continued_by(request.prompt_token_ids, terms, ratio, least)[:_TRIED]:
             if answered.kept_blocks < len(names.hashes):
                 salted = names.salted(request, answered.digest, answered.kept_blocks)
                 tokens = prefixes.held(request, salted)
-                if tokens > exact + _SMALL_REST:
+                if tokens > least:
                     return Held(exact, answered, tokens, salted)
         return Held(exact, None, exact, names)
 
@@ -112,7 +117,7 @@ class Chooser:
         there = max(held.tokens, prefix.end if prefix is not None else 0) if self._never_slower else 0
         plan = None
         assert request.prompt_token_ids is not None
-        if not there or request.num_prompt_tokens - there > _SMALL_REST:
+        if not there or request.num_prompt_tokens - there > SMALL_REST:
             plan = self._planner.plan(request.prompt_token_ids, options, report, held_tokens=there)
         if plan is not None:
             return self._blended(request, names, held, plan)
@@ -135,7 +140,7 @@ class Chooser:
     ) -> BlendPlan | None:
         """A plan for the exact KV of the prompt's beginning that is stored, if loading it is worth its time."""
         rest = request.num_prompt_tokens - held.tokens
-        if self._chats is None or options.mode == "precompute" or rest <= _SMALL_REST:
+        if self._chats is None or options.mode == "precompute" or rest <= SMALL_REST:
             return None
         chunks = self._chats.of(self.chats(options, names))
         chunks.refresh()

@@ -20,7 +20,5 @@ class Failures:
         kind = (type(error), place.filename, place.lineno)
         if kind not in self._logged:
             self._logged.add(kind)
-            _log.error(
-                "%s failed, so vLLM computes the prompt in full (this kind is not logged again)", doing, exc_info=error
-            )
+            _log.error("%s failed, and vLLM goes on without it (this kind is not logged again)", doing, exc_info=error)
         return type(error).__name__

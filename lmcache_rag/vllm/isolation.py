@@ -86,13 +86,14 @@ class PrefixCache:
         return int(self._manager.get_computed_blocks(asked)[1])
 
     def reserve(self, blocks: int) -> list[KVCacheBlock]:
-        """So many blocks, of those that no request uses; none where there are fewer."""
-        return self._pool.get_new_blocks(blocks) if blocks <= self._pool.get_num_free_blocks() else []
+        """So many blocks, of those that no request uses; none where there are hardly more, since among them are those
+        that hold what is cached."""
+        return self._pool.get_new_blocks(blocks) if 2 * blocks <= self._pool.get_num_free_blocks() else []
 
     def insert(self, request: Request, names: BlockNames, blocks: Sequence[KVCacheBlock], first: int) -> None:
         """Have reserved blocks, the request's from number `first` on, found under these names."""
         named = copy.copy(request)
-        named.block_hashes = list(names.hashes)
+        named.block_hashes, named.cache_salt = list(names.hashes), names.cache_salt
         self._pool.cache_full_blocks(
             request=named,
             blocks=[self._pool.null_block] * first + list(blocks),

@@ -29,6 +29,7 @@ class RefineJob:
         step: `compute` some more of it; `write` it to the paged cache from token `start` on; `store` some more of it.
         block_ids: where to write it, from the block that holds `start`.
         chats: the namespace in which conversations are stored; empty where they are not.
+        last: when this step is done nothing is left to do of any prompt.
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +37,7 @@ class RefineJob:
     block_ids: tuple[int, ...] = ()
     start: int = 0
     chats: str = ""
+    last: bool = False
 
 
 @dataclass

@@ -44,6 +44,10 @@ class _Refinement:
     first: int = 0
     blocks: list[KVCacheBlock] = field(default_factory=list)
 
+    @property
+    def last_step(self) -> str:
+        return "store" if self.chats else "write"
+
 
 class Refinements:
     """A queue; one of them is under way.
@@ -79,7 +83,8 @@ class Refinements:
             return
         token_ids = tuple(request.all_token_ids[:tokens])
         for earlier in list(self._queue):
-            if earlier.chats == chats and token_ids[: len(earlier.token_ids)] == earlier.token_ids:
+            alike = (earlier.chats, earlier.names.cache_salt) == (chats, names.cache_salt)
+            if alike and token_ids[: len(earlier.token_ids)] == earlier.token_ids:
                 self._queue.remove(earlier)
         self._queue.append(_Refinement(copy.copy(request), token_ids, names, chats))
         if len(self._queue) > _QUEUED:
@@ -107,23 +112,28 @@ class Refinements:
             tuple(block.block_id for block in refinement.blocks),
             refinement.first * self._block_tokens,
             refinement.chats,
+            last=len(self._queue) == 1 and refinement.step == refinement.last_step,
         )
 
     def drop(self) -> None:
         """Give up what is under way, or next."""
-        refinement, self._under_way = self._under_way or self._queue[0], None
-        if refinement in self._queue:
-            self._queue.remove(refinement)
+        given_up = [self._under_way] if self._under_way is not None else list(self._queue)[:1]
+        self._under_way = None
+        for refinement in given_up:
+            if refinement in self._queue:
+                self._queue.remove(refinement)
 
     def take(self, refined: Refined) -> int:
         """What the worker half has done. Returns how many tokens have exact KV in the prefix cache that had none."""
         refinement, self._under_way = self._under_way, None
         assert refinement is not None
         blocks, refinement.blocks = refinement.blocks, []
-        if blocks and refined.done:
-            self._prefixes.insert(refinement.request, refinement.names, blocks, refinement.first)
-        self._prefixes.release(blocks)
-        last = refinement.step == ("store" if refinement.chats else "write")
+        try:
+            if blocks and refined.done:
+                self._prefixes.insert(refinement.request, refinement.names, blocks, refinement.first)
+        finally:
+            self._prefixes.release(blocks)
+        last = refinement.step == refinement.last_step
         if (refined.failed or (refined.done and last)) and refinement in self._queue:
             self._queue.remove(refinement)
         if refined.done and not last:

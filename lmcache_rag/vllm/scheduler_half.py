@@ -18,7 +18,7 @@ from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
-from lmcache_rag.vllm.choosing import Choice, Chooser
+from lmcache_rag.vllm.choosing import SMALL_REST, Choice, Chooser
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 
 _KEPT_REPORTS = 1024
 
-_SMALL_REST = 64
-"""Where the prefix cache holds all but so few tokens of a blend, vLLM's own prefill of the rest is the faster way."""
-
 _MOST_CHOICES = 4
 """What a request is answered from is chosen so often at most, however the prefix cache changes."""
 
-_ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+_LEAST_PART = 4
+"""A blend has so many-th part of a step's tokens at least, so that it comes to an end however many others there are."""
+
+_ANSWERED = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_ABORTED,  # also by a stop string, which is found outside the scheduler
+)
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class _Tracked:
         names: those that vLLM gave its blocks: of exact KV.
         options: None where it is not handled; vLLM then computes the whole prompt.
         choice: what it is answered from; None where it is not handled.
+        planned_misses: what the plan leaves to prefill; the worker half's misses come on top.
         planned_at: when it was planned (`time.perf_counter`), and so began to wait for vLLM to take it up.
         choices: how often that was chosen anew, since what the prefix cache holds had changed.
         local_tokens: how many tokens the local prefix cache held when last asked, for the report.
@@ -62,6 +67,7 @@ class _Tracked:
     options: BlendOptions | None
     choice: Choice | None
     report: dict[str, Any]
+    planned_misses: dict[str, int]
     planned_at: float
     choices: int = 1
     local_tokens: int = 0
@@ -124,7 +130,7 @@ class SchedulerHalf:
 
     def has_idle_work(self) -> bool:
         """Whether there is something to do while there is no request."""
-        return bool(self._refinements)
+        return bool(self._refinements) and not self._tracked
 
     def add(self, request: Request) -> None:
         """Plan a new request, and keep what will be computed for it apart in the prefix cache."""
@@ -135,7 +141,9 @@ class SchedulerHalf:
         choice = self._choice(request, names, options, report)
         planned_at = time.perf_counter()
         report.phases_s["plan"] = planned_at - start
-        self._tracked[request.request_id] = _Tracked(names, options, choice, report.model_dump(), planned_at)
+        self._tracked[request.request_id] = _Tracked(
+            names, options, choice, report.model_dump(), dict(report.misses), planned_at
+        )
 
     def _choice(
         self, request: Request, names: BlockNames, options: BlendOptions | None, report: ReuseReport
@@ -192,15 +200,17 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0
+        if tracked.plan is not None and self._blending is not None:
+            return None
         if self._chosen_anew(request, tracked):
             return None
         tracked.local_tokens = computed_tokens
         if tracked.plan is None:
             return 0
         matched = max(0, _provided(tracked.plan) - computed_tokens)
-        if computed_tokens and matched < _SMALL_REST:
+        if computed_tokens and matched < SMALL_REST:
             return 0
-        return None if matched and self._blending is not None else matched
+        return matched
 
     def _chosen_anew(self, request: Request, tracked: _Tracked) -> bool:
         """Choose again where the prefix cache holds more or less than it did: blocks come and go while a request
@@ -219,7 +229,7 @@ class SchedulerHalf:
         tracked.choices += 1
         report = ReuseReport(prompt_tokens=request.num_prompt_tokens, phases_s=tracked.report["phases_s"])
         tracked.choice = self._choice(request, tracked.names, options, report)
-        tracked.report = report.model_dump()
+        tracked.report, tracked.planned_misses = report.model_dump(), dict(report.misses)
         return tracked.choice is None or tracked.choice.names != choice.names
 
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
@@ -243,7 +253,10 @@ class SchedulerHalf:
         """Say what was found in the local prefix cache, where that and vLLM's own prefill make the whole prompt."""
         report, local = tracked.report, min(tracked.local_tokens, request.num_prompt_tokens)
         report["local_tokens"] = local
-        report["vllm_tokens"] = request.num_prompt_tokens - local - report["missed_tokens"]
+        missed = min(report["missed_tokens"], request.num_prompt_tokens - local)
+        if missed < report["missed_tokens"]:  # what is in the cache is no miss, whatever the plan says of it
+            report["missed_tokens"], report["misses"] = missed, {"not stored": missed} if missed else {}
+        report["vllm_tokens"] = request.num_prompt_tokens - local - missed
         choice = tracked.choice
         if choice is None or not local:
             return
@@ -264,7 +277,7 @@ class SchedulerHalf:
         jobs = StepJobs(self._dropped, self._begun)
         self._dropped, self._begun = [], None
         if scheduled_tokens:
-            jobs.tokens = max(LEAST_TOKENS, self._step_tokens - scheduled_tokens)
+            jobs.tokens = max(LEAST_TOKENS, self._step_tokens // _LEAST_PART, self._step_tokens - scheduled_tokens)
         if self._taken_over:
             self._blending, self._taken_over = None, False
         if self._refinements is not None:
@@ -300,7 +313,7 @@ class SchedulerHalf:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue  # aborted meanwhile
-            misses = dict(tracked.report["misses"])
+            misses = dict(tracked.planned_misses)
             for reason, tokens in figures["misses"].items():
                 misses[reason] = misses.get(reason, 0) + tokens
             report = {**figures, "misses": misses, "missed_tokens": sum(misses.values())}
@@ -337,7 +350,7 @@ class SchedulerHalf:
         choice, options = tracked.choice, tracked.options
         if choice is None or options is None or options.mode == "precompute" or not tracked.placed:
             return
-        if request.status not in _ANSWERED:
+        if request.status not in _ANSWERED or not request.num_output_tokens:
             return
         approximate = choice.kept_blocks is not None and not tracked.failed
         chats = self._chooser.chats(options, tracked.names)

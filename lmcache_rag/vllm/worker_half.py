@@ -1,4 +1,4 @@
-"""The connector's worker half: does the step's blends before vLLM's forward, and writes them to the paged cache."""
+"""The connector's worker half: goes on with a blend in each step, and writes what it made to the paged cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.conversation.refinement import PIECE_S, Refiner
-from lmcache_rag.errors import StoreError
+from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import ModelCodecs, machine_store
-from lmcache_rag.plan.plan import BlendPlan
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
+
+_LOADED_PIECES = 8
+"""So many pieces of a stored conversation are loaded in a step."""
 
 _RECENT_BLENDS = 8
 """The least overhead of so many counts, so that what else the machine did in one of them does not."""
@@ -68,6 +71,7 @@ class WorkerHalf:
         rates = self._rates
         self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
         self._refined: Refined | None = None
+        self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
         self._under_way: tuple[BlendJob, Steps[ReuseReport]] | None = None
@@ -111,6 +115,8 @@ class WorkerHalf:
         try:
             steps = {"compute": self._compute, "write": self._write, "store": self._store}
             self._refined = steps[job.step](job)
+            if job.last and self._refined.done:
+                self._refiner.forget()
         except Exception as error:  # noqa: BLE001  # nobody waits for it
             self._failures.note("Refinement", error)
             self._refiner.forget()
@@ -118,21 +124,34 @@ class WorkerHalf:
 
     def _compute(self, job: RefineJob) -> Refined:
         """The next tokens' exact KV: from the store where it is there, else by a pass."""
-        start = time.perf_counter()
-        done = tokens = self._refiner.take_up(job.token_ids)
-        if job.chats:
-            chunks = self._chats.of(job.chats)
-            chunks.refresh()
-            for piece, form in stored_pieces(chunks, job.token_ids):
-                if piece.start < done:
-                    continue
-                loaded = chunks.load(form.name, self._model.shape)
-                if piece.start > done or isinstance(loaded, str) or time.perf_counter() - start > PIECE_S:
-                    break
-                done = self._refiner.give(loaded, PIECE_TOKENS)
-        if done == tokens:
-            done = self._refiner.advance()
+        done = self._refiner.take_up(job.token_ids)
+        loaded = self._loaded(job, done) if job.chats else done
+        done = loaded if loaded > done else self._refiner.advance()
         return Refined(done=done == len(job.token_ids))
+
+    def _loaded(self, job: RefineJob, done: int) -> int:
+        """Load some of the pieces that follow what is done; returns how many first tokens are done then. What cannot be
+        used is computed."""
+        start, chunks = time.perf_counter(), self._chats.of(job.chats)
+        chunks.refresh()
+        wanted = [
+            PlannedSegment(piece.start, PIECE_TOKENS, name=form.name)
+            for piece, form in stored_pieces(chunks, job.token_ids)
+            if piece.start >= done
+        ]
+        for found in self._blender.loader.load(chunks, wanted[:_LOADED_PIECES], len(job.token_ids)):
+            if found is None or found[0].start > done or isinstance(found[1], str):
+                break
+            tokens = job.token_ids[done : done + PIECE_TOKENS]
+            if tuple(found[1].token_ids.tolist()) != tokens:
+                break
+            try:
+                done = self._refiner.give(found[1], PIECE_TOKENS)
+            except CorruptObjectError:
+                break
+            if time.perf_counter() - start > PIECE_S:
+                break
+        return done
 
     def _write(self, job: RefineJob) -> Refined:
         self._refiner.place()
@@ -185,7 +204,8 @@ class WorkerHalf:
         """What was done since the last call."""
         reports, self._reports = self._reports, {}
         refined, self._refined = self._refined, None
-        return StepReports(reports, self._rates, refined) if reports or refined else None
+        rates, self._learned = self._rates if self._learned else None, False
+        return StepReports(reports, rates, refined) if reports or refined else None
 
     def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
         """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""
@@ -194,6 +214,7 @@ class WorkerHalf:
             spent_s = sum(report.phases_s.values()) - report.phases_s["load"]
             self._overheads_s.append(max(0.0, spent_s - rates.computing_s(plan)))
         self._rates = replace(rates, overhead_s=min(self._overheads_s, default=0.0))
+        self._learned = True
 
     def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """Slot of each position in the paged cache: block id times block size plus offset."""

@@ -23,6 +23,7 @@ def test_the_longest_common_beginning_comes_first() -> None:
     answers.add(answered(range(1, 80), digest="cc"))  # begins otherwise
     assert [found.digest for found in answers.continued_by(range(100), TERMS, 0.1)] == ["bb", "aa"]
     assert [found.digest for found in answers.continued_by(range(10), TERMS, 0.1)] == ["aa", "bb"]
+    assert [found.digest for found in answers.continued_by(range(100), TERMS, 0.1, least=50)] == ["bb"]
     assert answers.continued_by([], TERMS, 0.1) == []
 
 

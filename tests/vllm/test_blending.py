@@ -77,6 +77,18 @@ def test_a_corrupt_object_is_computed_again_at_the_next_ingest(llama: LocalEngin
     )
 
 
+def test_what_a_repeated_prompt_finds_in_the_prefix_cache_is_no_miss(llama: LocalEngine) -> None:
+    plan = random_plan(45, chunks=(300, 90))
+    preamble, (first, _), _ = parts(plan)
+    assert not llama.precompute(preamble, [first]).errors
+    for local in (False, True):
+        _, done = answer(llama, plan, REPAIR, "repeated")
+        reuse = done.reuse
+        assert (reuse.local_tokens > 400) is local and reuse.vllm_tokens >= 0
+        counted = reuse.local_tokens + reuse.reused_tokens + reuse.recomputed_tokens + reuse.missed_tokens
+        assert counted + reuse.unknown_tokens + reuse.vllm_tokens == reuse.prompt_tokens
+
+
 def test_misses_at_the_end_are_left_to_vllm(llama: LocalEngine) -> None:
     plan = random_plan(13)
     preamble, chunks, rest = parts(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.planner import Planner
-from lmcache_rag.request import PARAMS_KEY
+from lmcache_rag.request import PARAMS_KEY, ReuseReport
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.connector import _warn_of_failures
+from lmcache_rag.vllm.metadata import StepReports
 from lmcache_rag.vllm.scheduler_half import SchedulerHalf
 
 
@@ -33,15 +35,19 @@ def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
     return SchedulerHalf(planner, config, unsupported="", block_tokens=16, max_tokens=1024, step_tokens=2048)
 
 
-def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
-    """The report of a request with these `kv_transfer_params`."""
-    half = half_of(folder, **settings)
-    request = SimpleNamespace(
+def request_of(params: Any) -> Any:
+    """A request of 64 tokens."""
+    return SimpleNamespace(
         request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
         lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,
         skip_reading_prefix_cache=False, cache_salt=None, block_hashes=[], update_block_hashes=lambda: None,
     )  # fmt: skip
-    half.add(request)  # type: ignore[arg-type]
+
+
+def report_of(folder: Path, params: Any, **settings: Any) -> dict[str, Any]:
+    """The report of a request with these `kv_transfer_params`."""
+    half = half_of(folder, **settings)
+    half.add(request_of(params))
     return half.report_of("1").model_dump()
 
 
@@ -117,3 +123,27 @@ def test_without_a_prefix_cache_nothing_is_refined(tmp_path: Path) -> None:
     half = half_of(tmp_path, refine="idle")
     half.bind(SimpleNamespace(enable_caching=False))  # type: ignore[arg-type]
     assert half._refinements is None and half._chooser.prefixes is None
+
+
+def test_the_misses_of_a_blend_that_was_preempted_are_not_counted_twice(tmp_path: Path) -> None:
+    half = half_of(tmp_path)
+    half.add(request_of(None))
+    blended = ReuseReport(mode="blend", prompt_tokens=64, reused_tokens=24)
+    blended.miss("absent", 30)
+    for _ in range(2):
+        half.receive(StepReports({"1": blended.model_dump()}))
+        report = half.report_of("1")
+        assert (report.missed_tokens, report.misses, report.vllm_tokens) == (30, {"absent": 30}, 10)
+
+
+def test_while_a_request_is_there_nothing_else_keeps_the_engine_stepping(tmp_path: Path) -> None:
+    half = half_of(tmp_path)
+    half._refinements = [None]  # type: ignore[assignment]
+    assert half.has_idle_work()
+    half.add(request_of(None))
+    assert not half.has_idle_work()
+
+
+def test_a_blend_comes_to_an_end_however_busy_the_engine_is(tmp_path: Path) -> None:
+    half = half_of(tmp_path)
+    assert [half.take_jobs(scheduled).tokens for scheduled in (0, 8, 2040, 2048)] == [math.inf, 2040, 512, 512]

@@ -277,6 +277,20 @@ def test_no_block_is_lost(engine: LocalEngine) -> None:
     assert pool.get_num_free_blocks() == free
 
 
+def test_an_answer_that_a_stop_string_ended_is_continued_and_refined(engine: LocalEngine) -> None:
+    plan = long_plan(218)
+    ingest(engine, plan)
+    whole = ask(engine, plan, salt="whole")
+    stop = whole.text.split()[4]
+    sampling = Sampling(max_tokens=8, stop=(stop,), ignore_eos=True)
+    cut = engine.generate(plan, sampling, REPAIR, cache_salt="own")
+    assert cut.finish_reason == "stop"
+    assert ask(engine, extended(plan, cut)).reuse.mode == "continued"
+    engine.settle()
+    exact = ask(engine, [*plan.token_ids, *FOLLOWING])
+    assert exact.reuse.reason == "exact KV in the local prefix cache"
+
+
 def test_a_prompt_without_chunks_is_nobodys_business(engine: LocalEngine) -> None:
     preamble, _, rest = parts(long_plan(217))
     done = ask(engine, [*preamble, *rest])

@@ -145,7 +145,7 @@ def test_a_request_aborted_behind_a_failed_blend_leaves_nothing(
         fail_at("write", patch, abort)
         sampling = Sampling(max_tokens=50, ignore_eos=True)
         llama._submit(plan, sampling, QUERY, "aborted", lambda _: None)
-        llama.generate([5, 6, 7], Sampling(max_tokens=1), OFF)
+        llama.settle()
     found, done = answer(llama, plan, QUERY, "aborted")
     assert done.reuse.mode == "blend" and done.reuse.local_tokens == 0
     torch.testing.assert_close(found, expected, atol=20 * noise(llama, plan), rtol=0)

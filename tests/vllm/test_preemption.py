@@ -58,13 +58,13 @@ def _count_blends(blends: list[str]) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     worker = get_kv_transfer_group()._worker
-    do = worker.do
+    begin = worker.begin
 
     def counted(job) -> None:
         blends.append(job.request_id)
-        do(job)
+        begin(job)
 
-    worker.do = counted
+    worker.begin = counted
 
 
 def test_a_second_engine_in_one_process_is_refused_in_words(llama: LocalEngine) -> None:
