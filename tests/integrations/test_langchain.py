@@ -17,7 +17,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
-from langchain_core.runnables import ConfigurableField, Runnable, RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_lmcache_rag import ChatLmcacheRag, KVRetriever
 from langchain_lmcache_rag.prompts import plain_text
@@ -284,3 +284,22 @@ def test_wrong_fields_are_refused(smollm: LocalEngine) -> None:
 def test_too_long_a_prompt(llm: ChatLmcacheRag) -> None:
     with pytest.raises(PromptError, match="tokens"):
         llm.invoke("word " * 5000)
+
+
+def test_documents_come_in_the_order_of_earlier_prompts_where_that_is_asked_for(
+    documents: list[Document], llm: ChatLmcacheRag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[Document]] = []
+    retriever = retriever_of(documents, llm, retriever=RunnableLambda(lambda _: found.pop(0)), keep_order=True)
+    monkeypatch.setattr(KVRetriever, "precompute", lambda self, documents: None)
+    first, second, third = documents[:3]
+    for given, expected in (
+        ([first, second, third], [first, second, third]),
+        ([third, first, second], [first, second, third]),
+    ):
+        found.append(given)
+        assert retriever.invoke("What?") == expected
+    found.append([third, first])
+    assert asyncio.run(retriever.ainvoke("What?")) == [first, third]
+    plain = retriever_of(documents, llm, retriever=RunnableLambda(lambda _: [third, first]))
+    assert plain.invoke("What?") == [third, first]

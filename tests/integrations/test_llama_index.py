@@ -20,8 +20,8 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
-from llama_index.core.schema import BaseNode, Document, MetadataMode
-from llama_index.llms.lmcache_rag import KVPrecompute, LmcacheRag
+from llama_index.core.schema import BaseNode, NodeWithScore, TextNode
+from llama_index.llms.lmcache_rag import KeepOrder, KVPrecompute, LmcacheRag
 from pydantic import ValidationError
 
 from lmcache_rag.engine import LocalEngine
@@ -73,7 +73,7 @@ def assert_mostly_reused(reuse: ReuseReport | None) -> None:
 
 
 def test_all() -> None:
-    assert sorted(package.__all__) == ["KVPrecompute", "LmcacheRag"]
+    assert sorted(package.__all__) == ["KVPrecompute", "KeepOrder", "LmcacheRag"]
     assert all(hasattr(package, name) for name in package.__all__)
 
 
@@ -273,3 +273,16 @@ def test_only_text_is_read(llm: LmcacheRag) -> None:
     image = ChatMessage(role=MessageRole.USER, blocks=[TextBlock(text="What is it?"), ImageBlock(image=b"\x89PNG")])
     with pytest.raises(PromptError, match="ImageBlock"):
         llm.chat([image])
+
+
+def test_retrieved_nodes_come_in_the_order_of_earlier_prompts() -> None:
+    def found(texts: str) -> list[NodeWithScore]:
+        return [NodeWithScore(node=TextNode(text=text), score=1.0 / rank) for rank, text in enumerate(texts, start=1)]
+
+    keep = KeepOrder()
+    for texts, expected in (("abcd", "abcd"), ("dbca", "abcd"), ("xa", "ax")):
+        kept = keep.postprocess_nodes(found(texts), query_str="What?")
+        assert "".join(one.node.get_content() for one in kept) == expected
+    strict = KeepOrder(most_moved=0)
+    strict.postprocess_nodes(found("ab"))
+    assert [one.node.get_content() for one in strict.postprocess_nodes(found("ba"))] == ["b", "a"]

@@ -16,13 +16,14 @@ from pydantic import ConfigDict, PrivateAttr
 
 from langchain_lmcache_rag.chat_models import ChatLmcacheRag
 from langchain_lmcache_rag.prompts import preamble_of
+from lmcache_rag.conversation.order import PassageOrder
 from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts
 
 _log = logging.getLogger(__name__)
 
 
 class KVRetriever(BaseRetriever):
-    """Wraps a retriever: what it finds is returned unchanged, and the KV of documents not stored yet is computed.
+    """Wraps a retriever: what it finds is returned, and the KV of documents not stored yet is computed.
 
     The first query that finds a document then pays for reading it, and no later one does. `precompute` pays at ingest
     instead. Where storing fails, queries are answered all the same.
@@ -34,6 +35,9 @@ class KVRetriever(BaseRetriever):
         context: name of the prompt's variable that stands for the documents.
         document_prompt: how the chain writes one document into the prompt: a template of `page_content` and metadata,
             or a function.
+        keep_order: whether documents come in the order of earlier prompts, as far as they are the same from the first
+            on, so that their KV is found in the prefix cache; else by relevance, as the retriever gives them. Off where
+            the order means something.
 
     Raises:
         PromptError: no two prompts of the template begin alike.
@@ -46,7 +50,9 @@ class KVRetriever(BaseRetriever):
     prompt: StringPromptTemplate | BaseChatPromptTemplate | str
     context: str = "context"
     document_prompt: str | Callable[[Document], str] = "{page_content}"
+    keep_order: bool = False
 
+    _order: PassageOrder = PrivateAttr(default_factory=PassageOrder)
     _preamble: str = PrivateAttr()
     _last_report: PrecomputeReport | None = PrivateAttr(default=None)
     _failed_queries: int = PrivateAttr(default=0)
@@ -92,14 +98,17 @@ class KVRetriever(BaseRetriever):
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()})
         self._store(documents)
-        return documents
+        return self._ordered(documents)
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun
     ) -> list[Document]:
         documents = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()})
         await asyncio.to_thread(self._store, documents)
-        return documents
+        return self._ordered(documents)
+
+    def _ordered(self, documents: list[Document]) -> list[Document]:
+        return self._order.ordered(documents, key=self.text_of) if self.keep_order else documents
 
     def _store(self, documents: list[Document]) -> None:
         """`precompute`, but for a query, which is answered from the documents whether or not they can be stored."""

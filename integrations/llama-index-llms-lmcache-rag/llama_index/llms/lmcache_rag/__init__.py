@@ -1,9 +1,11 @@
 """LlamaIndex on lmcache-rag.
 
-`LmcacheRag` is the language model; `KVPrecompute` is an ingestion step that computes the nodes' KV once.
+`LmcacheRag` is the language model; `KVPrecompute` is an ingestion step that computes the nodes' KV once;
+`KeepOrder` keeps retrieved nodes in the order of earlier prompts.
 """
 
 from llama_index.llms.lmcache_rag.base import LmcacheRag
+from llama_index.llms.lmcache_rag.order import KeepOrder
 from llama_index.llms.lmcache_rag.precompute import KVPrecompute
 
-__all__ = ["KVPrecompute", "LmcacheRag"]
+__all__ = ["KVPrecompute", "KeepOrder", "LmcacheRag"]
