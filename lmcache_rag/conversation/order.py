@@ -1,4 +1,4 @@
-"""The order of a prompt's passages: one in which an earlier prompt began, so that its KV is found in the prefix cache."""
+"""The order of a prompt's passages: that of an earlier prompt, so that its beginning is found in the prefix cache."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
-from llama_index.core.schema import BaseNode, NodeWithScore, TextNode
+from llama_index.core.schema import BaseNode, Document, MetadataMode, NodeWithScore, TextNode
 from llama_index.llms.lmcache_rag import KeepOrder, KVPrecompute, LmcacheRag
 from pydantic import ValidationError
 
