@@ -200,17 +200,12 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0
-        if tracked.plan is not None and self._blending is not None:
+        tracked.local_tokens = computed_tokens
+        if _matched(tracked.plan, computed_tokens) and self._blending is not None:
             return None
         if self._chosen_anew(request, tracked):
             return None
-        tracked.local_tokens = computed_tokens
-        if tracked.plan is None:
-            return 0
-        matched = max(0, _provided(tracked.plan) - computed_tokens)
-        if computed_tokens and matched < SMALL_REST:
-            return 0
-        return matched
+        return _matched(tracked.plan, computed_tokens)
 
     def _chosen_anew(self, request: Request, tracked: _Tracked) -> bool:
         """Choose again where the prefix cache holds more or less than it did: blocks come and go while a request
@@ -386,6 +381,12 @@ def _options_of(request: Request) -> BlendOptions | None:
         raise TypeError("kv_transfer_params is no object")
     given = params.get(PARAMS_KEY)
     return None if given is None else BlendOptions(**given)
+
+
+def _matched(plan: BlendPlan | None, computed_tokens: int) -> int:
+    """How many tokens behind the locally computed ones a blend is to provide. A small rest is vLLM's to compute."""
+    matched = 0 if plan is None else max(0, _provided(plan) - computed_tokens)
+    return 0 if computed_tokens and matched < SMALL_REST else matched
 
 
 def _provided(plan: BlendPlan) -> int:
