@@ -52,6 +52,7 @@ class _Tracked:
     """A request. `report` is the dict that its response carries; it is completed in place.
 
     Attributes:
+        request: vLLM's own.
         names: those that vLLM gave its blocks: of exact KV.
         options: None where it is not handled; vLLM then computes the whole prompt.
         choice: what it is answered from; None where it is not handled.
@@ -63,6 +64,7 @@ class _Tracked:
         failed: its blend failed, and the prompt is vLLM's to compute.
     """
 
+    request: Request
     names: BlockNames
     options: BlendOptions | None
     choice: Choice | None
@@ -142,7 +144,7 @@ class SchedulerHalf:
         planned_at = time.perf_counter()
         report.phases_s["plan"] = planned_at - start
         self._tracked[request.request_id] = _Tracked(
-            names, options, choice, report.model_dump(), dict(report.misses), planned_at
+            request, names, options, choice, report.model_dump(), dict(report.misses), planned_at
         )
 
     def _choice(
@@ -317,6 +319,7 @@ class SchedulerHalf:
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
             tracked.report.update(report)
             tracked.failed = figures["mode"] == "plain"
+            _count_cached(tracked.request, report["reused_tokens"])
 
     def finish(self, request: Request) -> dict[str, Any]:
         """The report for the response. Nothing but the report is kept of a request that has ended."""
@@ -372,6 +375,14 @@ class SchedulerHalf:
         tracked = self._tracked.get(request_id)
         report = self._finished.get(request_id, {}) if tracked is None else tracked.report
         return ReuseReport(**report)
+
+
+def _count_cached(request: Request, reused_tokens: int) -> None:
+    """Have vLLM's own statistics, and the response's `cached_tokens`, count what was reused; they would count all that a
+    blend provides, recomputed tokens too."""
+    stats = request.prefill_stats
+    if stats is not None and stats.num_prompt_tokens:
+        stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, reused_tokens)
 
 
 def _options_of(request: Request) -> BlendOptions | None:

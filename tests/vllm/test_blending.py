@@ -16,6 +16,7 @@ import torch
 from lmcache_rag.chunk_kv import NO_CONTEXT, variant_of
 from lmcache_rag.codec import pack, unpack
 from lmcache_rag.engine import Completion, LocalEngine, Sampling
+from lmcache_rag.engine.loop import Request
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
@@ -87,6 +88,25 @@ def test_what_a_repeated_prompt_finds_in_the_prefix_cache_is_no_miss(llama: Loca
         assert (reuse.local_tokens > 400) is local and reuse.vllm_tokens >= 0
         counted = reuse.local_tokens + reuse.reused_tokens + reuse.recomputed_tokens + reuse.missed_tokens
         assert counted + reuse.unknown_tokens + reuse.vllm_tokens == reuse.prompt_tokens
+
+
+def test_cached_tokens_are_those_that_were_neither_computed_nor_recomputed(
+    llama: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = random_plan(46, chunks=(300, 90))
+    ingest(llama, plan)
+    cached: list[int] = []
+    take = Request.take
+
+    def taken(self: Request, output: Any, now: float) -> str:
+        cached.append(output.num_cached_tokens)
+        return take(self, output, now)
+
+    monkeypatch.setattr(Request, "take", taken)
+    _, done = answer(llama, plan, REPAIR, tokens=1)
+    assert done.reuse.recomputed_tokens > 0 and cached == [done.reuse.reused_tokens]
+    _, done = answer(llama, plan, OFF, tokens=1)
+    assert cached[1:] == [0]
 
 
 def test_misses_at_the_end_are_left_to_vllm(llama: LocalEngine) -> None:

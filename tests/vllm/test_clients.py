@@ -40,7 +40,8 @@ def request_of(params: Any) -> Any:
     return SimpleNamespace(
         request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
         lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,
-        skip_reading_prefix_cache=False, cache_salt=None, block_hashes=[], update_block_hashes=lambda: None,
+        skip_reading_prefix_cache=False, cache_salt=None, prefill_stats=None, block_hashes=[],
+        update_block_hashes=lambda: None,
     )  # fmt: skip
 
 
