@@ -378,7 +378,7 @@ class SchedulerHalf:
 
 
 def _count_cached(request: Request, reused_tokens: int) -> None:
-    """Have vLLM's own statistics, and the response's `cached_tokens`, count what was reused; they would count all that a
+    """Have vLLM's own statistics, and the response's `cached_tokens`, count what was reused: else they count all that a
     blend provides, recomputed tokens too."""
     stats = request.prefill_stats
     if stats is not None and stats.num_prompt_tokens:
