@@ -62,11 +62,12 @@ class Refined:
 
     Attributes:
         done: nothing of this step is left to do.
+        failure: the type of the exception that ended it; the prompt is given up.
         stored_bytes: written to the store.
     """
 
     done: bool = False
-    failed: bool = False
+    failure: str = ""
     stored_bytes: int = 0
 
 

@@ -39,9 +39,11 @@ class ReuseStats(KVConnectorStats):
         added |= {f"phase_seconds:{phase}": seconds for phase, seconds in report["phases_s"].items()}
         self._sum(added)
 
-    def refined(self, tokens: int) -> None:
-        """Add tokens whose exact KV was computed while the engine was idle."""
-        self._sum({"refined_tokens": tokens} if tokens else {})
+    def refined(self, tokens: int, stored_bytes: int, failure: str) -> None:
+        """Add what was done while the engine was idle: tokens whose exact KV is in the prefix cache now, bytes stored,
+        and what went wrong, if anything."""
+        added = {"refined_tokens": tokens, "bytes_stored": stored_bytes, f"failures:{failure}": int(bool(failure))}
+        self._sum({name: value for name, value in added.items() if value})
 
     def take(self) -> ReuseStats:
         """The sums so far, which start again from zero."""

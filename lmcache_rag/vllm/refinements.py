@@ -134,7 +134,7 @@ class Refinements:
         finally:
             self._prefixes.release(blocks)
         last = refinement.step == refinement.last_step
-        if (refined.failed or (refined.done and last)) and refinement in self._queue:
+        if (refined.failure or (refined.done and last)) and refinement in self._queue:
             self._queue.remove(refinement)
         if refined.done and not last:
             refinement.step = "write" if refinement.step == "compute" else "store"

@@ -118,9 +118,8 @@ class WorkerHalf:
             if job.last and self._refined.done:
                 self._refiner.forget()
         except Exception as error:  # noqa: BLE001  # nobody waits for it
-            self._failures.note("Refinement", error)
             self._refiner.forget()
-            self._refined = Refined(failed=True)
+            self._refined = Refined(failure=self._failures.note("Refinement", error))
 
     def _compute(self, job: RefineJob) -> Refined:
         """The next tokens' exact KV: from the store where it is there, else by a pass."""

@@ -194,9 +194,13 @@ def test_a_refinement_that_fails_is_given_up(engine: LocalEngine, monkeypatch: p
         raise MemoryError
 
     monkeypatch.setattr(worker_half()._refiner, "advance", advance)
+    counted: list[tuple[int, int, str]] = []
+    stats = connector(engine).scheduler.stats
+    monkeypatch.setattr(stats, "refined", lambda *figures: counted.append(figures))
     done = ask(engine, plan)
     engine.settle()
     monkeypatch.undo()
+    assert counted == [(0, 0, "MemoryError")]
     assert ask(engine, extended(plan, done)).reuse.mode == "continued"
 
 
