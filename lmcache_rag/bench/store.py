@@ -21,9 +21,9 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVScope, key_of, variant_of
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
+from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.records.catalog import find
-from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.records.part import VariantRow
 from lmcache_rag.records.records import Records
 from lmcache_rag.request import BlendOptions, ReuseReport
@@ -198,7 +198,7 @@ def _planned(store: Counting, prompts: Sequence[np.ndarray]) -> tuple[list[float
         ChunkStores(store, MODEL, "balanced"),  # type: ignore[arg-type]
         ASSUMED,
         namespace="text",
-        min_match_tokens=SHORTEST,
+        matcher=Matcher(),
         max_tokens=1 << 20,
         never_slower=True,
     )

@@ -21,7 +21,7 @@ from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStores, LoadedKV
 from lmcache_rag.plan.budget import share_of
 from lmcache_rag.plan.cost import PROBE_TOKENS, Rates
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
@@ -68,7 +68,7 @@ class Blender:
         self.rates = self._measured_rates()
         self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
-    def blend(self, plan: BlendPlan, chunks: ChunkStore) -> Steps[ReuseReport]:
+    def blend(self, plan: BlendPlan, chunks: ChunkStores) -> Steps[ReuseReport]:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done. The workspace is this
         blend's until then."""
         report = ReuseReport(
@@ -176,7 +176,7 @@ class _Blend:
         self._lossy: set[PlannedSegment] = set()
         self._reused: set[PlannedSegment] = set()
 
-    def load(self, chunks: ChunkStore) -> Steps[None]:
+    def load(self, chunks: ChunkStores) -> Steps[None]:
         """Place all that is in memory or in the store, and so know what may be recomputed."""
         plan = self._plan
         self._reused = yield from self._loaded(chunks)
@@ -257,7 +257,7 @@ class _Blend:
             report.exact_tokens += tokens if segment.exact else 0
             report.foreign_tokens += tokens if segment.foreign else 0
 
-    def _loaded(self, chunks: ChunkStore) -> Steps[set[PlannedSegment]]:
+    def _loaded(self, chunks: ChunkStores) -> Steps[set[PlannedSegment]]:
         """Place all that is in memory or in the store; returns which segments that is."""
         plan, blender, reused = self._plan, self._blender, set()
         allowance = blender.allowance
@@ -265,7 +265,7 @@ class _Blend:
         if blender.preambles.place(blender.workspace, plan.namespace, plan.token_ids[: preamble.length]):
             self.required[: preamble.length] = False
             reused.add(preamble)
-        wanted = [segment for segment in (preamble, *plan.segments) if segment not in reused]
+        wanted = [segment for segment in plan.known if segment not in reused]
         found_in_order = blender.loader.load(
             chunks,
             wanted,

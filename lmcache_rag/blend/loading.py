@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as NotDoneError
 
 from lmcache_rag.blend.streaming import Stream
 from lmcache_rag.chunk_kv import KVShape, StoredForm
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStores, LoadedKV
 from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.plan.plan import PlannedSegment
 from lmcache_rag.process import OwnProcess
@@ -56,7 +56,7 @@ class Loader:
 
     def load(
         self,
-        chunks: ChunkStore,
+        chunks: ChunkStores,
         segments: Sequence[PlannedSegment],
         tokens: int,
         seconds: float | None = None,
@@ -163,7 +163,7 @@ class _Reads:
     def __init__(
         self,
         readers: _Readers,
-        chunks: ChunkStore,
+        chunks: ChunkStores,
         shape: KVShape,
         segments: Sequence[PlannedSegment],
         stream: Stream | None,

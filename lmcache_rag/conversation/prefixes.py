@@ -17,6 +17,7 @@ import numpy as np
 from lmcache_rag.chunk_kv import NO_CONTEXT, StoredForm, key_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.library.chunks import ChunkStore, codec_of
+from lmcache_rag.plan.plan import PlannedSegment
 
 PIECE_TOKENS = 64
 """A group of the codecs: what a turn adds is kept but for so many tokens at most."""
@@ -50,6 +51,14 @@ def stored_pieces(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) -> 
             break
         found.append((piece, form))
     return found
+
+
+def begun_segments(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) -> tuple[PlannedSegment, ...]:
+    """The same, as what a plan loads."""
+    return tuple(
+        PlannedSegment(piece.start, PIECE_TOKENS, name=form.name, exact=True, size_bytes=form.size_bytes)
+        for piece, form in stored_pieces(chunks, token_ids)
+    )
 
 
 def pieces(token_ids: Sequence[int] | np.ndarray) -> Iterator[Piece]:

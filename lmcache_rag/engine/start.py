@@ -39,7 +39,8 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     set_num_threads = torch.set_num_threads
     if on_cpu:
         set_num_threads(threads)
-    connector = {"clients_choose_namespace": True, "clients_precompute": True}  # its only client is this process
+    # Its only client is this process.
+    connector = {"clients_choose_namespace": True, "clients_precompute": True, "match_unit_tokens": 1}
     arguments = engine_arguments(settings, model_folder, connector, on_cpu=on_cpu)
     arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
     try:

@@ -326,6 +326,10 @@ class ChunkStores:
                 self._kept.popitem(last=False)
             return self._kept[namespace]
 
+    def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | str:
+        """See `ChunkStore.load`; of the namespace that the name says."""
+        return self.of(name.partition("/")[0]).load(name, shape, part)
+
 
 def _form(variant: str, codec: str) -> str:
     return f"{variant}.{codec}"

@@ -41,7 +41,7 @@ class Rates:
 
     def computing_s(self, plan: BlendPlan) -> float:
         """What probe and repair take, and what lacks its KV."""
-        named = [segment for segment in (plan.preamble, *plan.segments) if segment.name is not None]
+        named = plan.known
         missing = plan.end - sum(segment.length for segment in named)
         ratio = 1.0 if plan.selector == "all" else plan.ratio
         repaired = sum(

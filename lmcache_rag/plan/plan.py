@@ -47,6 +47,7 @@ class BlendPlan:
         token_ids: the whole prompt, the part behind `end` included.
         preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
             plan its last `primer_tokens` are the primer.
+        begun: stored exact KV of the prompt's beginning, from position 0 on without gaps; then there is no preamble.
         segments: ascending, not overlapping, none behind `end`.
         ttft_goal_s: see `BlendOptions`.
         local_tokens: that many first tokens are in the paged cache already and are not written.
@@ -61,5 +62,11 @@ class BlendPlan:
     selector: str
     ratio: float
     ttft_goal_s: float | None = None
+    begun: tuple[PlannedSegment, ...] = ()
     local_tokens: int = 0
     primer_tokens: int = 0
+
+    @property
+    def known(self) -> list[PlannedSegment]:
+        """What there is an object of, in the prompt's order."""
+        return [segment for segment in (self.preamble, *self.begun, *self.segments) if segment.name is not None]

@@ -8,18 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmcache_rag.chunk_kv import StoredForm, key_of
+from lmcache_rag.chunk_kv import StoredForm
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores, codec_of
 from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
+from lmcache_rag.plan.matching import History, Matcher
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.variants import Context, context_of, suited
-from lmcache_rag.records.catalog import Match, find
+from lmcache_rag.records.catalog import Match
 from lmcache_rag.request import BlendOptions, ReuseReport
 
 _CHEAPER = "cheaper to compute"
+
+_NO_TOKEN = -1
 
 _MOST = 0.75
 """Where more than this share of a chunk's tokens is wanted, all of it is read."""
@@ -30,7 +33,7 @@ class Planner:
 
     Args:
         namespace: of requests that name none.
-        min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
+        matcher: finds stored chunks in prompts that do not say where they are.
         max_tokens: a blend ends there at the latest.
         never_slower: whether stored KV is left alone where computing is estimated to be faster.
     """
@@ -41,14 +44,14 @@ class Planner:
         calibration: Calibration,
         *,
         namespace: str,
-        min_match_tokens: int,
+        matcher: Matcher,
         max_tokens: int,
         never_slower: bool,
     ) -> None:
         self._chunks = chunks
         self._calibration = calibration
         self._namespace = namespace
-        self._min_match_tokens = min_match_tokens
+        self._matcher = matcher
         self.max_tokens = max_tokens
         self._never_slower = never_slower
         self.cost = CostModel()
@@ -68,41 +71,33 @@ class Planner:
         report: ReuseReport,
         *,
         held_tokens: int = 0,
+        history: History | None = None,
     ) -> BlendPlan | None:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
         compute are counted in `report`.
 
         Args:
             held_tokens: the prompt's first tokens that prefill need not compute, since they are in the prefix cache.
+            history: of the conversation that the prompt may belong to.
         """
         try:
-            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens)
+            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens, history)
         except StoreError as error:
             report.reason = f"store: {error}"
             return None
 
     def exact(
-        self,
-        token_ids: Sequence[int] | np.ndarray,
-        chunks: ChunkStore,
-        forms: Sequence[StoredForm],
-        piece_tokens: int,
-        *,
-        held_tokens: int = 0,
+        self, token_ids: Sequence[int] | np.ndarray, history: History, *, held_tokens: int = 0
     ) -> BlendPlan | None:
-        """The plan that loads exact KV of a prompt's beginning, stored in pieces of so many tokens; None where that
-        takes longer than computing it, or there is none."""
-        segments = [
-            PlannedSegment(number * piece_tokens, piece_tokens, name=form.name, exact=True, size_bytes=form.size_bytes)
-            for number, form in enumerate(forms)
-        ]
-        end = min(len(segments) * piece_tokens, len(token_ids) - 1, self.max_tokens)
-        segments = [_cut(segment, end) for segment in segments if segment.start < end]
+        """The plan that loads stored exact KV of a prompt's beginning; None where that takes longer than computing it,
+        or there is none."""
+        end = min(history.end, len(token_ids) - 1, self.max_tokens)
+        segments = [_cut(segment, end) for segment in history.begun if segment.start < end]
         if end <= held_tokens:
             return None
         plan = BlendPlan(
             mode="prefix",
-            namespace=chunks.scope.namespace,
+            namespace=history.chunks.scope.namespace,
             token_ids=tuple(token_ids),
             preamble=_preamble(0, None),
             segments=tuple(segments),
@@ -110,28 +105,56 @@ class Planner:
             selector="none",
             ratio=0.0,
         )
-        size_bytes = sum(form.size_bytes for form in forms)
+        size_bytes = sum(segment.size_bytes for segment in segments)
         return plan if self.cost.worth_blending(plan, size_bytes, held_tokens) else None
 
     def _plan(
-        self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport, held_tokens: int
+        self,
+        prompt: np.ndarray,
+        options: BlendOptions,
+        report: ReuseReport,
+        held_tokens: int,
+        history: History | None,
     ) -> BlendPlan | None:
         chunks = self._chunks.of(self.namespace_of(options))
         chunks.refresh()
-        matches = self._matches(prompt, options, chunks, report)
-        if not matches:
+        matches = self._matcher.matches(prompt, options.segments, chunks, report)
+        if options.mode == "precompute" and matches:
+            return self._precompute(prompt, matches, chunks, options, report)
+        if matches and (matches[-1].end > len(prompt) or matches[0].start < 0):
+            report.reason = f"a segment ends at {matches[-1].end}, behind the prompt's {len(prompt)} tokens"
+            return None
+        if options.ttft_goal_s is not None:
+            history = None  # it has no forms to choose from
+        preamble, segments = _preamble(0, None), list[PlannedSegment]()
+        if matches:
+            preamble, segments = self._segments(prompt, matches, chunks, options)
+        begun: tuple[PlannedSegment, ...] = ()
+        if history is not None and history.end > (segments[0].start if segments else 0):
+            begun, preamble = history.begun, _preamble(0, None)
+            segments = [_behind(segment, history.end) for segment in segments if segment.end > history.end]
+        if history is not None:
+            start = history.end if begun else preamble.end
+            segments = self._with_history(prompt, segments, start, history)
+        if not segments:
             report.reason = "no stored chunk in the prompt"
             return None
-        end = matches[-1].end
-        if end > len(prompt) or matches[0].start < 0:
-            report.reason = f"a segment ends at {end}, behind the prompt's {len(prompt)} tokens"
-            return None
-        if options.mode == "precompute":
-            return self._precompute(prompt, matches, chunks, options, report)
-        if matches[-1].end <= held_tokens:
+        if segments[-1].end <= held_tokens:
             report.reason = "all stored chunks of the prompt are in the local prefix cache"
             return None
-        return self._blend(prompt, matches, chunks, options, report, held_tokens)
+        plan = BlendPlan(
+            mode="blend",
+            namespace=chunks.scope.namespace,
+            token_ids=tuple(prompt.tolist()),
+            preamble=preamble,
+            begun=begun,
+            segments=tuple(segments),
+            end=min(segments[-1].end, len(prompt) - 1),
+            selector=options.selector,
+            ratio=self.ratio_of(options),
+            ttft_goal_s=options.ttft_goal_s,
+        )
+        return self._worthwhile(plan, chunks, report, held_tokens)
 
     def _precompute(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
@@ -164,24 +187,40 @@ class Planner:
             primer_tokens=options.primer_tokens,
         )
 
-    def _blend(
-        self,
-        prompt: np.ndarray,
-        matches: list[Match],
-        chunks: ChunkStore,
-        options: BlendOptions,
-        report: ReuseReport,
-        held_tokens: int,
-    ) -> BlendPlan | None:
+    def _segments(
+        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions
+    ) -> tuple[PlannedSegment, list[PlannedSegment]]:
+        """The preamble and the chunks of a prompt, with what is stored of them."""
         forms = {match.key: chunks.variants(match.key, match.stored) for match in matches}
         preamble, context = _context(prompt, matches, forms, chunks)
-        ratio = self.ratio_of(options)
         segments = [_segment(prompt, match, context, forms[match.key], options.primer) for match in matches]
-        if options.ttft_goal_s is not None:
-            segments = [_with_forms(segment, chunks) for segment in segments]
-            preamble = _with_forms(preamble, chunks)
-        elif self._never_slower:
-            segments = [self._if_worth_loading(segment, ratio, len(segments)) for segment in segments]
+        if options.ttft_goal_s is None:
+            return preamble, segments
+        return _with_forms(preamble, chunks), [_with_forms(segment, chunks) for segment in segments]
+
+    def _with_history(
+        self, prompt: np.ndarray, segments: list[PlannedSegment], start: int, history: History
+    ) -> list[PlannedSegment]:
+        """The chunks of a prompt, and what was said before where none of them is, from a position on."""
+        free = prompt.copy()
+        free[:start] = _NO_TOKEN
+        for segment in segments:
+            free[segment.start : segment.end] = _NO_TOKEN
+        said = []
+        for match in self._matcher.find(free, history.chunks).matches:
+            forms = history.chunks.variants(match.key, match.stored)
+            last = max(forms.values(), key=lambda form: form.created_s, default=None)
+            partial = match.length < _MOST * len(match.chunk)
+            said.append(_placed(PlannedSegment(match.start, match.length, match.offset, partial=partial), last))
+        return sorted([*segments, *said], key=lambda segment: segment.start)
+
+    def _worthwhile(
+        self, plan: BlendPlan, chunks: ChunkStore, report: ReuseReport, held_tokens: int
+    ) -> BlendPlan | None:
+        """The plan without what is not worth loading, or None where plain prefill is faster."""
+        segments = list(plan.segments)
+        if plan.ttft_goal_s is None and self._never_slower:
+            segments = [self._if_worth_loading(segment, plan.ratio, len(segments)) for segment in segments]
         segments = [_cut(segment, self.max_tokens) for segment in segments if segment.start < self.max_tokens]
         while segments and segments[-1].name is None:
             report.miss(segments[-1].reason, segments.pop().length)
@@ -189,28 +228,18 @@ class Planner:
             faster = _CHEAPER in report.misses
             report.reason = "plain prefill is faster" if faster else "no chunk of the prompt is stored"
             return None
-        end = min(segments[-1].end, len(prompt) - 1)
+        end = min(segments[-1].end, len(plan.token_ids) - 1)
+        segments[-1] = _cut(segments[-1], end)
+        plan = replace(plan, segments=tuple(segment for segment in segments if segment.length), end=end)
         reused = sum(segment.length for segment in segments if segment.name is not None)
-        known = reused + (preamble.length if preamble.name is not None else 0)
+        known = sum(segment.length for segment in plan.known)
         if end - known > reused:
             report.reason = "most of the prompt before the last stored chunk is not stored"
             for segment in segments:
                 if segment.name is None:
                     report.miss(segment.reason, segment.length)
             return None
-        segments[-1] = _cut(segments[-1], end)
-        plan = BlendPlan(
-            mode="blend",
-            namespace=chunks.scope.namespace,
-            token_ids=tuple(prompt.tolist()),
-            preamble=preamble,
-            segments=tuple(segment for segment in segments if segment.length),
-            end=end,
-            selector=options.selector,
-            ratio=ratio,
-            ttft_goal_s=options.ttft_goal_s,
-        )
-        size_bytes = sum(segment.size_bytes for segment in plan.segments)  # the preamble stays in memory
+        size_bytes = sum(segment.size_bytes for segment in plan.known if segment is not plan.preamble)
         if not self._never_slower or self.cost.worth_blending(plan, size_bytes, held_tokens):
             return plan
         report.reason = "plain prefill is faster"
@@ -224,20 +253,6 @@ class Planner:
         if segment.name is None or self.cost.worth_loading(segment.size_bytes, segment.length, share, among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
-
-    def _matches(
-        self, prompt: np.ndarray, options: BlendOptions, chunks: ChunkStore, report: ReuseReport
-    ) -> list[Match]:
-        if options.segments is not None:
-            marked = []
-            for start, length in options.segments:
-                tokens = prompt[start : start + length]
-                key = key_of(tokens)
-                marked.append(Match(start, length, 0, key, tokens, chunks.records.variants(key)))
-            return marked
-        found = find(chunks.records, prompt, self._min_match_tokens)
-        report.matching_cut_short = found.cut_short
-        return found.matches
 
 
 def _context(
@@ -288,6 +303,7 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
         plan.namespace,
         plan.token_ids,
         plan.preamble,
+        plan.begun,
         plan.segments,
         plan.selector,
         plan.ratio,
@@ -298,6 +314,18 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
 
 def _with_forms(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
     return segment if segment.name is None else replace(segment, forms=tuple(chunks.forms(segment.name)))
+
+
+def _behind(segment: PlannedSegment, start: int) -> PlannedSegment:
+    """What of a segment is behind a position."""
+    cut = max(0, start - segment.start)
+    return replace(
+        segment,
+        start=segment.start + cut,
+        length=segment.length - cut,
+        offset=segment.offset + cut,
+        partial=segment.partial or cut > 0,
+    )
 
 
 def _cut(segment: PlannedSegment, end: int) -> PlannedSegment:

@@ -43,7 +43,8 @@ def context_of(
     """What the chunks of a prompt were computed behind, and how many of the prompt's first tokens are just that.
 
     It is `before`, the prompt's tokens before its first chunk, where they know a variant behind it; or else the longest
-    preamble of theirs that `before` begins with, but for a few tokens at its end that merged with the chunk's first.
+    preamble of theirs that `before` begins with, but for a few tokens at its end that merged with what follows: the
+    first chunk, or what was said before it.
 
     Args:
         forms: the variants of each chunk, by its key.
@@ -58,9 +59,8 @@ def context_of(
         if preamble is None:
             continue
         common = _common(before, preamble)
-        rest = max(len(preamble), len(before)) - common
-        if common > agreed and rest <= _MERGED:
-            best, agreed = Context(preamble, merged=rest), common
+        if common > agreed and len(preamble) - common <= _MERGED:
+            best, agreed = Context(preamble, merged=min(_MERGED, max(len(preamble), len(before)) - common)), common
     return best, agreed or len(before)
 
 

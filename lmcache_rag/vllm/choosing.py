@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Terms
-from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, stored_pieces
+from lmcache_rag.conversation.prefixes import begun_segments, chats_of
 from lmcache_rag.library.chunks import ChunkStores, codec_of
+from lmcache_rag.plan.matching import History
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest
 from lmcache_rag.request import BlendOptions, ReuseReport
@@ -113,12 +114,13 @@ class Chooser:
     def choose(self, request: Request, names: BlockNames, options: BlendOptions, report: ReuseReport) -> Choice:
         """What is fastest; `report` says why."""
         held = self.held(request, names, options)
-        prefix = self._stored_prefix(request, names, options, held)
+        history = self._history(request, names, options, held)
+        prefix = self._stored_prefix(request, history, held)
         there = max(held.tokens, prefix.end if prefix is not None else 0) if self._never_slower else 0
         plan = None
         assert request.prompt_token_ids is not None
         if not there or request.num_prompt_tokens - there > SMALL_REST:
-            plan = self._planner.plan(request.prompt_token_ids, options, report, held_tokens=there)
+            plan = self._planner.plan(request.prompt_token_ids, options, report, held_tokens=there, history=history)
         if plan is not None:
             return self._blended(request, names, held, plan)
         if there:
@@ -135,19 +137,21 @@ class Chooser:
         namespace = self._planner.namespace_of(options)
         return "" if self._chats is None else chats_of(namespace, names.cache_salt)
 
-    def _stored_prefix(
-        self, request: Request, names: BlockNames, options: BlendOptions, held: Held
-    ) -> BlendPlan | None:
-        """A plan for the exact KV of the prompt's beginning that is stored, if loading it is worth its time."""
-        rest = request.num_prompt_tokens - held.tokens
-        if self._chats is None or options.mode == "precompute" or rest <= SMALL_REST:
+    def _history(self, request: Request, names: BlockNames, options: BlendOptions, held: Held) -> History | None:
+        """What is stored of the request's conversation; None where that cannot help."""
+        if self._chats is None or options.mode == "precompute" or request.num_prompt_tokens - held.tokens <= SMALL_REST:
             return None
         chunks = self._chats.of(self.chats(options, names))
         chunks.refresh()
         assert request.prompt_token_ids is not None
-        found = stored_pieces(chunks, request.prompt_token_ids[: self._planner.max_tokens])
-        forms = [form for _, form in found]
-        return self._planner.exact(request.prompt_token_ids, chunks, forms, PIECE_TOKENS, held_tokens=held.tokens)
+        return History(chunks, begun_segments(chunks, request.prompt_token_ids[: self._planner.max_tokens]))
+
+    def _stored_prefix(self, request: Request, history: History | None, held: Held) -> BlendPlan | None:
+        """A plan for the exact KV of the prompt's beginning that is stored, if loading it is worth its time."""
+        if history is None:
+            return None
+        assert request.prompt_token_ids is not None
+        return self._planner.exact(request.prompt_token_ids, history, held_tokens=held.tokens)
 
     def _blended(self, request: Request, names: BlockNames, held: Held, plan: BlendPlan) -> Choice:
         exact_tokens = exact_span(plan) if plan.mode == "blend" else 0
@@ -163,7 +167,7 @@ def exact_span(plan: BlendPlan) -> int:
     """How many of the prompt's first tokens get KV that equals full prefill's: the preamble, and an exact chunk that
     follows it, where they were stored lossless."""
     end = 0
-    for segment in (plan.preamble, *plan.segments):
+    for segment in (plan.preamble, *plan.begun, *plan.segments):
         if not segment.exact or not _is_lossless(segment) or segment.start != end:
             break
         end = segment.end

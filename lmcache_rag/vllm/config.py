@@ -31,6 +31,7 @@ class ConnectorConfig(BaseModel):
         extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
+        match_unit_tokens: see `plan.matching.Matcher`; 1 where every client may know all that is stored.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
@@ -49,6 +50,7 @@ class ConnectorConfig(BaseModel):
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True
     min_match_tokens: int = Field(default=SHORTEST, ge=SHORTEST)
+    match_unit_tokens: int = Field(default=64, ge=1)
     throttle: Throttle | None = None
     never_slower: bool = True
     refine: Refine = "idle"

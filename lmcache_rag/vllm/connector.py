@@ -19,6 +19,7 @@ from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.model import cache_folder
 from lmcache_rag.plan.budget import Calibration
+from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
@@ -65,7 +66,7 @@ class BlendConnector(KVConnectorBase_V1):
                     ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs),
                     Calibration.read(cache_folder(), self._fingerprint, self._config.codec),
                     namespace=self._config.namespace,
-                    min_match_tokens=self._config.min_match_tokens,
+                    matcher=Matcher(self._config.min_match_tokens, self._config.match_unit_tokens),
                     max_tokens=self._workspace_tokens,
                     never_slower=self._config.never_slower,
                 ),

@@ -138,7 +138,7 @@ class WorkerHalf:
             for piece, form in stored_pieces(chunks, job.token_ids)
             if piece.start >= done
         ]
-        for found in self._blender.loader.load(chunks, wanted[:_LOADED_PIECES], len(job.token_ids)):
+        for found in self._blender.loader.load(self._chats, wanted[:_LOADED_PIECES], len(job.token_ids)):
             if found is None or found[0].start > done or isinstance(found[1], str):
                 break
             tokens = job.token_ids[done : done + PIECE_TOKENS]
@@ -184,8 +184,7 @@ class WorkerHalf:
 
     def _blended(self, job: BlendJob) -> Steps[ReuseReport]:
         plan = job.plan
-        chunks = self._chunks.of(plan.namespace)
-        report = yield from self._blender.blend(plan, chunks)
+        report = yield from self._blender.blend(plan, self._chunks)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
         if end > plan.local_tokens:
@@ -195,7 +194,7 @@ class WorkerHalf:
         self._learn(plan, report)
         if plan.mode == "precompute":
             start = time.perf_counter()
-            self._keep(job, chunks, report)
+            self._keep(job, self._chunks.of(plan.namespace), report)
             report.phases_s["store"] = time.perf_counter() - start
         return report
 
@@ -255,8 +254,8 @@ def _failed(plan: BlendPlan, failure: str) -> ReuseReport:
         prompt_tokens=len(plan.token_ids),
         local_tokens=plan.local_tokens,
     )
-    planned = (plan.preamble, *plan.segments) if plan.preamble.name is not None else plan.segments
-    for segment in planned:
+    unnamed = [segment for segment in plan.segments if segment.name is None]
+    for segment in [*plan.known, *unnamed]:
         reason = segment.reason if segment.name is None else report.reason
         report.miss(reason, max(0, segment.end - max(segment.start, plan.local_tokens)))
     return report

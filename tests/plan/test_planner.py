@@ -11,11 +11,11 @@ import pytest
 from lmcache_rag.bench.store import Counting
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, KVScope, context_digest, key_of, variant_of
-from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
-from lmcache_rag.plan.plan import BlendPlan
+from lmcache_rag.plan.matching import History, Matcher
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner
-from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.records.part import VariantRow
 from lmcache_rag.request import BlendOptions, ReuseReport
 
@@ -42,12 +42,12 @@ def chunks(store: Counting) -> ChunkStores:
     return ChunkStores(store, MODEL, "raw")  # type: ignore[arg-type]
 
 
-def planner(chunks: ChunkStores, max_tokens: int = 4096) -> Planner:
+def planner(chunks: ChunkStores, max_tokens: int = 4096, unit_tokens: int = 1) -> Planner:
     return Planner(
         chunks,
         ASSUMED,
         namespace="default",
-        min_match_tokens=SHORTEST,
+        matcher=Matcher(unit_tokens=unit_tokens),
         max_tokens=max_tokens,
         never_slower=False,
     )
@@ -158,3 +158,72 @@ def test_namespaces_know_nothing_of_each_other(chunks: ChunkStores) -> None:
     assert plan is None and report.reason == "no stored chunk in the prompt"
     assert not chunks.of("other").records.parts
     assert KVScope("other", MODEL).prefix.startswith("other/")
+
+
+SAID = [tokens(seed, 64) for seed in (20, 21, 22)]
+
+
+@pytest.fixture
+def said(chunks: ChunkStores, tmp_path: Path) -> ChunkStore:
+    """What was said in a conversation, beside the chunks."""
+    history = ChunkStores(DiskStore(tmp_path), MODEL, "raw").of("default.chats")
+    for piece in SAID:
+        key = key_of(piece)
+        history.records.add({key: np.array(piece, np.int32)}, [VariantRow(key, f"{variant_of([1])}.raw", 500, 1)])
+    return history
+
+
+def begun(count: int) -> tuple[PlannedSegment, ...]:
+    return tuple(PlannedSegment(64 * i, 64, name=f"default.chats/piece{i}", exact=True) for i in range(count))
+
+
+def test_what_was_said_before_is_reused_where_the_passages_before_it_are_new(
+    chunks: ChunkStores, said: ChunkStore
+) -> None:
+    ingest(chunks, PREAMBLE)
+    prompt = [*PREAMBLE, *CHUNKS[1], *SAID[0], *SAID[1][5:], 7, 7]
+    report = ReuseReport(prompt_tokens=len(prompt))
+    plan = planner(chunks).plan(prompt, BlendOptions(), report, history=History(said))
+    assert plan is not None and plan.preamble.name is not None
+    places = [(segment.start, segment.offset, segment.length) for segment in plan.segments]
+    assert places == [(20, 0, 100), (120, 0, 64), (184, 5, 59)]
+    assert [(segment.name or "").partition("/")[0] for segment in plan.segments] == ["default", *["default.chats"] * 2]
+    assert not any(segment.exact or segment.foreign for segment in plan.segments[1:])
+    marked = BlendOptions(segments=((20, 100),))
+    assert planner(chunks).plan(prompt, marked, report, history=History(said)) == plan
+    alone = planner(chunks).plan(prompt, BlendOptions(), report)
+    assert alone is not None and alone.segments == plan.segments[:1]
+
+
+def test_a_blend_begins_behind_exact_kv(chunks: ChunkStores, said: ChunkStore) -> None:
+    """What the store has of the prompt's beginning is exact, chunks in it included; what is behind is blended."""
+    ingest(chunks, PREAMBLE)
+    prompt = [*PREAMBLE, *CHUNKS[1], *tokens(30, 72), *CHUNKS[0], *CHUNKS[2], 7]
+    report = ReuseReport(prompt_tokens=len(prompt))
+    plan = planner(chunks).plan(prompt, BlendOptions(), report, history=History(said, begun(3)))
+    assert plan is not None and plan.begun == begun(3) and not plan.preamble.length
+    assert [(segment.start, segment.length) for segment in plan.segments] == [(192, 100), (292, 100)]
+    assert not any(segment.foreign for segment in plan.segments)  # the prompt begins with their preamble
+    cut = planner(chunks).plan(prompt, BlendOptions(), report, history=History(said, begun(4)))
+    assert cut is not None and [(part.start, part.offset) for part in cut.segments] == [(256, 64), (292, 0)]
+    short = planner(chunks).plan([*PREAMBLE, *CHUNKS[1], 7], BlendOptions(), report, history=History(said, begun(3)))
+    assert short is None  # nothing is left to blend
+
+
+def test_exact_kv_that_ends_before_the_first_chunk_gives_way_to_the_preamble(
+    chunks: ChunkStores, said: ChunkStore
+) -> None:
+    long = tokens(40, 150)
+    ingest(chunks, long)
+    report = ReuseReport()
+    plan = planner(chunks).plan([*long, *CHUNKS[0], 7], BlendOptions(), report, history=History(said, begun(2)))
+    assert plan is not None and not plan.begun and plan.preamble.length == 150
+
+
+def test_chunks_behind_a_history_are_not_foreign(chunks: ChunkStores) -> None:
+    ingest(chunks, PREAMBLE)
+    prompt = [*PREAMBLE, *tokens(50, 60), *CHUNKS[0], *CHUNKS[1], 7]
+    plan, _ = planned(planner(chunks), prompt)
+    assert plan is not None and not any(segment.foreign or segment.exact for segment in plan.segments)
+    assert variants(plan) == [variant_of(PREAMBLE, PRIMER)] * 2
+    assert (plan.preamble.length, plan.preamble.name is not None) == (len(PREAMBLE), True)

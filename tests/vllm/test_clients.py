@@ -13,6 +13,7 @@ import pytest
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
+from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import PARAMS_KEY, ReuseReport
 from lmcache_rag.vllm.config import ConnectorConfig
@@ -28,7 +29,7 @@ def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
         ChunkStores(DiskStore(folder), "model", config.codec),
         ASSUMED,
         namespace=config.namespace,
-        min_match_tokens=config.min_match_tokens,
+        matcher=Matcher(config.min_match_tokens, config.match_unit_tokens),
         max_tokens=1024,
         never_slower=config.never_slower,
     )

@@ -11,7 +11,7 @@ from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, pieces, st
 from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
-from tests.helpers import OFF, answer, fix_rates, ingest, noise, random_plan
+from tests.helpers import OFF, answer, fix_rates, ingest, noise, parts, random_plan
 from tests.models import make_tiny
 
 REPAIR = BlendOptions(ratio=0.2)
@@ -69,11 +69,12 @@ def test_another_engine_goes_on_from_the_store(no_engine: None, tmp_path: Path) 
         found, done = answer(engine, following, REPAIR, "own")
         assert done.reuse.mode == "prefix" and done.reuse.reused_tokens > known + PIECE_TOKENS
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
-        edited = MarkedPrompt((*turn.token_ids[:650], 7, *turn.token_ids[651:]), plan.preamble_length, ())
+        cut = known - 30
+        edited = MarkedPrompt((*turn.token_ids[:cut], *range(200, 300)), plan.preamble_length, ())
         expected, _ = answer(engine, edited, OFF)
         assert engine._loop.engine.reset_prefix_cache()
         found, done = answer(engine, edited, REPAIR, "own")
-        assert done.reuse.mode == "prefix" and done.reuse.reused_tokens == 650 // PIECE_TOKENS * PIECE_TOKENS
+        assert done.reuse.mode == "prefix" and done.reuse.reused_tokens == cut // PIECE_TOKENS * PIECE_TOKENS
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
@@ -97,6 +98,54 @@ def test_a_damaged_piece_is_computed(no_engine: None, tmp_path: Path) -> None:
         answered, done = answer(engine, turn, REPAIR, "own")
         assert done.reuse.mode == "prefix" and done.reuse.misses == {"corrupt": PIECE_TOKENS}
         torch.testing.assert_close(answered, expected, atol=tolerance, rtol=0)
+
+
+def test_history_behind_new_passages_is_reused_and_repaired(no_engine: None, tmp_path: Path) -> None:
+    first, second = random_plan(233, chunks=(200, 150)), random_plan(234, chunks=(170, 190, 60))
+    preamble, passages, _ = parts(first)
+    _, others, _ = parts(second)
+    settings = settings_in(tmp_path)
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        tolerance = 20 * noise(engine, first)
+        assert not engine.precompute(preamble, [*passages, *others]).errors
+        said = list(random_plan(235, chunks=(), rest=230).token_ids)
+        turn_of(engine, MarkedPrompt.assemble(preamble, passages, said))
+        turn = MarkedPrompt.assemble(preamble, others, [*said, *FOLLOWING])
+        _, done = answer(engine, turn, REPAIR, "own")
+        assert done.reuse.mode == "blend" and done.reuse.foreign_tokens == 0
+        known = sum(map(len, others)) + len(said)
+        assert known - 2 * PIECE_TOKENS < done.reuse.reused_tokens + done.reuse.recomputed_tokens < known + 100
+        _, other = answer(engine, turn, REPAIR, "another")
+        assert other.reuse.reused_tokens + other.reuse.recomputed_tokens <= len(preamble) + sum(map(len, others))
+        exact, done = answer(engine, turn, BlendOptions(ratio=1.0), "own")
+        expected, _ = answer(engine, turn, OFF)
+        torch.testing.assert_close(exact, expected, atol=tolerance, rtol=0)
+
+
+def test_new_passages_behind_an_exact_conversation_are_blended(no_engine: None, tmp_path: Path) -> None:
+    first, second = random_plan(236, chunks=(150, 150)), random_plan(237, chunks=(170, 190))
+    preamble, passages, _ = parts(first)
+    _, others, _ = parts(second)
+    settings = settings_in(tmp_path)
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        tolerance = 20 * noise(engine, first)
+        assert not engine.precompute(preamble, [*passages, *others]).errors
+        turn = turn_of(engine, first)
+        prompt = [*turn.token_ids, *(token for passage in others for token in passage), *FOLLOWING]
+        begun = len(turn.token_ids) - len(FOLLOWING)
+        _, done = answer(engine, MarkedPrompt(tuple(prompt), len(preamble), ()), REPAIR, "own")
+        assert done.reuse.mode == "blend" and done.reuse.foreign_tokens == 0
+        assert done.reuse.local_tokens > begun - 64  # what is in the prefix cache is not written again
+        assert done.reuse.reused_tokens + done.reuse.recomputed_tokens > sum(map(len, others)) - 10
+        assert done.reuse.unknown_tokens <= len(FOLLOWING) + PIECE_TOKENS
+        expected, _ = answer(engine, MarkedPrompt(tuple(prompt), len(preamble), ()), OFF)
+    with LocalEngine(settings.model_copy(update={"never_slower": False})) as engine:
+        options = BlendOptions(ratio=1.0)
+        exact, done = answer(engine, MarkedPrompt(tuple(prompt), len(preamble), ()), options, "own")
+        assert done.reuse.mode == "blend" and done.reuse.exact_tokens > begun - PIECE_TOKENS
+        torch.testing.assert_close(exact, expected, atol=tolerance, rtol=0)
 
 
 def test_nothing_is_stored_unless_it_is_asked_for(no_engine: None, tmp_path: Path) -> None:
