@@ -106,6 +106,7 @@ class ReuseReport(BaseModel):
         exact_tokens: of the reused, those whose KV is full prefill's but for what the codec lost (the preamble, the
             first chunk behind it).
         foreign_tokens: of the reused and recomputed, those computed behind another preamble than the prompt's.
+        hot_tokens: of the reused and recomputed, those that were not read, since they were in memory.
         token_layers: what selecting and recomputing cost: layers run, summed over the tokens run; full prefill is all
             layers times `prompt_tokens`.
         stored_tokens: written to the store by this request.
@@ -137,6 +138,7 @@ class ReuseReport(BaseModel):
     vllm_tokens: int = 0
     exact_tokens: int = 0
     foreign_tokens: int = 0
+    hot_tokens: int = 0
     token_layers: int = 0
     stored_tokens: int = 0
     bytes_loaded: int = 0

@@ -16,6 +16,7 @@ os.environ.setdefault("LMCACHE_RAG_CODEC", "raw")  # exact; tests of other codec
 os.environ.setdefault(
     "LMCACHE_RAG_NEVER_SLOWER", "false"
 )  # with tiny models and short prompts plain prefill mostly is faster
+os.environ.setdefault("LMCACHE_RAG_HOT_BYTES", "0")  # what is damaged in the store is to be read
 os.environ.setdefault("LMCACHE_RAG_REFINE", "off")  # no test is to depend on how long another was idle
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -27,8 +27,12 @@ from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
 
-WORKLOADS = ("same_passages", "growing_chat", "new_passages", "second_engine")
-"""`second_engine` is `growing_chat`, each turn of which is asked of the other of two engines on one store."""
+WORKLOADS = ("same_passages", "growing_chat", "new_passages", "more_passages", "second_engine")
+"""`new_passages` has other passages before the history in each turn, `more_passages` some more of them behind it.
+`second_engine` is `growing_chat`, each turn of which is asked of the other of two engines on one store."""
+
+STORED = {"new_passages", "more_passages", "second_engine"}
+"""These take `conversations="stored"`."""
 
 _MODES = {"prefix_cache": BlendOptions(mode="off"), "blend": BlendOptions()}
 _ANSWER_WORDS = 8
@@ -79,6 +83,11 @@ def prompts(preamble: Sequence[int], turns: Sequence[Turn], workload: str) -> It
     """The prompt of each turn."""
     history: list[int] = []
     for turn in turns:
+        if workload == "more_passages":
+            said = MarkedPrompt.assemble([*preamble, *history], turn.passages, turn.question)
+            yield said
+            history = [*said.token_ids[len(preamble) :], *turn.answer]
+            continue
         passages = turn.passages if workload == "new_passages" else turns[0].passages
         yield MarkedPrompt.assemble(preamble, passages, [*history, *turn.question])
         if workload != "same_passages":

@@ -124,8 +124,9 @@ def bench_chat_command(
     words: Annotated[int, typer.Option(min=16, help="Words per passage.")] = 150,
     conversations: Annotated[int, typer.Option(min=1, help="Conversations per workload.")] = 5,
     workloads: Annotated[
-        str, typer.Option(help="Some of same_passages, growing_chat, new_passages, second_engine.")
-    ] = "same_passages,growing_chat,new_passages,second_engine",
+        str,
+        typer.Option(help="Some of same_passages, growing_chat, new_passages, more_passages, second_engine."),
+    ] = "same_passages,growing_chat,new_passages,more_passages,second_engine",
     idle: Annotated[str, typer.Option(help="Seconds between turns, separated by commas.")] = "5,0",
     json_file: JsonOption = None,
     model: ModelOption = None,
@@ -136,7 +137,7 @@ def bench_chat_command(
     """TTFT of each turn of conversations, and of further questions over the same passages, against vLLM's own prefix
     cache."""
     from lmcache_rag.bench.calibrate import default_questions
-    from lmcache_rag.bench.chat import WORKLOADS, bench_chat, conversation
+    from lmcache_rag.bench.chat import STORED, WORKLOADS, bench_chat, conversation
     from lmcache_rag.bench.questions import read_questions
     from lmcache_rag.bench.second import SecondEngine
     from lmcache_rag.prompt import completion_format
@@ -154,7 +155,7 @@ def bench_chat_command(
     form = completion_format()
     with _bench_engine(
         **_AS_USED,
-        conversations="stored" if "second_engine" in chosen else "local",
+        conversations="stored" if STORED & set(chosen) else "local",
         kv_cache_bytes=3 << 30,
         model=model,
         codec=codec,

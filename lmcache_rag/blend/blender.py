@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmcache_rag.blend.extrapolation import Extrapolation
-from lmcache_rag.blend.loading import Loader
+from lmcache_rag.blend.loading import Loaded, Loader
 from lmcache_rag.blend.passes import Pass, PassRunner, ProbePass
 from lmcache_rag.blend.preambles import Preambles
 from lmcache_rag.blend.selectors import SELECTORS
@@ -21,7 +21,7 @@ from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.hot import HotChunks
 from lmcache_rag.plan.budget import share_of
 from lmcache_rag.plan.cost import PROBE_TOKENS, Rates
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
@@ -68,7 +68,7 @@ class Blender:
         self.rates = self._measured_rates()
         self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
-    def blend(self, plan: BlendPlan, chunks: ChunkStores) -> Steps[ReuseReport]:
+    def blend(self, plan: BlendPlan, chunks: HotChunks) -> Steps[ReuseReport]:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done. The workspace is this
         blend's until then."""
         report = ReuseReport(
@@ -176,7 +176,7 @@ class _Blend:
         self._lossy: set[PlannedSegment] = set()
         self._reused: set[PlannedSegment] = set()
 
-    def load(self, chunks: ChunkStores) -> Steps[None]:
+    def load(self, chunks: HotChunks) -> Steps[None]:
         """Place all that is in memory or in the store, and so know what may be recomputed."""
         plan = self._plan
         self._reused = yield from self._loaded(chunks)
@@ -257,7 +257,7 @@ class _Blend:
             report.exact_tokens += tokens if segment.exact else 0
             report.foreign_tokens += tokens if segment.foreign else 0
 
-    def _loaded(self, chunks: ChunkStores) -> Steps[set[PlannedSegment]]:
+    def _loaded(self, chunks: HotChunks) -> Steps[set[PlannedSegment]]:
         """Place all that is in memory or in the store; returns which segments that is."""
         plan, blender, reused = self._plan, self._blender, set()
         allowance = blender.allowance
@@ -286,10 +286,10 @@ class _Blend:
                 self._miss(segment, segment.reason)
         return reused
 
-    def _placed(self, segment: PlannedSegment, kv: LoadedKV | str) -> bool:
+    def _placed(self, segment: PlannedSegment, kv: Loaded | str) -> bool:
         """Put what was loaded in its place; False, and a miss, where that cannot be."""
         reason = kv if isinstance(kv, str) else ""
-        if isinstance(kv, LoadedKV):
+        if not isinstance(kv, str):
             tokens = slice(segment.start, segment.end)
             if segment.offset + segment.length > kv.tokens:
                 reason = "shorter than planned"
@@ -299,6 +299,7 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
+                    self._report.hot_tokens += 0 if kv.size_bytes else segment.length
                     if not CODECS[kv.codec].lossless:
                         self._lossy.add(segment)
                     codecs = self._report.codecs

@@ -13,6 +13,7 @@ from concurrent.futures import TimeoutError as NotDoneError
 from lmcache_rag.blend.streaming import Stream
 from lmcache_rag.chunk_kv import KVShape, StoredForm
 from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.hot import HeldKV, HotChunks
 from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.plan.plan import PlannedSegment
 from lmcache_rag.process import OwnProcess
@@ -33,7 +34,10 @@ _AT_A_TIME_CHOSEN = 2
 _TOO_SLOW = "too slow"
 _CHEAPER = "cheaper to compute"
 
-_Read = Future[tuple[LoadedKV | str, float]]
+Loaded = LoadedKV | HeldKV
+"""What was read, or was in memory already."""
+
+_Read = Future[tuple[Loaded | str, float]]
 
 
 class Loader:
@@ -56,13 +60,13 @@ class Loader:
 
     def load(
         self,
-        chunks: ChunkStores,
+        chunks: ChunkStores | HotChunks,
         segments: Sequence[PlannedSegment],
         tokens: int,
         seconds: float | None = None,
         may_wait: Callable[[], bool] = lambda: True,
         paused_s: Callable[[], float] = lambda: 0.0,
-    ) -> Iterator[tuple[PlannedSegment, LoadedKV | str] | None]:
+    ) -> Iterator[tuple[PlannedSegment, Loaded | str] | None]:
         """Each segment that names an object, in order, with what was read or why it cannot be used; None for as long as
         the next one is not there, where it is not to be waited for.
 
@@ -92,7 +96,7 @@ class Loader:
                 while not read.done() and time.perf_counter() < deadline + paused_s() - paused and not may_wait():
                     yield None
                 result, at = _result(read, deadline + paused_s() - paused)
-                if isinstance(result, LoadedKV):
+                if not isinstance(result, str):
                     size_bytes += result.size_bytes
                 elif result == _TOO_SLOW:
                     reads.stop()
@@ -163,7 +167,7 @@ class _Reads:
     def __init__(
         self,
         readers: _Readers,
-        chunks: ChunkStores,
+        chunks: ChunkStores | HotChunks,
         shape: KVShape,
         segments: Sequence[PlannedSegment],
         stream: Stream | None,
@@ -217,20 +221,20 @@ class _Reads:
             except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
                 read.set_exception(error)
 
-    def _load(self, segment: PlannedSegment, form: StoredForm | None) -> LoadedKV | str:
+    def _load(self, segment: PlannedSegment, form: StoredForm | None) -> Loaded | str:
         if self._stream is None:
             return self._chunks.load(segment.name or "", self._shape, segment.part)
         if form is None:
             return _CHEAPER
-        found: LoadedKV | str = ""
+        found: Loaded | str = ""
         try:
             found = self._chunks.load(form.name, self._shape)
         finally:
-            self._stream.loaded(form, found.size_bytes if isinstance(found, LoadedKV) else 0)
+            self._stream.loaded(form, 0 if isinstance(found, str) else found.size_bytes or form.size_bytes)
         return found
 
 
-def _result(read: _Read, deadline: float) -> tuple[LoadedKV | str, float]:
+def _result(read: _Read, deadline: float) -> tuple[Loaded | str, float]:
     """What a read gave and when."""
     try:
         left = deadline - time.perf_counter()

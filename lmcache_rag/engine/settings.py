@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine, first_problem
 
@@ -30,6 +31,7 @@ class EngineSettings(BaseSettings):
         kv_cache_bytes: size of vLLM's paged KV cache; None lets vLLM decide (on CPUs: 2 GiB).
         block_tokens: tokens per block of the paged KV cache; None lets vLLM decide (on CPUs: 32).
         threads: CPU threads; None takes all cores that this process may use.
+        hot_bytes: memory for chunks that are read again and again, decoded; 0 for none.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         refine: when the exact KV of what was answered over blended KV is computed: `idle`, while nothing is asked, or
@@ -57,6 +59,7 @@ class EngineSettings(BaseSettings):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     block_tokens: int | None = Field(default=None, ge=8)
     threads: int | None = Field(default=None, ge=1)
+    hot_bytes: int = Field(default=DEFAULT_HOT_BYTES, ge=0)
     throttle: Throttle | None = None
     never_slower: bool = True
     refine: Refine = "idle"

@@ -102,6 +102,7 @@ def engine_arguments(
                 "codec": settings.codec,
                 "extra_codecs": settings.extra_codecs,
                 "throttle": asdict(settings.throttle) if settings.throttle is not None else None,
+                "hot_bytes": settings.hot_bytes,
                 "never_slower": settings.never_slower,
                 "refine": settings.refine,
                 "conversations": settings.conversations,

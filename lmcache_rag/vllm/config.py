@@ -11,6 +11,7 @@ from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
+from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine
@@ -32,6 +33,7 @@ class ConnectorConfig(BaseModel):
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
         min_match_tokens: the shortest run of a stored chunk's tokens that is reused where it is found automatically.
         match_unit_tokens: see `plan.matching.Matcher`; 1 where every client may know all that is stored.
+        hot_bytes: memory for what is read again and again, decoded.
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
@@ -51,6 +53,7 @@ class ConnectorConfig(BaseModel):
     automatic: bool = True
     min_match_tokens: int = Field(default=SHORTEST, ge=SHORTEST)
     match_unit_tokens: int = Field(default=64, ge=1)
+    hot_bytes: int = Field(default=DEFAULT_HOT_BYTES, ge=0)
     throttle: Throttle | None = None
     never_slower: bool = True
     refine: Refine = "idle"

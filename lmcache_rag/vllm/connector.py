@@ -98,6 +98,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._config.extra_codecs,
             workspace_tokens=self._workspace_tokens,
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+            hot_bytes=self._config.hot_bytes,
             never_slower=self._config.never_slower,
             block_tokens=self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         )

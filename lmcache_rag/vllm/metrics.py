@@ -17,6 +17,7 @@ _TOKENS = (
     "vllm",
     "exact",
     "foreign",
+    "hot",
     "stored",
     "continued",
 )

@@ -20,6 +20,7 @@ from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_piece
 from lmcache_rag.conversation.refinement import PIECE_S, Refiner
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.hot import HotChunks
 from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
@@ -43,7 +44,7 @@ class WorkerHalf:
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
-        never_slower: see `ConnectorConfig`.
+        hot_bytes, never_slower: see `ConnectorConfig`.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class WorkerHalf:
         workspace_tokens: int,
         max_pass_tokens: int,
         block_tokens: int,
+        hot_bytes: int,
         never_slower: bool,
     ) -> None:
         self._model = model
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
         self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs)
         self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs)
+        self._hot = HotChunks(self._chunks, hot_bytes, pinned=model.device.type == "cuda")
         self._block_tokens = block_tokens
         self._blender = Blender(
             model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
@@ -184,7 +187,7 @@ class WorkerHalf:
 
     def _blended(self, job: BlendJob) -> Steps[ReuseReport]:
         plan = job.plan
-        report = yield from self._blender.blend(plan, self._chunks)
+        report = yield from self._blender.blend(plan, self._hot)
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
         if end > plan.local_tokens:
