@@ -26,6 +26,9 @@ Refine = Literal["idle", "off"]
 """When exact KV is computed of what was answered over blended KV."""
 
 DEFAULT_NAMESPACE = "default"
+_MOST_SEGMENTS = 4096
+"""In one prompt: looking up what is stored of each takes time."""
+
 NAMESPACE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
@@ -57,7 +60,7 @@ class BlendOptions(BaseModel):
     target_kl: float = Field(default=DEFAULT_TARGET_KL, gt=0.0)
     ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     ttft_goal_s: float | None = Field(default=None, gt=0.0)
-    segments: tuple[tuple[int, int], ...] | None = None
+    segments: tuple[tuple[int, int], ...] | None = Field(default=None, max_length=_MOST_SEGMENTS)
     primer_tokens: int = Field(default=0, ge=0)
     primer: str | None = None
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)

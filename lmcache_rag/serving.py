@@ -21,6 +21,9 @@ def serve(
     clients_precompute: Annotated[
         bool, typer.Option("--clients-precompute", help="Let clients store KV, which all requests then reuse.")
     ] = False,
+    namespace_per_salt: Annotated[
+        bool, typer.Option("--namespace-per-salt", help="Each cache_salt has a namespace of its own: tenants.")
+    ] = False,
     clients_choose_namespace: Annotated[
         bool, typer.Option("--clients-choose-namespace", help="Let clients name any namespace of the store.")
     ] = False,
@@ -30,7 +33,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve an index's model with vLLM's OpenAI server, which reuses the index's passages in every prompt."""
-    connector = {"clients_precompute": clients_precompute, "clients_choose_namespace": clients_choose_namespace}
+    connector = {
+        "clients_precompute": clients_precompute,
+        "clients_choose_namespace": clients_choose_namespace,
+        "namespace_per_salt": namespace_per_salt,
+    }
     command, environment = server_command(folder, connector, **given(threads=threads))
     command += ["--host", host, "--port", str(port), *(vllm_arguments or ())]
     err.print(f"Serving the index {folder} on http://{host}:{port}", highlight=False, markup=False)

@@ -26,6 +26,8 @@ class ConnectorConfig(BaseModel):
     Attributes:
         store: folder of the KV store.
         namespace: of requests that name none.
+        namespace_per_salt: each `cache_salt` has a namespace of its own, and requests without one are not handled. The
+            salt is then what a tenant's requests read and store by, and nobody else knows: a gateway sets it.
         clients_choose_namespace: whether requests may name another, and so read what is stored there.
         clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
         codec: the one of `codec.CODECS` in which KV is stored.
@@ -46,6 +48,7 @@ class ConnectorConfig(BaseModel):
 
     store: Path
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
+    namespace_per_salt: bool = False
     clients_choose_namespace: bool = False
     clients_precompute: bool = False
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 from vllm.v1.request import RequestStatus
 
 from lmcache_rag.blend.steps import LEAST_TOKENS
@@ -17,7 +16,8 @@ from lmcache_rag.conversation.answers import Answered, Answers
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.plan.planner import Planner
-from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
+from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport
+from lmcache_rag.vllm.admission import admitted
 from lmcache_rag.vllm.choosing import SMALL_REST, Choice, Chooser
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.failures import Failures
@@ -139,7 +139,7 @@ class SchedulerHalf:
         start = time.perf_counter()
         names = BlockNames.of(request)
         report = ReuseReport(prompt_tokens=request.num_prompt_tokens)
-        options = self._options(request, report)
+        options = admitted(request, report, self._config, self._unsupported)
         choice = self._choice(request, names, options, report)
         planned_at = time.perf_counter()
         report.phases_s["plan"] = planned_at - start
@@ -165,36 +165,6 @@ class SchedulerHalf:
             report.mode = "plain"
         report.vllm_tokens = request.num_prompt_tokens - report.missed_tokens
         return choice
-
-    def _options(self, request: Request, report: ReuseReport) -> BlendOptions | None:
-        """How the request is to be blended; None where it is not to be, as `report` says then."""
-        try:
-            given = _options_of(request)
-            options = BlendOptions() if given is None else given
-        except (ValidationError, TypeError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-            report.reason = f"invalid options: {problem}"
-            _log.warning("request %s passes through: %s", request.request_id, report.reason)
-            return None
-        if options.mode == "off":
-            report.mode, report.reason = "off", "as asked"
-            return None
-        report.reason = self._unsupported or _unhandled(request) or self._forbidden(options)
-        if report.reason:
-            return None
-        if given is None and not self._config.automatic:
-            report.reason = "no options given, and automatic matching is off"
-            return None
-        return options
-
-    def _forbidden(self, options: BlendOptions) -> str:
-        """What a client asks for and the operator has not allowed, or nothing."""
-        config = self._config
-        if options.namespace not in (None, config.namespace) and not config.clients_choose_namespace:
-            return "clients may not choose a namespace here: the connector's clients_choose_namespace allows it"
-        if options.mode == "precompute" and not config.clients_precompute:
-            return "clients may not store KV here: the connector's clients_precompute allows it"
-        return ""
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
         """How many tokens behind the locally computed ones a blend provides. None puts the request off to a later
@@ -385,15 +355,6 @@ def _count_cached(request: Request, reused_tokens: int) -> None:
         stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, reused_tokens)
 
 
-def _options_of(request: Request) -> BlendOptions | None:
-    """What a request says about blending; None where it says nothing. Raises `ValidationError` and `TypeError`."""
-    params: Any = request.kv_transfer_params or {}
-    if not isinstance(params, dict):
-        raise TypeError("kv_transfer_params is no object")
-    given = params.get(PARAMS_KEY)
-    return None if given is None else BlendOptions(**given)
-
-
 def _matched(plan: BlendPlan | None, computed_tokens: int) -> int:
     """How many tokens behind the locally computed ones a blend is to provide. A small rest is vLLM's to compute."""
     matched = 0 if plan is None else max(0, _provided(plan) - computed_tokens)
@@ -403,20 +364,3 @@ def _matched(plan: BlendPlan | None, computed_tokens: int) -> int:
 def _provided(plan: BlendPlan) -> int:
     """How many of the prompt's tokens come from the blend; one at least stays for vLLM, which samples from it."""
     return min(plan.end, len(plan.token_ids) - 1)
-
-
-def _unhandled(request: Request) -> str:
-    """Why a request passes through untouched, or nothing."""
-    if request.lora_request is not None:
-        return "LoRA"
-    if request.mm_features:
-        return "multimodal input"
-    if request.prompt_embeds is not None or request.prompt_token_ids is None:
-        return "prompt embeddings"
-    if request.pooling_params is not None:
-        return "pooling"
-    if request.resumable:
-        return "streaming input"
-    if request.skip_reading_prefix_cache:
-        return "prompt logprobs, or reading caches is off"
-    return ""

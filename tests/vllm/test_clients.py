@@ -8,14 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
+from lmcache_rag.records.part import VariantRow
 from lmcache_rag.request import PARAMS_KEY, ReuseReport
+from lmcache_rag.vllm.admission import namespace_of_salt
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.connector import _warn_of_failures
 from lmcache_rag.vllm.metadata import StepReports
@@ -36,12 +40,12 @@ def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
     return SchedulerHalf(planner, config, unsupported="", block_tokens=16, max_tokens=1024, step_tokens=2048)
 
 
-def request_of(params: Any) -> Any:
+def request_of(params: Any, cache_salt: str | None = None) -> Any:
     """A request of 64 tokens."""
     return SimpleNamespace(
         request_id="1", kv_transfer_params=params, prompt_token_ids=list(range(64)), num_prompt_tokens=64,
         lora_request=None, mm_features=[], prompt_embeds=None, pooling_params=None, resumable=False,
-        skip_reading_prefix_cache=False, cache_salt=None, prefill_stats=None, block_hashes=[],
+        skip_reading_prefix_cache=False, cache_salt=cache_salt, prefill_stats=None, block_hashes=[],
         update_block_hashes=lambda: None,
     )  # fmt: skip
 
@@ -67,6 +71,25 @@ def test_what_the_operator_has_to_allow(tmp_path: Path, options: dict[str, Any],
     assert report["mode"] == "plain" and setting in report["reason"]
     allowed = report_of(tmp_path, {PARAMS_KEY: options}, **{setting: True})
     assert setting not in allowed["reason"]
+
+
+@pytest.mark.parametrize(("salt", "mode"), [("one", "blend"), ("another", "plain"), (None, "plain"), ("", "plain")])
+def test_each_cache_salt_has_a_namespace_of_its_own(tmp_path: Path, salt: str | None, mode: str) -> None:
+    half = half_of(tmp_path, namespace_per_salt=True, never_slower=False)
+    tokens = np.arange(8, 60, dtype=np.int32)
+    chunks = ChunkStores(DiskStore(tmp_path), "model", "raw").of(namespace_of_salt("one"))
+    chunks.records.add({key_of(tokens): tokens}, [VariantRow(key_of(tokens), f"{0:016}.raw", 1000, 1)])
+    half.add(request_of(None, salt))
+    plan = half._tracked["1"].plan
+    assert (plan is not None) == (mode == "blend")
+    assert "cache_salt" in half.report_of("1").reason or salt
+
+
+def test_where_salts_have_namespaces_no_other_may_be_named(tmp_path: Path) -> None:
+    settings = {"namespace_per_salt": True, "clients_choose_namespace": True}
+    half = half_of(tmp_path, **settings)
+    half.add(request_of({PARAMS_KEY: {"namespace": namespace_of_salt("one")}}, "another"))
+    assert "may not choose a namespace" in half.report_of("1").reason
 
 
 def test_the_engines_own_namespace_may_be_named(tmp_path: Path) -> None:
@@ -95,6 +118,7 @@ def test_the_engines_own_namespace_may_be_named(tmp_path: Path) -> None:
         {PARAMS_KEY: {"segments": [[2**80, 1]]}},
         {PARAMS_KEY: {"segments": [[0, 10], [5, 10]]}},
         {PARAMS_KEY: {"segments": [[0, 0]]}},
+        {PARAMS_KEY: {"segments": [[at, 1] for at in range(5000)]}},
         {PARAMS_KEY: {"namespace": "../other"}},
         {PARAMS_KEY: {"namespace": ".tables"}},
     ],
