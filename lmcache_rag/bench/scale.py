@@ -1,5 +1,5 @@
-"""TTFT over a corpus whose KV is many times the engine's KV memory: questions over chunks drawn at random from all of it,
-with the KV in each kind of store.
+"""TTFT over a corpus whose KV is many times the engine's KV memory: questions over chunks drawn at random from all of
+it, with the KV in each kind of store.
 
 Full prefill is asked each question once, and the blend of each store once. Both are asked under fresh salts, so that
 neither finds what was computed before.
@@ -20,7 +20,7 @@ from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.errors import CorpusError, EngineError
-from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer, completion_format
+from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer
 from lmcache_rag.request import BlendOptions
 
 Row = dict[str, Any]
@@ -128,9 +128,7 @@ def _ask(engine: LocalEngine, prompts: Iterable[MarkedPrompt], options: BlendOpt
     return [engine.generate(prompt, _ONE_TOKEN, options, cache_salt=uuid.uuid4().hex) for prompt in prompts]
 
 
-def _row(
-    tier: str, blended: Sequence[Completion], full: Sequence[Completion], prompts: Sequence[MarkedPrompt]
-) -> Row:
+def _row(tier: str, blended: Sequence[Completion], full: Sequence[Completion], prompts: Sequence[MarkedPrompt]) -> Row:
     wanted = sum(segment.length for prompt in prompts for segment in prompt.segments)
     missed = sum(done.reuse.missed_tokens for done in blended)
     if any(done.reuse.mode != "blend" for done in blended):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
@@ -47,14 +47,15 @@ class Loader:
         prefill_tokens_per_s: how fast tokens are computed; infinite patience is asked for by 0.
 
     Attributes:
-        bytes_per_s: how fast the last plan's objects were read; None where too little was to tell.
+        bytes_per_s: how fast the last plan's objects were read, by tier; none where too little was to tell. Of several
+            tiers only the one that was waited for last is known.
     """
 
     def __init__(self, shape: KVShape, prefill_tokens_per_s: float) -> None:
-        self.bytes_per_s: float | None = None
+        self.bytes_per_s: dict[str, float] = {}
         self._shape = shape
         self._prefill_tokens_per_s = prefill_tokens_per_s
-        self._slow_until = -math.inf
+        self._slow_until: dict[str, float] = {}
         self._last_rate = (0.0, -math.inf)
         self._readers = _Readers()
 
@@ -72,45 +73,56 @@ class Loader:
 
         Args:
             tokens: of the whole plan. Reading is given up when computing them would be well under way, and then nothing
-                is read for a while: requests that were planned before this was known are not to wait again. Nor is
-                anything read while all readers hang.
+                is read from that tier for a while: requests that were planned before this was known are not to wait
+                again. Nor is anything read while all readers hang.
             may_wait: asked while something is not there yet.
             paused_s: the seconds in which the caller did something else, so far; they are no fault of the store.
             seconds: by when loading is to be done, where the segments have forms to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
-        self.bytes_per_s = None
+        self.bytes_per_s = {}
         start = time.perf_counter()
-        if start < self._slow_until or self._readers.hang():
-            yield from ((segment, _TOO_SLOW) for segment in named)
-            return
+        hang = self._readers.hang()
+        hot = chunks.holds if isinstance(chunks, HotChunks) else lambda _: False
+        slow = {
+            segment
+            for segment in named
+            if (hang or start < self._slow_until.get(segment.tier, -math.inf)) and not hot(segment.name or "")
+        }
         paused, deadline = paused_s(), start + self._patience_s(tokens)
-        stream = None
+        wanted, stream = [segment for segment in named if segment not in slow], None
         if seconds is not None:
             in_time = min(seconds, self._patience_s(tokens))
-            stream = Stream(named, in_time, self._known_rate(), self._prefill_tokens_per_s)
-        reads = _Reads(self._readers, chunks, self._shape, named, stream)
-        size_bytes, ended = 0, start
+            stream = Stream(wanted, in_time, self._known_rate(), self._prefill_tokens_per_s)
+        reads = _Reads(self._readers, chunks, self._shape, wanted, stream)
+        sizes, last, ended, gave_up = Counter[str](), "", start, False
         try:
-            for segment, read in zip(named, reads.futures, strict=True):
+            futures = iter(reads.futures)
+            for segment in named:
+                if segment in slow:
+                    yield segment, _TOO_SLOW
+                    continue
+                read = next(futures)
                 while not read.done() and time.perf_counter() < deadline + paused_s() - paused and not may_wait():
                     yield None
                 result, at = _result(read, deadline + paused_s() - paused)
                 if not isinstance(result, str):
-                    size_bytes += result.size_bytes
+                    sizes[segment.tier] += result.size_bytes
                 elif result == _TOO_SLOW:
                     reads.stop()
-                    self._slow_until = at + REMEMBERED_S
-                ended = max(ended, at)
+                    gave_up = True
+                    self._slow_until[segment.tier] = at + REMEMBERED_S
+                if at > ended:
+                    ended, last = at, segment.tier
                 reads.taken()
                 yield segment, result
         finally:
             reads.stop()
-        if paused_s() > paused and ended > self._slow_until:
+        if paused_s() > paused and not gave_up:
             return  # reads were begun when the caller came back
-        if size_bytes >= _LARGE_BYTES or ended < self._slow_until:  # of what was given up, nothing was read
-            self.bytes_per_s = max(1, size_bytes) / max(ended - start, 1e-6)
-            self._last_rate = (self.bytes_per_s, ended)
+        if sizes[last] >= _LARGE_BYTES or gave_up:  # of what was given up, nothing was read
+            self.bytes_per_s = {last: max(1, sizes[last]) / max(ended - start, 1e-6)}
+            self._last_rate = (self.bytes_per_s[last], ended)
 
     def _known_rate(self) -> float | None:
         """How fast the store was lately."""

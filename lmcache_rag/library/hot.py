@@ -76,6 +76,10 @@ class HotChunks:
         """Of all that is kept."""
         return self._bytes
 
+    def holds(self, name: str) -> bool:
+        """Whether an object is in memory."""
+        return name in self._held
+
     def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | HeldKV | str:
         """See `ChunkStore.load`."""
         with self._lock:

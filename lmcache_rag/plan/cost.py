@@ -3,9 +3,10 @@ it costs something however short the prompt is."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from lmcache_rag.plan.budget import share_of
 from lmcache_rag.plan.plan import BlendPlan
@@ -29,13 +30,13 @@ class Rates:
 
     Attributes:
         prefill_tokens_per_s: of each further token of a pass, measured at start-up; plain prefill is not slower.
-        load_bytes_per_s: of reading stored objects; None where nothing was read.
+        load_bytes_per_s: of reading stored objects, by the tier that they were in; nothing where nothing was read.
         pass_s: what a pass takes however few its tokens (reading the weights), measured at start-up.
         overhead_s: what a blend takes beyond loading and computing: the least of the last few.
     """
 
     prefill_tokens_per_s: float
-    load_bytes_per_s: float | None = None
+    load_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     pass_s: float = 0.0
     overhead_s: float = 0.0
 
@@ -59,43 +60,40 @@ class CostModel:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rates: Rates | None = None
-        self._loaded_at = self._blended_at = 0.0
+        self._loads: dict[str, tuple[float, float]] = {}
+        self._blended_at = 0.0
 
     def learn(self, rates: Rates) -> None:
-        """Take over what was measured in a blend; the load rate is kept where nothing was loaded."""
+        """Take over what was measured in a blend; a tier's rate is kept where nothing was read from it."""
         self._blended_at = self._clock()
-        if rates.load_bytes_per_s is not None:
-            self._loaded_at = self._clock()
-        elif self._rates is not None:
-            rates = replace(rates, load_bytes_per_s=self._rates.load_bytes_per_s)
+        self._loads |= {tier: (rate, self._blended_at) for tier, rate in rates.load_bytes_per_s.items()}
         self._rates = rates
 
-    def worth_loading(self, size_bytes: int, tokens: int, ratio: float, among: int = 1) -> bool:
+    def worth_loading(self, size_bytes: int, tokens: int, ratio: float, among: int = 1, tier: str = "") -> bool:
         """Whether loading an object and recomputing `ratio` of its tokens is faster than computing all of them. Where
         nothing is known it is taken to be.
 
         Args:
             among: how many objects the prompt has.
         """
-        rates, loading_s = self._rates, self._loading_s(size_bytes)
+        rates, loading_s = self._rates, self._loading_s(size_bytes, tier)
         if rates is None or loading_s is None:
             return True
         return loading_s < max(_NEGLIGIBLE_S / among, (1 - ratio) * tokens / rates.prefill_tokens_per_s)
 
-    def worth_blending(self, plan: BlendPlan, size_bytes: int, held_tokens: int = 0) -> bool:
-        """Whether loading so many bytes, probe and repair together are faster than computing all tokens that the blend
-        is to provide, but for the first ones that are held already. Where nothing is known they are taken to be, if
-        there is less to compute."""
+    def worth_blending(self, plan: BlendPlan, held_tokens: int = 0) -> bool:
+        """Whether loading, probe and repair together are faster than computing all tokens that the blend is to provide,
+        but for the first ones that are held already. Where nothing is known they are taken to be, if there is less to
+        compute."""
         rates = self._rates
         if rates is None:
             return not held_tokens or Rates(1.0).computing_s(plan) < plan.end - held_tokens
         overhead_s = rates.overhead_s if self._clock() - self._blended_at <= REMEMBERED_S else 0.0
-        blending_s = (self._loading_s(size_bytes) or 0.0) + rates.computing_s(plan) + overhead_s
+        loading_s = sum(self._loading_s(size, tier) or 0.0 for tier, size in plan.bytes_by_tier.items())
+        blending_s = loading_s + rates.computing_s(plan) + overhead_s
         return blending_s < (plan.end - held_tokens) / rates.prefill_tokens_per_s
 
-    def _loading_s(self, size_bytes: int) -> float | None:
-        """None where nobody knows how fast the store is."""
-        rates = self._rates
-        if rates is None or rates.load_bytes_per_s is None or self._clock() - self._loaded_at > REMEMBERED_S:
-            return None
-        return size_bytes / rates.load_bytes_per_s
+    def _loading_s(self, size_bytes: int, tier: str) -> float | None:
+        """None where nobody knows how fast the tier is."""
+        rate, at = self._loads.get(tier, (0.0, -math.inf))
+        return size_bytes / rate if self._clock() - at <= REMEMBERED_S else None

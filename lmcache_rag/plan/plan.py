@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lmcache_rag.chunk_kv import StoredForm
@@ -18,6 +18,7 @@ class PlannedSegment(Segment):
         exact: the stored KV equals what full prefill would compute here.
         foreign: it was computed behind another preamble than the prompt's.
         size_bytes: of the object.
+        tier: where it is read from, as far as that is known; see `blobs.tiers`.
         partial: much of the stored chunk lies outside these tokens.
         forms: where the answer has to begin in time: all forms of the object, by falling fidelity, to choose from.
     """
@@ -30,6 +31,7 @@ class PlannedSegment(Segment):
     size_bytes: int = 0
     partial: bool = False
     forms: tuple[StoredForm, ...] = ()
+    tier: str = field(default="", compare=False, repr=False)
 
     @property
     def part(self) -> range | None:
@@ -70,3 +72,12 @@ class BlendPlan:
     def known(self) -> list[PlannedSegment]:
         """What there is an object of, in the prompt's order."""
         return [segment for segment in (self.preamble, *self.begun, *self.segments) if segment.name is not None]
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """What is to be read, but for the preamble, which stays in memory."""
+        sizes: dict[str, int] = {}
+        for segment in self.known:
+            if segment is not self.preamble:
+                sizes[segment.tier] = sizes.get(segment.tier, 0) + segment.size_bytes
+        return sizes

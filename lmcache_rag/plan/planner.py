@@ -105,8 +105,7 @@ class Planner:
             selector="none",
             ratio=0.0,
         )
-        size_bytes = sum(segment.size_bytes for segment in segments)
-        return plan if self.cost.worth_blending(plan, size_bytes, held_tokens) else None
+        return plan if self.cost.worth_blending(plan, held_tokens) else None
 
     def _plan(
         self,
@@ -239,8 +238,7 @@ class Planner:
                 if segment.name is None:
                     report.miss(segment.reason, segment.length)
             return None
-        size_bytes = sum(segment.size_bytes for segment in plan.known if segment is not plan.preamble)
-        if not self._never_slower or self.cost.worth_blending(plan, size_bytes, held_tokens):
+        if not self._never_slower or self.cost.worth_blending(plan, held_tokens):
             return plan
         report.reason = "plain prefill is faster"
         for segment in plan.segments:
@@ -250,7 +248,9 @@ class Planner:
     def _if_worth_loading(self, segment: PlannedSegment, ratio: float, among: int) -> PlannedSegment:
         """The segment, without its object where computing it is faster."""
         share = 0.0 if segment.exact else share_of(ratio, foreign=segment.foreign)
-        if segment.name is None or self.cost.worth_loading(segment.size_bytes, segment.length, share, among):
+        if segment.name is None:
+            return segment
+        if self.cost.worth_loading(segment.size_bytes, segment.length, share, among, segment.tier):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 

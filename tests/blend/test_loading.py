@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores, LoadedKV
+from lmcache_rag.library.hot import HotChunks
 from lmcache_rag.library.tables import ModelCodecs
 from lmcache_rag.plan.plan import PlannedSegment
 from tests.helpers import chunk_store
@@ -38,7 +40,7 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
     chunks.store.delete([segments[3].name or ""])
     unplanned = PlannedSegment(600, TOKENS)
     loader = Loader(SHAPE, prefill_tokens_per_s=1.0)
-    assert loader.bytes_per_s is None
+    assert not loader.bytes_per_s
     found = list(loader.load(chunks, [*segments, unplanned], 700))
     assert [segment for segment, _ in found] == segments
     for number, (_, kv) in enumerate(found):
@@ -46,9 +48,9 @@ def test_objects_come_in_order_with_what_is_wrong(tmp_path: Path) -> None:
             assert kv == "absent"
         else:
             assert isinstance(kv, LoadedKV) and float(kv.kv()[1, 0, 5, 0, 0]) == number
-    assert loader.bytes_per_s is not None and loader.bytes_per_s > 0
+    assert loader.bytes_per_s[""] > 0
     list(loader.load(chunks, [unplanned], 100))
-    assert loader.bytes_per_s is None
+    assert not loader.bytes_per_s
 
 
 def test_a_read_that_hangs_holds_up_neither_the_next_plan_nor_the_end_of_the_process(tmp_path: Path) -> None:
@@ -94,10 +96,28 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
     loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
     found = [kv for _, kv in loader.load(slow, segments, TOKENS)]
     assert isinstance(found[0], LoadedKV) and found[-1] == "too slow"
-    assert loader.bytes_per_s is not None and loader.bytes_per_s < size / 0.2
+    assert loader.bytes_per_s[""] < size / 0.2
     assert [kv for _, kv in loader.load(chunks, segments, TOKENS)] == ["too slow"] * 20  # nobody waits again
     patient = Loader(SHAPE, prefill_tokens_per_s=TOKENS / 100)  # computing would take 100 s
     assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments[:4], TOKENS))
+
+
+def test_a_slow_tier_does_not_keep_others_from_being_read(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 6)
+    hanging = chunk_store(ThrottledStore(chunks.store, Throttle(1.0)), chunks.scope, SHAPE)
+    loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
+    slow = [replace(segment, tier="bucket") for segment in segments]
+    assert [kv for _, kv in loader.load(hanging, slow, TOKENS)] == ["too slow"] * 6
+    assert loader.bytes_per_s.keys() == {"bucket"}
+    mixed = [slow[0], *segments[1:3], slow[3]]
+    found = list(loader.load(chunks, mixed, TOKENS))
+    assert [segment for segment, _ in found] == mixed
+    assert [isinstance(kv, LoadedKV) for _, kv in found] == [False, True, True, False]
+    hot = HotChunks(ChunkStores(chunks.store, "model", "raw", ModelCodecs(chunks.store, "model", SHAPE)), 1 << 30)
+    for _ in range(2):
+        hot.load(slow[3].name or "", SHAPE)
+    found = list(loader.load(hot, mixed, TOKENS))
+    assert [not isinstance(kv, str) for _, kv in found] == [False, True, True, True]  # it is in memory
 
 
 def test_a_goal_is_cut_to_the_patience_so_that_nothing_is_given_up(tmp_path: Path) -> None:

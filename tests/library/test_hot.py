@@ -48,6 +48,7 @@ def test_what_was_read_twice_is_in_memory(chunks: ChunkStores, tmp_path: Path) -
     hot, name = HotChunks(chunks, 10 * CHUNK_BYTES), saved(chunks, 1)
     first, second = hot.load(name, SHAPE), hot.load(name, SHAPE)
     assert not isinstance(first, str) and not isinstance(second, str) and second.size_bytes == first.size_bytes > 0
+    assert hot.holds(name)
     (tmp_path / name).unlink()
     third = hot.load(name, SHAPE)
     assert not isinstance(third, str) and third.size_bytes == 0 and third.codec == "q8"

@@ -24,16 +24,16 @@ MB = 1_000_000
 )
 def test_loading_and_repairing_must_be_faster_than_computing(bytes_per_s: float, ratio: float, worth: bool) -> None:
     cost = CostModel()
-    cost.learn(Rates(prefill_tokens_per_s=1000, load_bytes_per_s=bytes_per_s))
+    cost.learn(Rates(prefill_tokens_per_s=1000, load_bytes_per_s={"": bytes_per_s}))
     assert cost.worth_loading(40 * MB, tokens=1000, ratio=ratio) is worth
 
 
 def test_what_is_not_known_or_costs_next_to_nothing_is_tried() -> None:
     cost = CostModel()
     assert cost.worth_loading(40 * MB, 1000, 0.15)
-    cost.learn(Rates(1000, None))
+    cost.learn(Rates(1000))
     assert cost.worth_loading(40 * MB, 1000, 0.15)
-    cost.learn(Rates(1e6, 1 * MB))
+    cost.learn(Rates(1e6, {"": 1 * MB}))
     assert cost.worth_loading(1000, 10, 0.15)
     assert not cost.worth_loading(40 * MB, 1000, 0.15)
 
@@ -41,29 +41,31 @@ def test_what_is_not_known_or_costs_next_to_nothing_is_tried() -> None:
 def test_a_slow_store_is_tried_again_after_a_minute_and_not_forgotten_before() -> None:
     now = 0.0
     cost = CostModel(clock=lambda: now)
-    cost.learn(Rates(1000, 1 * MB))
-    cost.learn(Rates(1000, None))  # a request that loads nothing
+    cost.learn(Rates(1000, {"": 1 * MB}))
+    cost.learn(Rates(1000))  # a request that loads nothing
     now = 59.0
     assert not cost.worth_loading(40 * MB, 1000, 0.15)
     now = 61.0
     assert cost.worth_loading(40 * MB, 1000, 0.15)
 
 
-def blend_plan(tokens: int, ratio: float, *, selector: str = "query", stored: bool = True) -> BlendPlan:
+def blend_plan(
+    tokens: int, ratio: float, *, selector: str = "query", stored: bool = True, size_bytes: int = MB
+) -> BlendPlan:
     """A preamble of 20 tokens, one chunk, and a question of 30."""
     return BlendPlan(
         mode="blend",
         namespace="default",
         token_ids=tuple(range(20 + tokens + 30)),
         preamble=PlannedSegment(0, 20, name="preamble" if stored else None, exact=True),
-        segments=(PlannedSegment(20, tokens, name="chunk"),),
+        segments=(PlannedSegment(20, tokens, name="chunk", size_bytes=size_bytes),),
         end=20 + tokens,
         selector=selector,
         ratio=ratio,
     )
 
 
-RATES = Rates(prefill_tokens_per_s=1000, load_bytes_per_s=100 * MB, pass_s=0.025)
+RATES = Rates(prefill_tokens_per_s=1000, load_bytes_per_s={"": 100 * MB}, pass_s=0.025)
 
 
 @pytest.mark.parametrize(
@@ -84,22 +86,34 @@ def test_what_is_computed_takes_passes_and_tokens(plan: BlendPlan, expected_s: f
 def test_a_blend_must_pay_with_all_that_it_costs() -> None:
     """Two passes and a question of 30 tokens take 80 ms: a prompt that is prefilled in less is not blended."""
     cost = CostModel()
-    assert cost.worth_blending(blend_plan(20, 0.15), 1 * MB)  # nothing is known
+    assert cost.worth_blending(blend_plan(20, 0.15, size_bytes=1 * MB))  # nothing is known
     cost.learn(RATES)
-    assert not cost.worth_blending(blend_plan(60, 0.15), 1 * MB)
-    assert cost.worth_blending(blend_plan(120, 0.15), 1 * MB)
-    assert not cost.worth_blending(blend_plan(120, 0.15), 10 * MB)
-    assert not cost.worth_blending(blend_plan(120, 0.5), 1 * MB)
-    assert cost.worth_blending(blend_plan(60, 0.0), 1 * MB)
+    assert not cost.worth_blending(blend_plan(60, 0.15, size_bytes=1 * MB))
+    assert cost.worth_blending(blend_plan(120, 0.15, size_bytes=1 * MB))
+    assert not cost.worth_blending(blend_plan(120, 0.15, size_bytes=10 * MB))
+    assert not cost.worth_blending(blend_plan(120, 0.5, size_bytes=1 * MB))
+    assert cost.worth_blending(blend_plan(60, 0.0, size_bytes=1 * MB))
     cost.learn(replace(RATES, overhead_s=0.05))
-    assert not cost.worth_blending(blend_plan(120, 0.15), 1 * MB)
+    assert not cost.worth_blending(blend_plan(120, 0.15, size_bytes=1 * MB))
 
 
 def test_overhead_is_forgotten_after_a_minute_so_that_a_blend_is_tried_again() -> None:
     now = 0.0
     cost = CostModel(clock=lambda: now)
-    cost.learn(replace(RATES, load_bytes_per_s=None, overhead_s=0.5))
-    assert not cost.worth_blending(blend_plan(300, 0.15), 1 * MB)
+    cost.learn(replace(RATES, load_bytes_per_s={}, overhead_s=0.5))
+    assert not cost.worth_blending(blend_plan(300, 0.15, size_bytes=1 * MB))
     now = 61.0
-    assert cost.worth_blending(blend_plan(300, 0.15), 1 * MB)
-    assert not cost.worth_blending(blend_plan(60, 0.15), 1 * MB)  # what a pass takes does not change
+    assert cost.worth_blending(blend_plan(300, 0.15, size_bytes=1 * MB))
+    assert not cost.worth_blending(blend_plan(60, 0.15, size_bytes=1 * MB))  # what a pass takes does not change
+
+
+def test_each_tier_has_a_rate_of_its_own() -> None:
+    cost = CostModel()
+    cost.learn(Rates(1000, {"bucket": 1 * MB}))
+    assert not cost.worth_loading(40 * MB, 1000, 0.15, tier="bucket")
+    assert cost.worth_loading(40 * MB, 1000, 0.15, tier="disk")
+    cost.learn(Rates(1000, {"disk": 1000 * MB}))  # what is known of the bucket is kept
+    plan = blend_plan(400, 0.0, size_bytes=20 * MB)
+    for tier, worth in (("bucket", False), ("disk", True)):
+        segments = tuple(replace(segment, tier=tier) for segment in plan.segments)
+        assert cost.worth_blending(replace(plan, segments=segments)) is worth
