@@ -117,7 +117,7 @@ class Planner:
         self, prompt: np.ndarray, options: BlendOptions, report: ReuseReport, held_tokens: int
     ) -> BlendPlan | None:
         chunks = self._chunks.of(self.namespace_of(options))
-        chunks.refresh()
+        chunks.follow()
         matches = self._matches(prompt, options, chunks, report)
         if not matches:
             report.reason = "no stored chunk in the prompt"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Terms
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, stored_pieces
+from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStores, codec_of
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest
@@ -143,7 +144,10 @@ class Chooser:
         if self._chats is None or options.mode == "precompute" or rest <= SMALL_REST:
             return None
         chunks = self._chats.of(self.chats(options, names))
-        chunks.refresh()
+        try:
+            chunks.follow()
+        except StoreError:
+            return None  # the planner's own store is the same, so the report will say so
         assert request.prompt_token_ids is not None
         found = stored_pieces(chunks, request.prompt_token_ids[: self._planner.max_tokens])
         forms = [form for _, form in found]
