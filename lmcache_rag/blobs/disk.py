@@ -157,7 +157,8 @@ class DiskStore:
         except OSError as error:
             raise _failed(f"{name} could not be stored in {self.root}", error) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # what is left there is removed as abandoned
+                part.unlink(missing_ok=True)
         return length
 
     @contextmanager

@@ -153,6 +153,8 @@ class Cache(Tier):
         self._writing = _Pause(1, pause_s)
         self._held: dict[str, _Held] = {}
         self._total = 0
+        self._written: set[str] = set()  # now, so that they are not evicted
+        self._removals = 0
         self._filled_bytes = 0  # since it was looked through
         self._scanned_at = time.monotonic()
         self._scanned = threading.Event()
@@ -193,6 +195,9 @@ class Cache(Tier):
             self._count_failure(self._writing, error)
             self.drop([name])
             return False
+        finally:
+            with self._lock:
+                self._written.discard(name)
         with self._lock:
             self._writing.worked()
             self.stats.fills += 1
@@ -203,6 +208,7 @@ class Cache(Tier):
         names = list(names)
         with self._lock:
             self.stats.healed += damaged and names[0] in self._held
+            self._removals += 1
             for name in names:
                 self._forget(name)
         try:
@@ -213,6 +219,7 @@ class Cache(Tier):
     def _look_up(self, name: str, read: Callable[[], memoryview | None], start: int) -> memoryview | None:
         if self._reading.reason():
             return None
+        removals = self._removals
         try:
             data = self.get(read)
         except StoreError:
@@ -220,11 +227,13 @@ class Cache(Tier):
         now, touch = time.time(), False
         with self._lock:
             if data is None:
-                self._forget(name)
+                if name not in self._written:
+                    self._forget(name)
                 return None
             held = self._held.get(name)
-            if held is None:
-                held = self._hold(name, start + len(data), now)
+            if held is None and removals != self._removals:
+                return data  # it may have been evicted after it was read
+            held = held or self._hold(name, start + len(data), now)
             held.used_s = now
             if now - held.touched_s > _TOUCH_S:
                 held.touched_s, touch = now, True
@@ -237,6 +246,7 @@ class Cache(Tier):
         with self._lock:
             self._forget(name)
             self._hold(name, size, time.time())
+            self._written.add(name)
             self._filled_bytes += size
             capacity = self.capacity_bytes
             if capacity is None:
@@ -249,7 +259,7 @@ class Cache(Tier):
         with self._lock:
             if self._total <= capacity:
                 return
-            oldest = sorted((held.used_s, other) for other, held in self._held.items() if other != name)
+            oldest = sorted((held.used_s, other) for other, held in self._held.items() if other not in self._written)
             evicted = []
             for _, other in oldest:
                 if self._total <= max(_LOW * capacity, size):
@@ -257,6 +267,7 @@ class Cache(Tier):
                 self._forget(other)
                 evicted.append(other)
             self.stats.evictions += len(evicted)
+            self._removals += 1
         self.store.delete(evicted)
 
     def _scan(self) -> None:
@@ -270,7 +281,8 @@ class Cache(Tier):
                 found = {}
             with self._lock:
                 for name, held in self._held.items():
-                    if held.used_s >= begun or (name in found and held.used_s > found[name].used_s):
+                    newer = name in found and held.used_s > found[name].used_s
+                    if newer or held.used_s >= begun or name in self._written:
                         found[name] = held
                 self._held, self._total = found, sum(held.size for held in found.values())
                 self._filled_bytes, self._scanned_at = 0, time.monotonic()

@@ -105,9 +105,7 @@ def parse(uri: str) -> Location:
     if is_folder(uri):
         scheme = uri.partition(":")[0]
         if ":" in uri and scheme in _SCHEMES:
-            raise StoreError(
-                f"A store's URI begins with `{scheme}://`: put the slashes in, or write `./` before a path."
-            )
+            raise StoreError(f"A store's URI begins with `{scheme}://`: put in the slashes, or `./` before a path.")
         path, _, capacity = uri.partition("?capacity=")
         if not path:
             raise StoreError("A store needs a name: a folder, or a URI such as s3://bucket/prefix.")
