@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,15 +16,23 @@ from pathlib import Path
 BUCKET = "kv-bucket"
 
 
+_S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 class S3Server:
-    """An S3 API with one bucket."""
+    """An S3 API with one bucket, in a process of its own."""
 
     def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, "-c", _S3], **pipes)  # type: ignore[call-overload]
+        self.port = int(self._process.stdout.readline())
         connection = HTTPConnection("127.0.0.1", self.port)
         connection.request("PUT", f"/{BUCKET}", headers={"Host": "s3.us-east-1.amazonaws.com"})
         assert connection.getresponse().status == 200
@@ -32,7 +41,7 @@ class S3Server:
         return f"s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{port or self.port}"
 
     def close(self) -> None:
-        self._server.stop()
+        self._process.communicate()
 
 
 class RedisServer:

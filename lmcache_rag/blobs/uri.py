@@ -283,7 +283,12 @@ def _bytes(text: str) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise StoreError("A store is a folder, or a URI such as s3://bucket/prefix.")
-    return os.fspath(value)
+    text = os.fsdecode(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StoreError("The store has a name that is not UTF-8: rename it, or name another one.") from None
+    return text
 
 
 def _forget_lock() -> None:
