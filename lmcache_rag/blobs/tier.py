@@ -204,13 +204,16 @@ class Cache(Tier):
         return True
 
     def drop(self, names: Iterable[str], *, damaged: bool = False) -> None:
-        """Keep blobs no longer."""
+        """Keep blobs no longer. Where nothing can be written now they stay, which harms nobody but where they are
+        damaged."""
         names = list(names)
         with self._lock:
             self.stats.healed += damaged and names[0] in self._held
             self._removals += 1
             for name in names:
                 self._forget(name)
+        if self._writing.reason() and not damaged:
+            return
         try:
             self.store.delete(names)
         except StoreError as error:

@@ -46,6 +46,9 @@ _UNITS = {"": 1, "b": 1} | {
 }
 _DEFAULT_PREFIX = "lmcache-rag/"
 
+_CACHE_SILENCE_S = 1.0
+"""A cache over a network that takes longer to answer is none."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -166,7 +169,7 @@ def open_store(uri: str | Path, tiers: Sequence[str] = ()) -> Store:
         if store is None:
             caches = [parse(str(tier)) for tier in tiers]
             store = TieredStore(
-                [Cache(cache.shown, _opened(cache), cache.capacity_bytes) for cache in caches],
+                [Cache(cache.shown, _opened(cache, _CACHE_SILENCE_S), cache.capacity_bytes) for cache in caches],
                 _opened(location),
                 location.shown,
             )
@@ -184,7 +187,7 @@ _tiered: WeakValueDictionary[tuple[Any, ...], TieredStore] = WeakValueDictionary
 _memories: dict[str, MemoryStore] = {}
 
 
-def _opened(location: Location) -> CacheStore:
+def _opened(location: Location, silence_s: float = 5.0) -> CacheStore:
     if location.scheme == "file":
         return DiskStore(location.path)
     if location.scheme in ("redis", "rediss"):
@@ -195,6 +198,7 @@ def _opened(location: Location) -> CacheStore:
             prefix=location.query.get("prefix", _DEFAULT_PREFIX),
             tls=location.scheme == "rediss",
             shown=location.shown,
+            silence_s=silence_s,
         )
     if importlib.util.find_spec("obstore") is None:
         raise StoreError(f"{location.scheme}:// needs one more package: pip install 'lmcache-rag[s3]'.")
@@ -211,8 +215,8 @@ def _opened(location: Location) -> CacheStore:
         bucket = makers[location.scheme](
             location.host,
             prefix=location.path or None,
-            client_options=client_options(allow_http=endpoint.startswith("http://")),
-            retry_config=retry_config(),
+            client_options=client_options(allow_http=endpoint.startswith("http://"), silence_s=silence_s),
+            retry_config=retry_config(silence_s),
             **given,
         )
     except Exception as error:  # noqa: BLE001  # of any package in the chain of credentials

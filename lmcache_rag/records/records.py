@@ -267,6 +267,10 @@ class Records:
         epochs = self._log.epochs()
         if self._epoch and epochs and epochs[-1] <= self._epoch and self._log.holds(self._epoch, number):
             return
+        self._go_to_newest(epochs)
+
+    def _go_to_newest(self, epochs: list[int]) -> None:
+        """Enter the newest of these that is whole; a first one where there is none."""
         for epoch in reversed(epochs):
             if self._goes_to(epoch):
                 return
@@ -319,9 +323,8 @@ class Records:
             begun, damaged = False, True
         if not begun and not begin:
             return False
-        if not begun:
-            self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged)
-        self._enter(self._epoch + 1)
+        if begun or self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged):
+            self._enter(self._epoch + 1)
         return True
 
     def _end_epoch(self, epoch: int, names: list[str]) -> None:
@@ -329,16 +332,22 @@ class Records:
         with self._lock:
             while self._epoch == epoch and not self._log.write_segment(epoch, self._number + 1, [b""]):
                 self._follow(begin=True)
-            if self._epoch == epoch:
-                self._begin(epoch + 1, names, self._fresh)
+            if self._epoch == epoch and self._begin(epoch + 1, names, self._fresh):
                 self._enter(epoch + 1)
                 self._log.forget(epoch + 1)
 
-    def _begin(self, epoch: int, names: list[str], rest: list[Part], *, replace: bool = False) -> None:
+    def _begin(self, epoch: int, names: list[str], rest: list[Part], *, replace: bool = False) -> bool:
+        """Begin an epoch with these parts, where nobody has. False where that was long ago, and it has been forgotten
+        since: then the newest epoch is entered."""
         if rest:
             names = [*names, self._log.write_part(epoch - 1, merge(rest, whole=not names).to_bytes())]
         self._log.begin(epoch, names, replace=replace)
+        epochs = self._log.epochs()
+        if epochs[-1] > epoch:
+            self._go_to_newest(epochs)
+            return False
         self._log.point(epoch)
+        return True
 
     def _enter(self, epoch: int) -> None:
         """Be where an epoch begins. Raises `CorruptObjectError`."""

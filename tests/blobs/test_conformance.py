@@ -134,6 +134,25 @@ def test_records_of_two_writers(open_again: Opener, monkeypatch: pytest.MonkeyPa
     assert known(two, 12) == expected == known(Records(open_again(), SCOPE), 12)
 
 
+def test_records_of_several_writers_at_once(open_again: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SEGMENTS", 8)  # so that epochs end while others write
+    writers = [Records(open_again(), SCOPE) for _ in range(3)]
+
+    def write(place: int) -> None:
+        for number in range(place, 36, 3):
+            save(writers[place], number)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    for records in writers:
+        with records._compacting:  # waits for what is under way
+            pass
+    monkeypatch.setattr(module, "_LOOK_S", -1.0)  # some slept through epochs
+    for records in (*writers, Records(open_again(), SCOPE)):
+        assert known(records, 36) == list(range(36))
+    assert writers[0].position[0] > 1
+
+
 def test_chunks_tables_and_rebuilding(open_again: Opener) -> None:
     store = open_again()
     chunks = chunk_store(store, SCOPE, SHAPE)

@@ -14,6 +14,7 @@ import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.objects import ObjectStore
+from lmcache_rag.blobs.redis import RedisStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
 from lmcache_rag.errors import StoreError
 from tests.blobs.conftest import open_apart
@@ -316,6 +317,28 @@ def test_a_cache_that_evicts_by_itself(s3_server: S3Server, tmp_path: Path) -> N
         stats = tiers.stats()[label]
         assert stats.hits + stats.fills - len(contents) > 0 and stats.hits < stats.reads and not stats.failures
         assert read(tiers, names(16)[15], 10, 20) == contents[names(16)[15]][10:30]
+    finally:
+        server.kill()
+
+
+def test_a_cache_that_is_killed_and_comes_back(origin: Origin, tmp_path: Path) -> None:
+    if not RedisServer.is_there():
+        pytest.skip("needs redis-server")
+    server = RedisServer(tmp_path)
+    try:
+        cache = Cache("redis", RedisStore("127.0.0.1", server.port), pause_s=0.0)
+        tiers = TieredStore([cache], origin)
+        tiers.write(NAME, [b"onetwo"])
+        assert read(tiers, NAME) == b"onetwo" and not origin.reads
+        server.kill()
+        assert read(tiers, NAME) == b"onetwo" and tiers.write(OTHER, [b"x"]) == 1
+        assert read(tiers, OTHER, 0, 1) == b"x" and origin.reads == [NAME, OTHER]
+        tiers.delete([OTHER])
+        tiers.flush()
+        assert cache.stats.failures >= 4 and not origin.exists(OTHER)
+        server.start()
+        tiers.write(OTHER, [b"y"])
+        assert read(tiers, OTHER) == b"y" and read(tiers, NAME) == b"onetwo" and origin.reads == [NAME, OTHER]
     finally:
         server.kill()
 

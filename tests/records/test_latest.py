@@ -102,6 +102,19 @@ def test_who_slept_through_epochs_writes_where_it_is_seen(store: CountingDisk, r
         sleeper._base, sleeper._names, sleeper._fresh = [], [], []
 
 
+def test_who_slept_through_epochs_begins_none_that_was_forgotten(store: CountingDisk, records: Records) -> None:
+    sleeper = Records(store, SCOPE)
+    save(sleeper, 100)
+    count = grown(records, 4)
+    latest = store.read(LATEST)
+    sleeper._looked_at = float("inf")  # it does not look before it compacts
+    sleeper.compact()
+    assert store.read(LATEST) == latest
+    save(sleeper, count)
+    for view in (sleeper, records, Records(store, SCOPE)):
+        assert known(view, count + 1) == list(range(count + 1))
+
+
 def test_an_epoch_is_pointed_at_before_older_ones_are_forgotten(
     store: CountingDisk, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,8 +137,7 @@ def test_a_bucket_that_dies(engine: LocalEngine, proxy: FaultyProxy) -> None:
 
     shutil.rmtree(Path(tiers.caches[0].store.root) / "default")  # type: ignore[attr-defined]
     found, done = answer(engine, plan, HEAD)
-    assert done.reuse.reused_tokens == 0 or done.reuse.misses == {"unreadable": done.reuse.missed_tokens}
-    assert done.reuse.missed_tokens and "unreadable" in done.reuse.misses
+    assert set(done.reuse.misses) == {"unreadable"} and done.reuse.missed_tokens >= sum(map(len, parts(plan)[1]))
     torch.testing.assert_close(found, expected, atol=20 * noise(engine, plan), rtol=0)
     assert tiers.stats()["s3://kv-bucket/engine"].failures
 
