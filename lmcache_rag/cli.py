@@ -16,7 +16,17 @@ from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 from lmcache_rag.serving import serve
-from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, encode_anything, err, given, out
+from lmcache_rag.terminal import (
+    CodecOption,
+    DtypeOption,
+    ModelOption,
+    ThreadsOption,
+    TiersOption,
+    encode_anything,
+    err,
+    given,
+    out,
+)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
@@ -44,7 +54,11 @@ def index(
     paths: Annotated[list[Path], typer.Argument(help="Text and Markdown files, or folders of them.")],
     folder: IndexOption = DEFAULT_INDEX,
     model: ModelOption = None,
-    store: Annotated[Optional[Path], typer.Option(help="Folder of the KV store; within the index by default.")] = None,
+    store: Annotated[
+        Optional[str],
+        typer.Option(help="Folder or URI (s3://bucket/kv) of the KV store; within the index by default."),
+    ] = None,
+    tiers: TiersOption = None,
     namespace: Annotated[Optional[str], typer.Option(help="KV is never shared between namespaces.")] = None,
     chunk_tokens: Annotated[Optional[int], typer.Option(help="Longest passage, in tokens; 512 by default.")] = None,
     overlap_tokens: Annotated[Optional[int], typer.Option(help="Tokens shared by neighbouring passages; 0.")] = None,
@@ -71,7 +85,7 @@ def index(
         prompt=prompt,
         primer=None if primer is None else _text_of(primer),
     )
-    engine = given(codec=codec, dtype=dtype, threads=threads)
+    engine = given(codec=codec, dtype=dtype, threads=threads, tiers=tiers)
     if Manifest.read(folder) is None:
         find_files(paths)  # fails before anything is started or made
     try:
@@ -109,7 +123,7 @@ def index(
     out.print(
         f"{report.added} added, {report.changed} changed, {report.removed} removed, {report.unchanged} unchanged; "
         f"{report.chunks_computed} passages computed{rate}, {report.chunks_present} present already, "
-        f"{report.bytes_stored / 1e6:.0f} MB stored in {corpus.manifest.store_folder(folder)}"
+        f"{report.bytes_stored / 1e6:.0f} MB stored in {corpus.manifest.store_uri(folder)}"
     )
     for problem in report.refused:
         err.problem("left out:", problem)
@@ -134,6 +148,7 @@ def ask(
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
     off: Annotated[bool, typer.Option("--off", help="Answer with plain prefill only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tiers: TiersOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -146,7 +161,7 @@ def ask(
     options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, target_kl=target_kl, ratio=ratio)
     with (
         err.status("Starting vLLM") as status,
-        open_corpus(folder, IndexSettings.checked(model=model), **given(dtype=dtype, threads=threads)) as (
+        open_corpus(folder, IndexSettings.checked(model=model), **given(dtype=dtype, threads=threads, tiers=tiers)) as (
             engine,
             corpus,
         ),

@@ -26,6 +26,8 @@ Refine = Literal["idle", "off"]
 """When exact KV is computed of what was answered over blended KV."""
 
 DEFAULT_NAMESPACE = "default"
+SECRET_INPUT = "secret_input"  # noqa: S105  # not one itself
+"""The type of a validation error whose input no message repeats."""
 _MOST_SEGMENTS = 4096
 """In one prompt: looking up what is stored of each takes time."""
 
@@ -162,4 +164,5 @@ def first_problem(error: ValidationError) -> str:
     """The first problem that pydantic found, as `field: what is wrong (got value)`."""
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"]) or "options"
-    return f"{field}: {problem['msg']} (got {problem['input']!r})"
+    got = "" if problem["type"] == SECRET_INPUT else f" (got {problem['input']!r})"
+    return f"{field}: {problem['msg']}{got}"

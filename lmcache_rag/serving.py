@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.terminal import ThreadsOption, err, given
+from lmcache_rag.terminal import ThreadsOption, TiersOption, err, given
 
 
 def serve(
@@ -27,6 +27,7 @@ def serve(
     clients_choose_namespace: Annotated[
         bool, typer.Option("--clients-choose-namespace", help="Let clients name any namespace of the store.")
     ] = False,
+    tiers: TiersOption = None,
     threads: ThreadsOption = None,
     vllm_arguments: Annotated[
         Optional[list[str]], typer.Argument(metavar="VLLM ARGUMENTS", help="Behind --: passed on to vLLM's server.")
@@ -38,7 +39,7 @@ def serve(
         "clients_choose_namespace": clients_choose_namespace,
         "namespace_per_salt": namespace_per_salt,
     }
-    command, environment = server_command(folder, connector, **given(threads=threads))
+    command, environment = server_command(folder, connector, **given(threads=threads, tiers=tiers))
     command += ["--host", host, "--port", str(port), *(vllm_arguments or ())]
     err.print(f"Serving the index {folder} on http://{host}:{port}", highlight=False, markup=False)
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606  # vLLM is this process from here on
@@ -69,7 +70,7 @@ def server_command(
         raise CorpusError(f"There is no index in {folder}: run `lmcache-rag index PATH... --index {folder}` first.")
     settings = EngineSettings.checked(
         model=manifest.model,
-        store=manifest.store_folder(folder).resolve(),
+        store=manifest.store_uri(folder.resolve()),
         namespace=manifest.namespace,
         codec=manifest.codec,
         dtype=manifest.dtype,

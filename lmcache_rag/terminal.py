@@ -113,6 +113,14 @@ def _table(lines: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+TiersOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--tier",
+        help="Folder or URI of a cache in front of the store, as file:///var/cache/kv?capacity=100GiB; repeat it for "
+        "several, fastest first.",
+    ),
+]
 ThreadsOption = Annotated[Optional[int], typer.Option(help="CPU threads; all cores by default.")]
 ModelOption = Annotated[
     Optional[str], typer.Option(help="Hugging Face id or folder; SmolLM2-135M-Instruct by default.")

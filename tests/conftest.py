@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.engine import EngineSettings, LocalEngine
+from tests.servers import FaultyProxy, RedisServer, S3Server
 
 os.environ.setdefault("LMCACHE_RAG_CODEC", "raw")  # exact; tests of other codecs name them
 os.environ.setdefault(
@@ -108,6 +109,39 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs the evaluation data in {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 API; the environment has its credentials."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "ACCESS_KEY_ID": "test",
+            "SECRET_ACCESS_KEY": "hidden-secret",
+            "REGION": "us-east-1",
+        }.items():
+            environment.setenv(f"AWS_{name}", value)
+        server = S3Server()
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """A way to the S3 API on which everything can go wrong."""
+    proxy = FaultyProxy(s3_server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis server for all tests that leave it alone."""
+    if not RedisServer.is_there():
+        pytest.skip("needs redis-server")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

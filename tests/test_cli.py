@@ -15,9 +15,12 @@ from typer.testing import CliRunner, Result
 
 from lmcache_rag.bench.commands import _write
 from lmcache_rag.cli import app, main
+from lmcache_rag.corpus import Manifest
 from lmcache_rag.errors import LmcacheRagError
+from lmcache_rag.serving import server_command
 from tests.corpus.test_corpus import text
 from tests.models import make_tiny
+from tests.servers import S3Server
 
 pytestmark = pytest.mark.usefixtures("no_engine")
 
@@ -113,6 +116,28 @@ def test_an_index_of_another_model_or_store(tmp_path: Path, model: Path, documen
         assert "weights of the model" in error_of(run("ask", "w20", "--index", folder, "--dtype", "float32"))
     finally:
         weights.write_bytes(original)
+
+
+def test_a_store_in_a_bucket_with_a_cache(tmp_path: Path, model: Path, documents: Path, s3_server: S3Server) -> None:
+    folder, store = tmp_path / "index", s3_server.uri("cli")
+    tier = ("--tier", f"file://{tmp_path}/cache?capacity=1GB")
+    options = ("--index", folder, "--dtype", "float32", *tier)
+    shown = run("index", documents, *options, "--model", model, "--chunk-tokens", 40, "--store", store)
+    assert shown.exit_code == 0 and f"stored in {store}" in " ".join(shown.output.split())
+    manifest = Manifest.read(folder)
+    assert manifest is not None and manifest.store == store and not (folder / "kv").exists()
+    assert str(tmp_path) not in (folder / "manifest.json").read_text().replace(str(model), "")
+    answered = run("ask", "w20 w30", *options, "--max-tokens", 5, "--json")
+    reuse = json.loads(answered.stdout)["reuse"]
+    assert reuse["mode"] == "blend" and reuse["missed_tokens"] == 0 and list((tmp_path / "cache").rglob("*.v3"))
+    command, _ = server_command(folder, tiers=[tier[1]])
+    connector = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert (connector["store"], connector["tiers"]) == (store, [tier[1]])
+    assert "objects recorded" in run("store", "rebuild", store).output
+    assert "keeps its KV in" in error_of(run("index", documents, "--index", folder, "--store", s3_server.uri("other")))
+    assert "store: ftp:// is no store" in error_of(run("index", documents, "--store", "ftp://x"))
+    assert "ftp:// is no store" in error_of(run("store", "rebuild", "ftp://x"))
+    assert "tiers.0: " in error_of(run("ask", "w20", "--index", folder, "--tier", "redis://"))
 
 
 def test_names_and_texts_are_shown_as_they_are(tmp_path: Path, model: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_server_is_set_as_the_index_needs_it(tmp_path: Path, monkeypatch: py
     transfer = json.loads(flags["--kv-transfer-config"])
     assert transfer["kv_load_failure_policy"] == "recompute"
     config = ConnectorConfig(**transfer["kv_connector_extra_config"])
-    assert (config.store, config.namespace, config.codec) == (index / "kv", "mine", "q8")
+    assert (config.store, config.namespace, config.codec) == (str(index / "kv"), "mine", "q8")
     assert config.clients_precompute and not config.clients_choose_namespace
 
 

@@ -41,7 +41,9 @@ def calibrate(
     calibration: Annotated[
         Optional[Path], typer.Option(help="Text like yours, to learn the KV codec from; a built-in one else.")
     ] = None,
-    store: Annotated[Optional[Path], typer.Option(help="A store that is to use the learned codec from now on.")] = None,
+    store: Annotated[
+        Optional[str], typer.Option(help="Folder or URI of a store that is to use the learned codec from now on.")
+    ] = None,
     model: ModelOption = None,
     codec: CodecOption = None,
     dtype: DtypeOption = None,
@@ -51,7 +53,7 @@ def calibrate(
     from lmcache_rag.bench.calibrate import BUILT_IN_MARGIN, default_questions
     from lmcache_rag.bench.calibrate import calibrate as measure
     from lmcache_rag.bench.questions import read_questions
-    from lmcache_rag.blobs.disk import DiskStore
+    from lmcache_rag.blobs.uri import open_store
     from lmcache_rag.learn.texts import built_in_texts, read_texts
     from lmcache_rag.library.tables import TableStore
     from lmcache_rag.model import cache_folder
@@ -63,7 +65,7 @@ def calibrate(
         margin = 1.0
         asked = read_questions(data, passages=4, words=150, limit=questions)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
-    kept = None if store is None else DiskStore(store)
+    kept = None if store is None else open_store(store)
     with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         if CODECS[engine.settings.codec].learned:
             tables = engine.codec.learn(engine.codec.prompts(texts), progress)

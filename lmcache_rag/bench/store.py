@@ -100,6 +100,8 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
+        if not callable(method):
+            return method
 
         def counted(*arguments: Any) -> Any:
             self.calls[name] += 1

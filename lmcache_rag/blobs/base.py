@@ -10,7 +10,13 @@ class Store(Protocol):
     """Blobs by name. A blob appears whole or not at all; names are `/`-separated.
 
     Every method raises `StoreError` where the storage itself fails.
+
+    Attributes:
+        remote: whether asking it may take longer than a step of vLLM has time for, as over a network.
     """
+
+    @property
+    def remote(self) -> bool: ...
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Store the concatenation of `parts`, durably; returns its length in bytes."""
@@ -48,4 +54,21 @@ class Store(Protocol):
 
     def free_bytes(self) -> int | None:
         """How much can still be written; None where there is no limit."""
+        ...
+
+    def heal(self, name: str) -> Store | None:
+        """What was read of a blob is damaged: forget the copies of it that are in front of a slower store. The store to
+        read it from again; None where it came from where everything is kept, and so is damaged itself."""
+        ...
+
+
+class CacheStore(Store, Protocol):
+    """A store that can be kept within a capacity."""
+
+    def entries(self) -> Iterator[tuple[str, int, float]]:
+        """Name, length in bytes, and when it was last used (seconds since 1970, 0 where nobody knows) of all blobs."""
+        ...
+
+    def touch(self, name: str) -> None:
+        """Note that a blob is used now, so that others who look at the store know. Fails silently: it is a hint."""
         ...

@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class DiskStore:
     Raises:
         StoreError: the folder cannot be made, or not be written to.
     """
+
+    remote = False
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser()
@@ -106,7 +108,7 @@ class DiskStore:
         for folder, _, files in os.walk(self._path(prefix), onerror=refuse):
             relative = Path(folder).relative_to(self.root).as_posix()
             for file in sorted(files):
-                yield f"{relative}/{file}"
+                yield f"{relative}/{file}".removeprefix("./")
 
     def folders(self, prefix: str) -> Sequence[str]:
         try:
@@ -121,6 +123,20 @@ class DiskStore:
             return shutil.disk_usage(self.root).free
         except OSError as error:
             raise _failed(f"The free space of {self.root} could not be read", error) from error
+
+    def heal(self, name: str) -> None:
+        return None
+
+    def entries(self) -> Iterator[tuple[str, int, float]]:
+        for name in self.list(""):
+            if not name.startswith(f"{_UNFINISHED}/"):
+                with suppress(OSError):  # another process deleted it meanwhile
+                    found = self._path(name).stat()
+                    yield name, found.st_size, found.st_mtime
+
+    def touch(self, name: str) -> None:
+        with suppress(OSError):
+            os.utime(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self.root.joinpath(*name.split("/"))
@@ -141,7 +157,8 @@ class DiskStore:
         except OSError as error:
             raise _failed(f"{name} could not be stored in {self.root}", error) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # what is left there is removed as abandoned
+                part.unlink(missing_ok=True)
         return length
 
     @contextmanager

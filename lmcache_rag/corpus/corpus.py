@@ -22,7 +22,7 @@ from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
 from lmcache_rag.prompt import MarkedPrompt, check_text
 
-OWN_STORE = Path("kv")
+OWN_STORE = "kv"
 """Folder of the KV store within an index that has one of its own."""
 
 

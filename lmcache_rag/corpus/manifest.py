@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lmcache_rag.blobs.uri import StoreURI, resolved
 from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer
@@ -26,7 +27,8 @@ class Manifest(BaseModel):
 
     Attributes:
         model: as the user named it.
-        store: folder of the KV store, relative to the index where it lies in it.
+        store: URI of the KV store, or its folder, relative to the index where it lies in it. Caches in front of it are
+            the machine's, and not noted here.
         codec: in which KV is stored.
         prompt: the prompt's form; chunk KV was computed behind its preamble.
         primer: the text of the passages behind which chunk KV was computed as well, cut to `primer_tokens`; empty for
@@ -44,7 +46,7 @@ class Manifest(BaseModel):
     dtype: str
     tokenizer_fingerprint: str
     namespace: str
-    store: Path
+    store: StoreURI
     codec: str = DEFAULT_CODEC
     prompt: PromptFormat
     primer: str | None = None
@@ -125,6 +127,6 @@ class Manifest(BaseModel):
                     "or index the documents into another folder."
                 )
 
-    def store_folder(self, folder: Path) -> Path:
+    def store_uri(self, folder: Path) -> str:
         """Where the KV store is."""
-        return folder / self.store
+        return resolved(self.store, folder)

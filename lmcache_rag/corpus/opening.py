@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lmcache_rag.blobs.uri import StoreURI, is_folder, resolved
 from lmcache_rag.corpus.corpus import OWN_STORE, Corpus
 from lmcache_rag.corpus.documents import printed
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
@@ -24,16 +25,16 @@ class IndexSettings(BaseModel):
     """What an index is made with. None stands for what an existing index was made with, else for the default.
 
     Attributes:
-        store: folder of the KV store; by default within the index. Name one to share it with other indexes.
+        store: folder or URI of the KV store; by default within the index. Name one to share it with other indexes.
         prompt: `completion` is plain text, `chat` the model's own chat template; or a form of your own.
         primer: text to compute chunks behind as well, in place of passages of the documents' own; an empty one leaves
             that out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str | None = None
-    store: Path | None = None
+    store: StoreURI | None = None
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
     chunk_tokens: int | None = Field(default=None, ge=16)
     overlap_tokens: int | None = Field(default=None, ge=0)
@@ -74,20 +75,20 @@ def open_corpus(
             f"The index {folder} was made with the model {known.model!r}: use that one, "
             "or index the documents into another folder."
         )
-    store = settings.store.expanduser().resolve() if settings.store else (known.store if known else OWN_STORE)
+    store = _absolute(settings.store) if settings.store else (known.store if known else OWN_STORE)
     if known is not None and store != known.store:
         raise CorpusError(
-            f"The index {folder} keeps its KV in {known.store_folder(folder)}: leave --store out, "
+            f"The index {folder} keeps its KV in {known.store_uri(folder)}: leave --store out, "
             "or index the documents into another folder."
         )
     namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
     if known is not None:
         engine.setdefault("dtype", known.dtype)
         engine.setdefault("codec", known.codec)
-    for name in (model, str((folder / store).absolute())):
+    for name in (model, resolved(store, folder.absolute())):
         if printed(name) != name:
             raise CorpusError(f"{printed(name)} has a name that is not UTF-8: rename it, or name another folder.")
-    engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
+    engine_settings = EngineSettings.checked(model=model, store=resolved(store, folder), namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
         manifest = Manifest(
@@ -117,6 +118,11 @@ def _model(model: str) -> str:
     """A folder by its path from the root, so that the index can be used from anywhere; an id as it is."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
+
+
+def _absolute(store: str) -> str:
+    """A folder by its path from the root, for the same reason; a URI as it is."""
+    return str(Path(store).expanduser().resolve()) if is_folder(store) else store
 
 
 def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine) -> PromptFormat:

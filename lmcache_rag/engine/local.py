@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
-from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.blobs.uri import open_store
 from lmcache_rag.chunk_kv import variant_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
@@ -60,7 +60,7 @@ class LocalEngine:
             LocalEngine._running = self
         try:
             self.model_folder = resolve_model(self.settings.model)
-            self.store = DiskStore(self.settings.store)
+            self.store = open_store(self.settings.store, self.settings.tiers)
             self.threads = self.settings.threads or len(os.sched_getaffinity(0))
             self._ids = itertools.count()
             self._loop = EngineLoop(functools.partial(start_vllm, self.settings, self.model_folder, self.threads))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from lmcache_rag.blobs.throttled import Throttle
+from lmcache_rag.blobs.uri import StoreURI, TierURI
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
@@ -21,7 +21,8 @@ class EngineSettings(BaseSettings):
 
     Attributes:
         model: Hugging Face id or folder.
-        store: folder of the KV store; shared by every engine that names it.
+        store: folder or URI of the KV store (see `blobs.uri`); shared by every engine that names it.
+        tiers: folders or URIs of caches in front of it, fastest first, such as `file:///var/cache/kv?capacity=100GiB`.
         codec: the one of `codec.CODECS` in which KV is stored: raw, q8, high, balanced, small, or another.
         extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         namespace: whose KV: one namespace never sees another's.
@@ -46,10 +47,11 @@ class EngineSettings(BaseSettings):
         seed: of vLLM's sampler.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str = DEFAULT_MODEL
-    store: Path = Path(".lmcache-rag/kv")
+    store: StoreURI = ".lmcache-rag/kv"
+    tiers: tuple[TierURI, ...] = ()
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)

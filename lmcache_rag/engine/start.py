@@ -97,7 +97,8 @@ def engine_arguments(
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {
-                "store": str(settings.store),
+                "store": settings.store,
+                "tiers": settings.tiers,
                 "namespace": settings.namespace,
                 "codec": settings.codec,
                 "extra_codecs": settings.extra_codecs,

@@ -114,13 +114,25 @@ class ChunkStore:
         self.store = store
         self.scope = scope
         self.codec = codec
-        self.records = Records(store, scope)
+        self.records = Records.of(store, scope)
         self._written = tuple(dict.fromkeys((codec, *extra)))
         self._codecs = codecs
 
     def refresh(self) -> None:
         """Take over what others have stored and deleted since. Raises `StoreError`."""
         self.records.refresh()
+
+    def follow(self) -> None:
+        """As `refresh`, but without waiting for a network: what others stored a moment ago may still be missing.
+
+        Raises:
+            StoreError: the store cannot be read, and no cache is in front of it.
+        """
+        try:
+            self.records.follow()
+        except StoreError:
+            if not getattr(self.store, "caches", ()):
+                raise
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
         """Where the variant of a chunk is kept."""
@@ -229,7 +241,15 @@ class ChunkStore:
         Args:
             part: which of the chunk's tokens are wanted; without, all are read.
         """
-        read = self._read(name, part)
+        loaded = self._load(self.store, name, shape, part)
+        if loaded in _DAMAGED and (origin := self.store.heal(name)) is not None:
+            loaded = self._load(origin, name, shape, part)  # a copy in a cache costs nobody the blob itself
+        if loaded in ("corrupt", "absent"):
+            self._discard(name)
+        return loaded
+
+    def _load(self, store: Store, name: str, shape: KVShape, part: range | None) -> LoadedKV | str:
+        read = _read(store, name, part)
         if isinstance(read, str):
             return read
         stored, size_bytes = read
@@ -251,21 +271,6 @@ class ChunkStore:
         if codec is None:
             return "coded with tables that are missing"
         return LoadedKV(stored, shape, codec, size_bytes)
-
-    def _read(self, name: str, part: range | None) -> tuple[StoredObject, int] | str:
-        try:
-            read = read_object(self.store, name, part)
-        except CorruptObjectError:
-            self._discard(name)
-            return "corrupt"
-        except StoreError:
-            return "unreadable"
-        except ValueError:
-            return "shorter than planned"
-        if read is None:
-            self._discard(name)
-            return "absent"
-        return read
 
     def _save(self, chunk: ChunkKV, variant: str, codecs: Sequence[str]) -> int:
         assert self._codecs is not None
@@ -329,6 +334,21 @@ class ChunkStores:
     def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | str:
         """See `ChunkStore.load`; of the namespace that the name says."""
         return self.of(name.partition("/")[0]).load(name, shape, part)
+
+
+_DAMAGED = ("corrupt", "of another chunk", "of another model")
+
+
+def _read(store: Store, name: str, part: range | None) -> tuple[StoredObject, int] | str:
+    try:
+        read = read_object(store, name, part)
+    except CorruptObjectError:
+        return "corrupt"
+    except StoreError:
+        return "unreadable"
+    except ValueError:
+        return "shorter than planned"
+    return "absent" if read is None else read
 
 
 def _form(variant: str, codec: str) -> str:

@@ -19,18 +19,20 @@ def _store() -> None:
 
 
 @store_app.command("rebuild")
-def rebuild_command(folder: Annotated[Path, typer.Argument(help="Folder of the KV store, such as INDEX/kv.")]) -> None:
+def rebuild_command(
+    where: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URI of the KV store, such as INDEX/kv.")],
+) -> None:
     """Make the records of what is stored anew from the stored objects, where they are lost or damaged."""
-    from lmcache_rag.blobs.disk import DiskStore
+    from lmcache_rag.blobs.uri import is_folder, open_store
     from lmcache_rag.library.rebuild import rebuild
     from lmcache_rag.library.scopes import scopes_of
 
-    if not folder.is_dir():
-        raise StoreError(f"There is no store in {folder}: name the folder that --store named, or INDEX/kv.")
-    store = DiskStore(folder)
+    if is_folder(where) and not Path(where).expanduser().is_dir():
+        raise StoreError(f"There is no store in {where}: name the folder or URI that --store named, or INDEX/kv.")
+    store = open_store(where)
     scopes = scopes_of(store)
     if not scopes:
-        out.print(f"Nothing is stored in {folder}.")
+        out.print(f"Nothing is stored in {where}.")
     for scope in scopes:
         with err.status(f"Reading {scope.prefix}") as status:
 

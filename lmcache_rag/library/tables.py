@@ -50,15 +50,24 @@ class TableStore:
 
     def _first_readable(self, names: Iterable[str]) -> CodecTables | None:
         for name in names:
-            data = self._store.read(name)
             try:
-                tables = CodecTables.from_bytes(bytes(data or b""))
+                try:
+                    tables = _tables(self._store, name)
+                except CorruptObjectError:
+                    origin = self._store.heal(name)
+                    if origin is None:
+                        raise
+                    tables = _tables(origin, name)
             except CorruptObjectError as error:
                 _log.warning("%s is passed over (%s)", name, error)
                 continue
             if name.endswith(f".{tables.digest}"):
                 return tables
         return None
+
+
+def _tables(store: Store, name: str) -> CodecTables:
+    return CodecTables.from_bytes(bytes(store.read(name) or b""))
 
 
 def machine_store() -> Store | None:

@@ -116,7 +116,7 @@ class Planner:
         history: History | None,
     ) -> BlendPlan | None:
         chunks = self._chunks.of(self.namespace_of(options))
-        chunks.refresh()
+        chunks.follow()
         matches = self._matcher.matches(prompt, options.segments, chunks, report)
         if options.mode == "precompute" and matches:
             return self._precompute(prompt, matches, chunks, options, report)

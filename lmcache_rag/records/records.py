@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.process import OwnProcess
+from lmcache_rag.records.follower import Follower
 from lmcache_rag.records.log import Log
 from lmcache_rag.records.merge import merge
 from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
@@ -28,7 +32,7 @@ _SHARE = 16
 """An epoch is ended after so many segments, or where they hold a larger share of all chunks than one in so many."""
 
 _LOOK_S = 5.0
-"""So often it is looked for epochs further on: where a reader slept through two of them."""
+"""So often it is looked whether the epoch is still there: a reader may have slept through two of them."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +61,20 @@ class Records:
         self._fresh: list[Part] = []
         self.parts: tuple[Part, ...] = ()
         self._looked_at = 0.0
+        self._remote = store.remote
+        self._process = OwnProcess("A view of a store's records", StoreError)
+        self._following = threading.Lock()
+        self._follower: Follower | None = None
+
+    @classmethod
+    def of(cls, store: Store, scope: KVScope) -> Records:
+        """Those of a scope. Over a network all who have the same store in this process share one view, so that each
+        knows at once what another wrote."""
+        if not store.remote:
+            return cls(store, scope)
+        with _opening:
+            # A view keeps its store, so that no other one has its id while the view is there.
+            return _open.setdefault((id(store), scope), cls(store, scope))
 
     @property
     def position(self) -> tuple[int, int]:
@@ -65,10 +83,27 @@ class Records:
 
     def refresh(self) -> None:
         """Take over what was written since; writes nothing. Raises `StoreError` where the store cannot be read."""
+        self._process.check()
         with self._lock:
             if time.monotonic() - self._looked_at > _LOOK_S or not self._epoch:
-                self._look()
+                self._look(self._number)
             self._follow()
+
+    def follow(self) -> None:
+        """As `refresh`, but over a network, which may take long: there a thread takes over what was written, several
+        times a second while this is called now and then, and this waits for nothing.
+
+        Raises:
+            StoreError: the store could not be read lately.
+        """
+        if not self._remote:
+            self.refresh()
+            return
+        self._process.check()
+        with self._following:
+            if self._follower is None:
+                self._follower = Follower(self.refresh)
+        self._follower.look()
 
     def tokens(self, key: bytes) -> np.ndarray | None:
         """int32 token ids of a chunk; None where it is not known."""
@@ -140,6 +175,7 @@ class Records:
         Raises:
             StoreError: the store cannot be written to.
         """
+        self._process.check()
         variants, owners = list(variants), list(owners)
         with self._lock:
             while True:
@@ -152,8 +188,10 @@ class Records:
                     continue
                 self._number += 1
                 self._take(part)
+                if (epoch, self._number) == (1, 1):
+                    self._log.point(epoch)
                 # Where an epoch long ended was written to, nobody will see it there.
-                self._look()
+                self._look(self._number - 1)
                 if self._epoch == epoch or self._has(part):
                     break
             due = self._is_due()
@@ -194,6 +232,9 @@ class Records:
             epoch = max([0, *self._log.epochs()])
             whole = merge(list(parts), whole=True)
             self._log.begin(epoch + 1, [self._log.write_part(epoch, whole.to_bytes())], replace=True)
+            self._log.point(epoch + 1)
+            if epoch:
+                self._log.end(epoch)  # for those who are there
             self._enter(epoch + 1)
 
     def _has(self, part: Part) -> bool:
@@ -207,23 +248,45 @@ class Records:
                 return False
         return True
 
-    def _look(self) -> None:
-        """Go to the newest epoch, where this is not the one."""
+    def _look(self, number: int) -> None:
+        """Go to the newest epoch, where this is not the one.
+
+        Epochs are listed only where the hint is missing or leads nowhere. One that is older than it could be leads on,
+        by what ends each epoch.
+
+        Args:
+            number: segment of this epoch that was there, 0 for its base; while it is, the epoch has not been forgotten.
+        """
         self._looked_at = time.monotonic()
+        latest = self._log.latest()
+        if latest is not None:
+            if self._epoch and latest <= self._epoch and self._log.holds(self._epoch, number):
+                return
+            if latest > self._epoch and self._log.holds(latest, int(latest == 1)) and self._goes_to(latest):
+                return
         epochs = self._log.epochs()
-        if self._epoch and (not epochs or epochs[-1] <= self._epoch):
+        if self._epoch and epochs and epochs[-1] <= self._epoch and self._log.holds(self._epoch, number):
             return
+        self._go_to_newest(epochs)
+
+    def _go_to_newest(self, epochs: list[int]) -> None:
+        """Enter the newest of these that is whole; a first one where there is none."""
         for epoch in reversed(epochs):
-            try:
-                self._enter(epoch)
-            except CorruptObjectError as error:
-                _log.warning("epoch %d of the records is passed over (%s)", epoch, error)
-                continue
-            self._follow()
-            return
+            if self._goes_to(epoch):
+                return
         self._epoch, self._number = 1, 0
         self._names, self._base, self._frozen, self._fresh = [], [], [], []
         self._show()
+
+    def _goes_to(self, epoch: int) -> bool:
+        """Enter an epoch and follow it; False where its base is damaged."""
+        try:
+            self._enter(epoch)
+        except CorruptObjectError as error:
+            _log.warning("epoch %d of the records is passed over (%s)", epoch, error)
+            return False
+        self._follow()
+        return True
 
     def _follow(self, *, begin: bool = False) -> None:
         """Take over the segments that follow.
@@ -260,9 +323,8 @@ class Records:
             begun, damaged = False, True
         if not begun and not begin:
             return False
-        if not begun:
-            self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged)
-        self._enter(self._epoch + 1)
+        if begun or self._begin(self._epoch + 1, self._names, [*self._frozen, *self._fresh], replace=damaged):
+            self._enter(self._epoch + 1)
         return True
 
     def _end_epoch(self, epoch: int, names: list[str]) -> None:
@@ -270,15 +332,22 @@ class Records:
         with self._lock:
             while self._epoch == epoch and not self._log.write_segment(epoch, self._number + 1, [b""]):
                 self._follow(begin=True)
-            if self._epoch == epoch:
-                self._begin(epoch + 1, names, self._fresh)
+            if self._epoch == epoch and self._begin(epoch + 1, names, self._fresh):
                 self._enter(epoch + 1)
                 self._log.forget(epoch + 1)
 
-    def _begin(self, epoch: int, names: list[str], rest: list[Part], *, replace: bool = False) -> None:
+    def _begin(self, epoch: int, names: list[str], rest: list[Part], *, replace: bool = False) -> bool:
+        """Begin an epoch with these parts, where nobody has. False where that was long ago, and it has been forgotten
+        since: then the newest epoch is entered."""
         if rest:
             names = [*names, self._log.write_part(epoch - 1, merge(rest, whole=not names).to_bytes())]
         self._log.begin(epoch, names, replace=replace)
+        epochs = self._log.epochs()
+        if epochs[-1] > epoch:
+            self._go_to_newest(epochs)
+            return False
+        self._log.point(epoch)
+        return True
 
     def _enter(self, epoch: int) -> None:
         """Be where an epoch begins. Raises `CorruptObjectError`."""
@@ -294,9 +363,11 @@ class Records:
         self._show()
 
     def _mapped(self, name: str) -> Part | None:
-        content = self._log.map_part(name)
         try:
-            return Part.from_bytes(content or memoryview(b""), mapped=True)
+            try:
+                return Part.from_bytes(self._log.map_part(name) or memoryview(b""), mapped=True)
+            except CorruptObjectError:
+                return Part.from_bytes(self._log.healed_part(name) or memoryview(b""), mapped=True)
         except CorruptObjectError as error:
             _log.warning("part %s of the records is lost (%s): run `lmcache-rag store rebuild`", name, error)
             return None
@@ -310,3 +381,16 @@ class Records:
             self.compact()
         except StoreError as error:
             _log.warning("the records could not be compacted (%s)", error)
+
+
+_open: WeakValueDictionary[tuple[int, KVScope], Records] = WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def _forget_lock() -> None:
+    """Another thread may have held the lock when this process was forked."""
+    global _opening  # noqa: PLW0603
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Terms
 from lmcache_rag.conversation.prefixes import begun_segments, chats_of
+from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStores, codec_of
 from lmcache_rag.plan.matching import History
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
@@ -142,7 +143,10 @@ class Chooser:
         if self._chats is None or options.mode == "precompute" or request.num_prompt_tokens - held.tokens <= SMALL_REST:
             return None
         chunks = self._chats.of(self.chats(options, names))
-        chunks.refresh()
+        try:
+            chunks.follow()
+        except StoreError:
+            return None  # the planner's own store is the same, so the report will say so
         assert request.prompt_token_ids is not None
         return History(chunks, begun_segments(chunks, request.prompt_token_ids[: self._planner.max_tokens]))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
+from lmcache_rag.blobs.uri import StoreURI, TierURI, open_store
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
@@ -24,7 +23,8 @@ class ConnectorConfig(BaseModel):
     """Settings of the connector.
 
     Attributes:
-        store: folder of the KV store.
+        store: folder or URI of the KV store.
+        tiers: folders or URIs of caches in front of it, fastest first.
         namespace: of requests that name none.
         namespace_per_salt: each `cache_salt` has a namespace of its own, and requests without one are not handled. The
             salt is then what a tenant's requests read and store by, and nobody else knows: a gateway sets it.
@@ -44,9 +44,10 @@ class ConnectorConfig(BaseModel):
         max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    store: Path
+    store: StoreURI
+    tiers: tuple[TierURI, ...] = ()
     namespace: str = Field(default=DEFAULT_NAMESPACE, pattern=NAMESPACE_PATTERN)
     namespace_per_salt: bool = False
     clients_choose_namespace: bool = False
@@ -71,7 +72,7 @@ class ConnectorConfig(BaseModel):
 
     def open_store(self) -> Store:
         """The store that these settings name."""
-        store = DiskStore(self.store)
+        store = open_store(self.store, self.tiers)
         return store if self.throttle is None else ThrottledStore(store, self.throttle)
 
     def workspace_tokens(self, max_model_len: int) -> int:

@@ -61,9 +61,11 @@ class BlendConnector(KVConnectorBase_V1):
             _warn_of_failures(vllm_config)
             _warn_of_others(self._store, self._config.namespace, self._fingerprint)
             stored = self._config.conversations == "stored"
+            chunks = ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs)
+            chunks.of(self._config.namespace).refresh()  # which requests will not wait for, over a network
             self._scheduler = SchedulerHalf(
                 Planner(
-                    ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs),
+                    chunks,
                     Calibration.read(cache_folder(), self._fingerprint, self._config.codec),
                     namespace=self._config.namespace,
                     matcher=Matcher(self._config.min_match_tokens, self._config.match_unit_tokens),

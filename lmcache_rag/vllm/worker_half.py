@@ -135,7 +135,7 @@ class WorkerHalf:
         """Load some of the pieces that follow what is done; returns how many first tokens are done then. What cannot be
         used is computed."""
         start, chunks = time.perf_counter(), self._chats.of(job.chats)
-        chunks.refresh()
+        chunks.follow()
         wanted = [
             PlannedSegment(piece.start, PIECE_TOKENS, name=form.name)
             for piece, form in stored_pieces(chunks, job.token_ids)

@@ -66,7 +66,6 @@ def test_what_was_recorded_and_is_not_there_is_forgotten_also_by_those_who_have_
     store.write(f"{SCOPE.folder(key_of(chunk(3).token_ids))}{OWN}.raw.v1", [b"of an older release"])
     assert rebuild(store, SCOPE) == 5
     for view in (opened(store), chunks):
-        view.records._look()
         view.refresh()
         assert not view.variants(key_of(chunk(0).token_ids)) and not view.variants(key_of(chunk(1).token_ids))
         assert set(view.variants(key_of(chunk(2).token_ids))) == {OWN, OTHER}

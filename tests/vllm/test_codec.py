@@ -158,7 +158,7 @@ def test_missing_tables_are_a_miss_with_a_reason(
         [form] = engine.chunk_store().variants(key_of(plan.token_ids[segment.start : segment.end])).values()
         engine.store.delete([form.name.replace(".balanced.", f".{codec}.") for codec in ("raw", "small")])
     engine.close()
-    with without_tables(settings.store), LocalEngine(settings) as other:
+    with without_tables(Path(settings.store)), LocalEngine(settings) as other:
         expected, _ = answer(other, plan, OFF)
         found, done = answer(other, plan, REUSE)
         assert done.reuse.misses == {"coded with tables that are missing": 257}

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -39,7 +38,7 @@ class KVPrecompute(TransformComponent):
     """
 
     scope: str = Field(description="Whose KV is computed: namespace, and fingerprint of the model.")
-    store: Path = Field(description="Where it is kept.")
+    store: str = Field(description="Where it is kept.")
     preamble: str = Field(description="The text it is computed behind.")
 
     _llm: LmcacheRag = PrivateAttr()
@@ -81,7 +80,7 @@ class KVPrecompute(TransformComponent):
         engine = self._llm.engine
         state = repr(engine.chunk_store().records.position)
         digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
-        return {**super().to_dict(**kwargs), "store": str(self.store), "stored": digest}
+        return {**super().to_dict(**kwargs), "stored": digest}
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuses, since LlamaIndex would drop the engine and go on."""

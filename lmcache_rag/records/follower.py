@@ -1,0 +1,56 @@
+"""Following a log over a network from a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from lmcache_rag.errors import StoreError
+
+_EVERY_S = 0.3
+_UNUSED_S = 300.0
+"""Nothing is asked for a view that nobody used for so long."""
+
+
+class Follower:
+    """Calls a view's `refresh` several times a second, for as long as somebody looks at the view now and then.
+
+    Args:
+        refresh: a bound method. Its object is held only while it is called, and may go at any time.
+    """
+
+    def __init__(self, refresh: Callable[[], None]) -> None:
+        self._refresh = weakref.WeakMethod(refresh)
+        self._used = 0.0
+        self._error: StoreError | None = None
+        self._running = False
+        self._lock = threading.Lock()
+
+    def look(self) -> None:
+        """Go on following; raises the `StoreError` of the last try where it failed."""
+        with self._lock:
+            self._used = time.monotonic()
+            if not self._running:
+                thread = threading.Thread(target=self._follow, name="lmcache-rag-follow", daemon=True)
+                thread.start()
+                self._running = True
+        if (error := self._error) is not None:
+            raise StoreError(str(error))
+
+    def _follow(self) -> None:
+        while True:
+            refresh = self._refresh()
+            with self._lock:
+                if refresh is None or time.monotonic() - self._used > _UNUSED_S:
+                    self._running = False
+                    return
+            try:
+                refresh()
+            except StoreError as error:
+                self._error = error
+            else:
+                self._error = None
+            del refresh
+            time.sleep(_EVERY_S)

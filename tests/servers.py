@@ -1,0 +1,153 @@
+"""Real servers for tests: an S3 API, Redis, and an HTTP server that fails as it is told."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+BUCKET = "kv-bucket"
+
+
+_S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+class S3Server:
+    """An S3 API with one bucket, in a process of its own."""
+
+    def __init__(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, "-c", _S3], **pipes)  # type: ignore[call-overload]
+        self.port = int(self._process.stdout.readline())
+        connection = HTTPConnection("127.0.0.1", self.port)
+        connection.request("PUT", f"/{BUCKET}", headers={"Host": "s3.us-east-1.amazonaws.com"})
+        assert connection.getresponse().status == 200
+
+    def uri(self, prefix: str, port: int | None = None) -> str:
+        return f"s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{port or self.port}"
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+class RedisServer:
+    """A `redis-server` process that can be killed and started again, with what it has saved."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        self._command = [
+            *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "always", *options),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @staticmethod
+    def is_there() -> bool:
+        return shutil.which("redis-server") is not None
+
+    def uri(self, prefix: str) -> str:
+        return f"redis://127.0.0.1:{self.port}/0?prefix={prefix}/"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        while self._process.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port)) as connection:
+                    connection.sendall(b"PING\r\n")
+                    if connection.recv(5)[:1] in (b"+", b"-"):  # "-" asks for a password
+                        return
+            except OSError:
+                time.sleep(0.01)
+        raise RuntimeError("redis-server did not start")
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+class FaultyProxy:
+    """Passes requests on to an S3 API, but for what `fault` does instead. What it returns is answered: a status, None
+    for what the API says, "hang" for nothing, "cut" for the first half of what the API says."""
+
+    def __init__(self, target: int) -> None:
+        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.requests: list[tuple[str, str]] = []
+        self._ended = threading.Event()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments: object) -> None:
+                return
+
+            def _answer(self) -> None:
+                proxy.requests.append((self.command, self.path))
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                fault = proxy.fault(self.command, self.path)
+                if fault == "hang":
+                    self.close_connection = True
+                    proxy._ended.wait(60)
+                    return
+                if isinstance(fault, int):
+                    text = b"<Error><Code>SlowDown</Code><Message>as told</Message></Error>"
+                    self.send_response(fault)
+                    self.send_header("Content-Length", str(len(text)))
+                    self.end_headers()
+                    self.wfile.write(b"" if self.command == "HEAD" else text)
+                    return
+                connection = HTTPConnection("127.0.0.1", target)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                        self.send_header(name, value)
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+                self.send_header("Content-Length", length or "0")
+                self.end_headers()
+                if fault == "cut":
+                    content, self.close_connection = content[: len(content) // 2], True
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _answer  # noqa: N815
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                return  # a client that gave up
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
