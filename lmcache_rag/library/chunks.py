@@ -166,7 +166,7 @@ class ChunkStore:
         for form, row in (self.records.variants(key) if recorded is None else recorded).items():
             variant, _, codec = form.partition(".")
             if codec in CODECS:
-                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.created_s)
+                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.used_s)
         return {variant: forms[min(forms, key=self._preference)] for variant, forms in found.items()}
 
     def forms(self, name: str) -> list[StoredForm]:

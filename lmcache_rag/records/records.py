@@ -6,7 +6,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.records.log import Log
-from lmcache_rag.records.merge import merge
+from lmcache_rag.records.merge import Live, live, merge
 from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
 
 _GROWTH = 4
@@ -57,6 +58,7 @@ class Records:
         self._fresh: list[Part] = []
         self.parts: tuple[Part, ...] = ()
         self._looked_at = 0.0
+        self._size_bytes: int | None = None  # of all objects; None where it is to be counted
 
     @property
     def position(self) -> tuple[int, int]:
@@ -69,6 +71,20 @@ class Records:
             if time.monotonic() - self._looked_at > _LOOK_S or not self._epoch:
                 self._look()
             self._follow()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all stored objects together, as of the last `refresh`. Counted once, and then kept up to date."""
+        with self._lock:
+            if self._size_bytes is None:
+                self._size_bytes = int(self.live().size_bytes.sum())
+            return self._size_bytes
+
+    def live(self) -> Live:
+        """All that is stored. Walks all that is known: for eviction, statistics and repair."""
+        with self._lock:
+            parts = self.parts
+        return live(parts or (build({}),))
 
     def tokens(self, key: bytes) -> np.ndarray | None:
         """int32 token ids of a chunk; None where it is not known."""
@@ -141,13 +157,43 @@ class Records:
             StoreError: the store cannot be written to.
         """
         variants, owners = list(variants), list(owners)
+
+        def part() -> Part:
+            new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
+            return build(new, variants, owners)
+
+        self._write(part)
+
+    def use(self, uses: Mapping[tuple[bytes, str], int]) -> None:
+        """Record when objects were used. Those that are gone by then, whoever deleted them, stay so.
+
+        Args:
+            uses: seconds since 1970, by key and form.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+
+        def part() -> Part:
+            known = {key: self.variants(key) for key, _ in uses}
+            rows = [(known[key].get(form), used_s) for (key, form), used_s in uses.items()]
+            return build({}, [replace(row, used_s=used_s) for row, used_s in rows if row is not None])
+
+        self._write(part)
+
+    def _write(self, made: Callable[[], Part]) -> None:
+        """Write a segment.
+
+        Args:
+            made: what to write, from all that was written before it: it is made anew where another writer was faster.
+        """
         with self._lock:
             while True:
                 self.refresh()
                 self._follow(begin=True)
-                epoch = self._epoch
-                new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
-                part = build(new, variants, owners)
+                epoch, part = self._epoch, made()
+                if not len(part):
+                    return
                 if not self._log.write_segment(epoch, self._number + 1, part.to_bytes()):
                     continue
                 self._number += 1
@@ -195,6 +241,7 @@ class Records:
             whole = merge(list(parts), whole=True)
             self._log.begin(epoch + 1, [self._log.write_part(epoch, whole.to_bytes())], replace=True)
             self._enter(epoch + 1)
+            self._size_bytes = None
 
     def _has(self, part: Part) -> bool:
         """Whether what was just written has been taken over into the epoch that followed."""
@@ -213,6 +260,7 @@ class Records:
         epochs = self._log.epochs()
         if self._epoch and (not epochs or epochs[-1] <= self._epoch):
             return
+        self._size_bytes = None
         for epoch in reversed(epochs):
             try:
                 self._enter(epoch)
@@ -237,17 +285,28 @@ class Records:
                 if not self._go_on(begin=begin):
                     return
                 continue
-            self._number += 1
             try:
                 self._take(Part.from_bytes(content))
             except CorruptObjectError as error:
-                _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number, error)
+                _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number + 1, error)
+            self._number += 1
 
     def _take(self, part: Part) -> None:
+        if self._size_bytes is not None:
+            self._size_bytes += self._growth(part)
         self._fresh.append(part)
         while len(self._fresh) > 1 and len(self._fresh[-2]) <= min(_GROWTH * len(self._fresh[-1]), _QUICK):
             self._fresh[-2:] = [merge(self._fresh[-2:], whole=False)]
         self._show()
+
+    def _growth(self, part: Part) -> int:
+        """By how many bytes there is more stored when a part is taken over."""
+        growth = 0
+        for row in range(len(part)):
+            said = {variant.form: variant.size_bytes for variant in part.variants_of(row)}
+            known = self.variants(part.key(row)) if said else {}
+            growth += sum(said.values()) - sum(known[form].size_bytes for form in said.keys() & known.keys())
+        return growth
 
     def _show(self) -> None:
         self.parts = (*self._base, *self._frozen, *self._fresh)
@@ -282,14 +341,12 @@ class Records:
 
     def _enter(self, epoch: int) -> None:
         """Be where an epoch begins. Raises `CorruptObjectError`."""
-        names = self._log.base(epoch) or []
         known = dict(zip(self._names, self._base, strict=True))
-        self._base, self._names = [], []
-        for name in names:
-            part = known.get(name) or self._mapped(name)
-            if part is not None:
-                self._base.append(part)
-                self._names.append(name)
+        found = {name: known.get(name) or self._mapped(name) for name in self._log.base(epoch) or ()}
+        base = {name: part for name, part in found.items() if part is not None}
+        if len(base) < len(found):
+            self._size_bytes = None
+        self._base, self._names = list(base.values()), list(base)
         self._epoch, self._number, self._frozen, self._fresh = epoch, 0, [], []
         self._show()
 
