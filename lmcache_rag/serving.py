@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.terminal import ThreadsOption, err, given
+from lmcache_rag.terminal import CapacityOption, ThreadsOption, err, given
 
 
 def serve(
@@ -24,6 +24,7 @@ def serve(
     clients_choose_namespace: Annotated[
         bool, typer.Option("--clients-choose-namespace", help="Let clients name any namespace of the store.")
     ] = False,
+    capacity: CapacityOption = None,
     threads: ThreadsOption = None,
     vllm_arguments: Annotated[
         Optional[list[str]], typer.Argument(metavar="VLLM ARGUMENTS", help="Behind --: passed on to vLLM's server.")
@@ -31,7 +32,7 @@ def serve(
 ) -> None:
     """Serve an index's model with vLLM's OpenAI server, which reuses the index's passages in every prompt."""
     connector = {"clients_precompute": clients_precompute, "clients_choose_namespace": clients_choose_namespace}
-    command, environment = server_command(folder, connector, **given(threads=threads))
+    command, environment = server_command(folder, connector, **given(capacity_bytes=capacity, threads=threads))
     command += ["--host", host, "--port", str(port), *(vllm_arguments or ())]
     err.print(f"Serving the index {folder} on http://{host}:{port}", highlight=False, markup=False)
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606  # vLLM is this process from here on

@@ -42,6 +42,7 @@ class UpdateReport:
     Attributes:
         restored: unchanged documents of which the store had lost some KV; counted as changed too.
         reprimed: unchanged documents computed behind the primer that a grown index has chosen; counted as changed too.
+        evicted: objects deleted from the store to make room: its limit is too small for what is stored.
         refused: the files that could not be used, with the reason.
     """
 
@@ -56,6 +57,7 @@ class UpdateReport:
     chunks_present: int = 0
     tokens_computed: int = 0
     bytes_stored: int = 0
+    evicted: int = 0
     seconds: float = 0.0
 
 
@@ -207,6 +209,7 @@ class Corpus:
             report.chunks_present += done.present
             report.tokens_computed += done.tokens
             report.bytes_stored += done.bytes_stored
+            report.evicted += done.evicted_objects
             report.seconds += done.seconds
             if item.path in known:
                 report.changed += 1

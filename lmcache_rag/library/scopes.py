@@ -12,6 +12,13 @@ def scopes_of(store: Store) -> list[KVScope]:
     return [KVScope(namespace, model) for namespace in namespaces for model in store.folders(f"{namespace}/")]
 
 
+def recorded_scopes(store: Store) -> list[KVScope]:
+    """The namespaces and models of which something is recorded, or was. Raises `StoreError` where the store cannot be
+    read."""
+    namespaces = store.folders(".records/")
+    return [KVScope(namespace, model) for namespace in namespaces for model in store.folders(f".records/{namespace}/")]
+
+
 def fingerprints_in(store: Store, namespace: str) -> set[str]:
     """The fingerprints of the models whose KV a namespace holds. Raises `StoreError` where the store cannot be read."""
     return {model for model in store.folders(f"{namespace}/") if store.folders(f"{namespace}/{model}/")}

@@ -11,7 +11,8 @@ import numpy as np
 from lmcache_rag.chunk_kv import StoredForm, key_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
-from lmcache_rag.library.chunks import ChunkStore, ChunkStores, codec_of
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.names import codec_of
 from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment

@@ -181,6 +181,28 @@ class Records:
 
         self._write(part)
 
+    def drop(
+        self, objects: Iterable[tuple[bytes, str]], used_s: int, unless: Callable[[bytes], bool] = lambda _key: False
+    ) -> list[VariantRow]:
+        """Record that objects, named by key and form, are gone; returns what they were, so that they can be deleted.
+
+        Args:
+            used_s: now, in seconds since 1970.
+            unless: of which chunks nothing is to go, asked when all that others wrote before is known.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+        objects, gone = list(objects), dict[tuple[bytes, str], VariantRow]()
+
+        def part() -> Part:
+            rows = [row for key, form in objects if (row := self.variants(key).get(form)) and not unless(key)]
+            gone.update(((row.key, row.form), row) for row in rows)
+            return build({}, [replace(row, size_bytes=0, used_s=used_s) for row in rows])
+
+        self._write(part)
+        return [row for name, row in gone.items() if name[1] not in self.variants(name[0])]
+
     def _write(self, made: Callable[[], Part]) -> None:
         """Write a segment.
 

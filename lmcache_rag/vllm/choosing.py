@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Terms
-from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, stored_pieces
-from lmcache_rag.library.chunks import ChunkStores, codec_of
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS, stored_pieces
+from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.names import chats_of, codec_of
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest
 from lmcache_rag.request import BlendOptions, ReuseReport
