@@ -20,6 +20,7 @@ from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
+from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import MarkedPrompt, check_text
 
 OWN_STORE = Path("kv")
@@ -135,8 +136,10 @@ class Corpus:
         """Read and split what is new or changed in `paths`. Documents that were below them and are gone are removed.
 
         Raises:
+            StoreError: the store cannot be written to.
             CorpusError: as `find_files`; a single file that cannot be used is listed in the report instead.
         """
+        check_writable(self._engine.store)
         known, report = self._database.documents(), UpdateReport()
         pending, seen, unchanged = [], set(), set()
         for path in find_files(paths, known):
