@@ -330,6 +330,8 @@ class Corpus:
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
+        own = set(map(bytes.fromhex, self._database.chunk_keys()))
+        chunks.release(owner, [key for key in chunks.owned(owner) if key not in own])  # of an update that was killed
         if former_primer and self.manifest.store == OWN_STORE:
             keys = map(bytes.fromhex, self._database.chunk_keys())
             chunks.delete(keys, variant_of(self._preamble, former_primer))

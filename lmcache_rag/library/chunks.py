@@ -200,6 +200,10 @@ class ChunkStore:
         """Whether anything is recorded of an owner; not after the records were lost."""
         return self.records.knows(owner_number(owner))
 
+    def owned(self, owner: str) -> list[bytes]:
+        """The chunks that somebody owns."""
+        return self.records.keys_of(owner_number(owner))
+
     def release(self, owner: str, keys: Iterable[bytes]) -> None:
         """Own chunks no longer; those that nobody owns any more are deleted. Raises `StoreError`."""
         number, keys = owner_number(owner), list(dict.fromkeys(keys))

@@ -362,9 +362,13 @@ class Records:
         self._log.begin(epoch, names, replace=replace)
 
     def _enter(self, epoch: int) -> None:
-        """Be where an epoch begins. Raises `CorruptObjectError`."""
+        """Be where an epoch begins. Raises `CorruptObjectError`, also where it has no base: who was to begin it died and
+        left a folder. Only the first one begins with nothing."""
+        names = self._log.base(epoch)
+        if names is None and epoch > 1:
+            raise CorruptObjectError("it was not begun")
         known = dict(zip(self._names, self._base, strict=True))
-        found = {name: known.get(name) or self._mapped(name) for name in self._log.base(epoch) or ()}
+        found = {name: known.get(name) or self._mapped(name) for name in names or ()}
         base = {name: part for name, part in found.items() if part is not None}
         if len(base) < len(found):
             self._size_bytes = None
