@@ -362,8 +362,8 @@ class Records:
         self._log.begin(epoch, names, replace=replace)
 
     def _enter(self, epoch: int) -> None:
-        """Be where an epoch begins. Raises `CorruptObjectError`, also where it has no base: who was to begin it died and
-        left a folder. Only the first one begins with nothing."""
+        """Be where an epoch begins. Raises `CorruptObjectError`, also where it has no base, since who was to begin it
+        died and left a folder. Only the first one begins with nothing."""
         names = self._log.base(epoch)
         if names is None and epoch > 1:
             raise CorruptObjectError("it was not begun")
