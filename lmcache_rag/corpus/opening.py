@@ -16,6 +16,8 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.library.commands import open_store
+from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
@@ -61,6 +63,7 @@ def open_corpus(
         engine: further fields of `EngineSettings`; compute type and codec are the index's own where not given.
 
     Raises:
+        StoreError: the store is to be written to, and cannot be.
         CorpusError: there is no index, or it was made with something else than `settings` ask for.
     """
     settings = settings or IndexSettings()
@@ -87,6 +90,8 @@ def open_corpus(
     for name in (model, str((folder / store).absolute())):
         if printed(name) != name:
             raise CorpusError(f"{printed(name)} has a name that is not UTF-8: rename it, or name another folder.")
+    if create:
+        check_writable(open_store(str(folder / store), new=True))  # before an engine is started for nothing
     engine_settings = EngineSettings.checked(model=model, store=folder / store, namespace=namespace, **engine)
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:

@@ -10,6 +10,7 @@ from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.commands import open_store
 from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.model import cache_folder, resolve_model
 from lmcache_rag.plan.budget import Calibration
@@ -39,8 +40,6 @@ def explained(
 
     codec = DEFAULT_CODEC
     if index is not None:
-        from lmcache_rag.library.commands import open_store
-
         manifest = Manifest.read(index.expanduser())
         if manifest is None:
             raise CorpusError(f"There is no index in {index}: name one with --index, or --store and --model.")

@@ -263,3 +263,22 @@ def test_why(folder: Path) -> None:
     opened(DiskStore(folder)).records.add({}, [VariantRow(key(2), f"{OWN}.balanced", 0, 1)])
     rows, reason = explain(planner, stores, "docs", np.concatenate([PREAMBLE, chunk(2).token_ids]), SHORTEST)
     assert reason and all(row["reuse"] == "no" for row in rows)
+
+
+def test_why_of_a_file_without_an_engine(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.models import make_tiny
+
+    make_tiny("llama", tmp_path / "model")
+    words = " ".join(f"w{number}" for number in range(10, 90))
+    ids = np.array(AutoTokenizer.from_pretrained(tmp_path / "model").encode(words), dtype=np.int32)
+    opened(DiskStore(tmp_path / "kv"), "default", "raw").save(
+        ChunkKV(ids, torch.zeros(2, 2, len(ids), 1, 8)), variant_of([])
+    )
+    (tmp_path / "prompt.txt").write_text(words)
+    options = ["--store", str(tmp_path / "kv"), "--model", str(tmp_path / "model")]
+    rows = run("why", str(tmp_path / "prompt.txt"), *options)
+    assert rows[0]["reuse"] == "exact" and rows[0]["tokens"] >= len(ids) - 1
+    result = CliRunner().invoke(store_app, ["why", str(tmp_path / "prompt.txt")])
+    assert "--index" in str(result.exception)
