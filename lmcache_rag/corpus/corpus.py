@@ -166,7 +166,7 @@ class Corpus:
             former_primer=former if self.primer != former else [],
             report=report,
             tokens=fresh + again,
-            needed_bytes=(fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token,
+            needed_bytes=self._bounded((fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token),
             free_bytes=self._engine.chunk_store().store.free_bytes(),
         )
 
@@ -254,6 +254,11 @@ class Corpus:
         """The prompt for a question over the passages found for it."""
         prompt = self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
         return replace(prompt, primer=context_digest(self.primer) if self.primer else None)
+
+    def _bounded(self, size_bytes: int) -> int:
+        """What so many new bytes take at most: what goes over the store's limit is evicted."""
+        capacity_bytes = self._engine.settings.capacity_bytes
+        return size_bytes if capacity_bytes is None else min(size_bytes, capacity_bytes)
 
     def _set_primer(self, text: str, room: int) -> None:
         self.primer = primer_ids(self._engine.tokenizer, text, room)

@@ -58,7 +58,9 @@ def stat_command(
     for scope, records in Selection(namespace, model).of(store):
         row = figures(store, scope, records)
         if deep:
-            names = unrecorded(store, scope, recorded_names(scope, records))
+            there = list(store.list(scope.prefix))
+            records.refresh()
+            names = unrecorded(there, recorded_names(scope, records))
             row["unreferenced_bytes"] = sum(store.size(name) or 0 for name in names)
         rows.append(row)
     _show(rows, as_json=as_json)

@@ -75,10 +75,10 @@ def collect(
 
 def _unrecorded(store: Store, scope: KVScope, progress: Callable[[str], Any]) -> list[str]:
     progress(f"listing {scope.prefix}")
-    names = list(store.list(scope.prefix))  # before the records are read: what is stored then is recorded by now
+    names = list(store.list(scope.prefix))
     records = Records(store, scope)
     records.refresh()
-    return [name for name in unrecorded(store, scope, recorded_names(scope, records)) if name in set(names)]
+    return unrecorded(names, recorded_names(scope, records))
 
 
 def _unused_tables(store: Store, scopes: Sequence[KVScope]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,8 +66,12 @@ def verify(
         found.checked += 1
         if progress is not None:
             progress(found.checked)
-    if sample is None:
-        found.unrecorded = unrecorded(store, scope, recorded)
+    there = list(store.list(scope.prefix)) if sample is None else []
+    records.refresh()
+    now = recorded_names(scope, records)  # others may have deleted and stored meanwhile
+    found.damaged = {name: problem for name, problem in found.damaged.items() if name in now}
+    found.missing = [name for name in found.missing if name in now]
+    found.unrecorded = unrecorded(there, now)
     lost = [*found.damaged, *found.missing]
     if repair and lost:
         records.drop([recorded[name] for name in lost], int(time.time()))
@@ -82,9 +86,13 @@ def recorded_names(scope: KVScope, records: Records) -> dict[str, tuple[bytes, s
     return {object_name(scope, *row): row for row in rows}
 
 
-def unrecorded(store: Store, scope: KVScope, recorded: dict[str, tuple[bytes, str]]) -> list[str]:
-    """The names of objects that are not recorded, but those of later releases. Raises `StoreError`."""
-    return [name for name in store.list(scope.prefix) if name not in recorded and not _is_later(name)]
+def unrecorded(names: Iterable[str], recorded: dict[str, tuple[bytes, str]]) -> list[str]:
+    """Those of a scope's objects that are not recorded, but those of later releases.
+
+    Args:
+        names: listed before the records were read, since objects are stored before they are recorded.
+    """
+    return [name for name in names if name not in recorded and not _is_later(name)]
 
 
 def _is_later(name: str) -> bool:

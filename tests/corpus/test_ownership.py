@@ -55,6 +55,7 @@ class MadeUp:
         self.tokenizer = Words()
         self.max_model_len = 4096
         self.kv_bytes_per_token = 64
+        self.settings = SimpleNamespace(capacity_bytes=None if limits is None else limits.capacity_bytes)
         self.codec = SimpleNamespace(ensure=lambda *_: None)
         self._rooms = None if limits is None else Rooms(store, limits)
 
@@ -186,6 +187,7 @@ def test_a_corpus_of_twice_the_limit(tmp_path: Path, documents: Path) -> None:
     store.blobs.clear()
     engine = MadeUp(store, Limits(capacity_bytes=size // 2))
     index = corpus(tmp_path / "one", engine)
+    assert index.plan_update([documents]).needed_bytes == size // 2
     report = update(index, documents)
     assert report.evicted > 0 and report.added == 20
     assert engine.chunk_store().records.size_bytes <= size // 2
