@@ -90,12 +90,12 @@ class StoredForm:
     """A stored object of a chunk, in one codec.
 
     Attributes:
-        created_s: when, in seconds since 1970.
+        used_s: when it was last used, or stored, in seconds since 1970.
     """
 
     name: str
     size_bytes: int
-    created_s: int = 0
+    used_s: int = 0
 
 
 @dataclass(frozen=True)

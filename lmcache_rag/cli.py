@@ -17,6 +17,7 @@ from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName
 from lmcache_rag.serving import serve
 from lmcache_rag.terminal import (
+    CapacityOption,
     CodecOption,
     DtypeOption,
     ModelOption,
@@ -69,6 +70,7 @@ def index(
         typer.Option(help="File of passages to use as primer, in place of some of the documents; /dev/null for none."),
     ] = None,
     codec: CodecOption = None,
+    capacity: CapacityOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -85,7 +87,7 @@ def index(
         prompt=prompt,
         primer=None if primer is None else _text_of(primer),
     )
-    engine = given(codec=codec, dtype=dtype, threads=threads, tiers=tiers)
+    engine = given(codec=codec, capacity_bytes=capacity, dtype=dtype, threads=threads, tiers=tiers)
     if Manifest.read(folder) is None:
         find_files(paths)  # fails before anything is started or made
     try:
@@ -125,6 +127,12 @@ def index(
         f"{report.chunks_computed} passages computed{rate}, {report.chunks_present} present already, "
         f"{report.bytes_stored / 1e6:.0f} MB stored in {corpus.manifest.store_uri(folder)}"
     )
+    if report.evicted:
+        err.problem(
+            "evicted:",
+            f"{report.evicted} objects were deleted to keep to the limit, which is too small for these documents and "
+            "what else is stored: a larger --capacity keeps them, and the next index run computes them again.",
+        )
     for problem in report.refused:
         err.problem("left out:", problem)
     if report.refused:

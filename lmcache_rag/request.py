@@ -117,6 +117,7 @@ class ReuseReport(BaseModel):
         stored_tokens: written to the store by this request.
         bytes_loaded: bytes read from the store.
         bytes_stored: bytes written to the store.
+        evicted_objects, evicted_bytes: what was deleted from the store to make room for that, or had expired.
         codecs: codec -> tokens loaded that were stored with it.
         misses: reason -> tokens.
         matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
@@ -148,6 +149,8 @@ class ReuseReport(BaseModel):
     stored_tokens: int = 0
     bytes_loaded: int = 0
     bytes_stored: int = 0
+    evicted_objects: int = 0
+    evicted_bytes: int = 0
     codecs: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
     matching_cut_short: bool = False

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lmcache_rag.errors import CorpusError
-from lmcache_rag.terminal import ThreadsOption, TiersOption, err, given
+from lmcache_rag.terminal import CapacityOption, ThreadsOption, TiersOption, err, given
 
 
 def serve(
@@ -28,6 +28,7 @@ def serve(
         bool, typer.Option("--clients-choose-namespace", help="Let clients name any namespace of the store.")
     ] = False,
     tiers: TiersOption = None,
+    capacity: CapacityOption = None,
     threads: ThreadsOption = None,
     vllm_arguments: Annotated[
         Optional[list[str]], typer.Argument(metavar="VLLM ARGUMENTS", help="Behind --: passed on to vLLM's server.")
@@ -39,7 +40,8 @@ def serve(
         "clients_choose_namespace": clients_choose_namespace,
         "namespace_per_salt": namespace_per_salt,
     }
-    command, environment = server_command(folder, connector, **given(threads=threads, tiers=tiers))
+    engine = given(capacity_bytes=capacity, threads=threads, tiers=tiers)
+    command, environment = server_command(folder, connector, **engine)
     command += ["--host", host, "--port", str(port), *(vllm_arguments or ())]
     err.print(f"Serving the index {folder} on http://{host}:{port}", highlight=False, markup=False)
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606  # vLLM is this process from here on

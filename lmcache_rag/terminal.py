@@ -129,6 +129,10 @@ DtypeOption = Annotated[Optional[str], typer.Option(help="Compute type: auto, fl
 CodecOption = Annotated[
     Optional[str], typer.Option(help="How KV is stored: raw, q8, high, balanced (default), small, q4 or cachegen.")
 ]
+CapacityOption = Annotated[
+    Optional[str],
+    typer.Option(help="Most that the namespace stores, such as 10GiB; what is used least goes."),
+]
 
 
 def given(**values: Any) -> dict[str, Any]:

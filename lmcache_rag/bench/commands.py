@@ -316,6 +316,27 @@ def bench_store_command(
     _write(rows, json_file)
 
 
+@bench_app.command("faults")
+def bench_faults_command(
+    trials: Annotated[int, typer.Option(min=1, help="Writers that are killed.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    folder: Annotated[Optional[Path], typer.Option(help="Where the store is put; a temporary folder else.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Kill writers (ingest, eviction, compaction, rebuild, garbage collection) at random moments, and read what they
+    leave: nothing acknowledged is lost, nothing is wrong, the limit holds. Needs no model."""
+    from lmcache_rag.bench.faults import bench_faults
+
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-", dir=folder) as store, err.status("") as status:
+        rows, wrong = bench_faults(Path(store), trials, status.update, seed)
+    show_rows(rows)
+    _write(rows, json_file)
+    for problem in wrong:
+        err.problem("wrong:", problem)
+    if wrong:
+        raise typer.Exit(1)
+
+
 @bench_app.command("codec")
 def bench_codec_command(
     data: Annotated[Path, typer.Option(help="JSON list of objects with `question`, `answers` and `ctxs`.")],

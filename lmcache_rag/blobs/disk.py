@@ -28,8 +28,10 @@ class DiskStore:
     A file is written under another name in `.unfinished`, flushed to the disk and then renamed, so that a crash at any
     moment leaves either the whole object or none. What crashed writers left behind is removed a day later.
 
+    A folder that may only be read is read; writing to it is an error then.
+
     Raises:
-        StoreError: the folder cannot be made, or not be written to.
+        StoreError: the folder cannot be made.
     """
 
     remote = False
@@ -39,14 +41,10 @@ class DiskStore:
         self._unfinished = self.root / _UNFINISHED
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
-            probe = self._unfinished / f"{uuid.uuid4().hex}.probe"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
-            raise StoreError(
-                f"The store folder {self.root} cannot be written to ({error.strerror}): "
-                "change its permissions, or name another folder with --store."
-            ) from error
+            if not self.root.is_dir():
+                raise _unwritable(self.root, error) from error
+            return
         self._remove_abandoned()
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
@@ -155,6 +153,8 @@ class DiskStore:
         except FileExistsError:
             raise
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise _unwritable(self.root, error) from error
             raise _failed(f"{name} could not be stored in {self.root}", error) from error
         finally:
             with suppress(OSError):  # what is left there is removed as abandoned
@@ -220,6 +220,13 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unwritable(root: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"The store folder {root} cannot be written to ({error.strerror}): "
+        "change its permissions, or name another folder with --store."
+    )
 
 
 def _failed(what: str, error: OSError) -> StoreError:

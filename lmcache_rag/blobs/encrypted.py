@@ -83,6 +83,10 @@ class EncryptedStore:
         frames = max(1, -(-(sealed - _SALT_BYTES) // _SEALED_BYTES))
         return max(0, sealed - _SALT_BYTES - frames * _TAG_BYTES)
 
+    def heal(self, name: str) -> Store | None:
+        healed = self._store.heal(name)
+        return None if healed is None else EncryptedStore(healed, self._key)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 

@@ -27,14 +27,13 @@ from pydantic_core import PydanticCustomError
 
 from lmcache_rag.blobs.base import CacheStore, Store
 from lmcache_rag.blobs.disk import DiskStore
+from lmcache_rag.blobs.encrypted import EncryptedStore, key_from_environment
 from lmcache_rag.blobs.redis import PASSWORD_VARIABLE, USERNAME_VARIABLE, RedisStore
 from lmcache_rag.errors import StoreError
 from lmcache_rag.request import SECRET_INPUT
 
 if TYPE_CHECKING:
     from obstore.store import MemoryStore, S3Store
-
-    from lmcache_rag.blobs.tiers import TieredStore
 
 _BUCKETS = ("s3", "gs", "az")
 _SCHEMES = ("file", *_BUCKETS, "redis", "rediss", "memory")
@@ -150,7 +149,7 @@ def parse(uri: str) -> Location:
 
 def open_store(uri: str | Path, tiers: Sequence[str] = ()) -> Store:
     """The store that a URI names; where it is slow or `tiers` are named, `TieredStore` over it, which all in a process
-    share who name the same.
+    share who name the same. Where the operator has set a key, all that is in it is encrypted.
 
     Args:
         tiers: URIs of caches in front of it, fastest first.
@@ -160,18 +159,24 @@ def open_store(uri: str | Path, tiers: Sequence[str] = ()) -> Store:
     """
     from lmcache_rag.blobs.tiers import Cache, TieredStore
 
-    location = parse(str(uri))
+    location, encryption_key = parse(str(uri)), key_from_environment()
+
+    def sealed(store: Store) -> Store:
+        return store if encryption_key is None else EncryptedStore(store, encryption_key)
+
     if location.scheme in ("file", "memory") and not tiers:
-        return _opened(location)
-    key = (os.getpid(), str(uri), *map(str, tiers))
+        return sealed(_opened(location))
+    key = (os.getpid(), encryption_key, str(uri), *map(str, tiers))
     with _lock:
         store = _tiered.get(key)
         if store is None:
             caches = [parse(str(tier)) for tier in tiers]
-            store = TieredStore(
-                [Cache(cache.shown, _opened(cache, _CACHE_SILENCE_S), cache.capacity_bytes) for cache in caches],
-                _opened(location),
-                location.shown,
+            store = sealed(
+                TieredStore(
+                    [Cache(cache.shown, _opened(cache, _CACHE_SILENCE_S), cache.capacity_bytes) for cache in caches],
+                    _opened(location),
+                    location.shown,
+                )
             )
             _tiered[key] = store
         return store
@@ -183,7 +188,7 @@ def resolved(store: str, base: Path) -> str:
 
 
 _lock = threading.Lock()
-_tiered: WeakValueDictionary[tuple[Any, ...], TieredStore] = WeakValueDictionary()
+_tiered: WeakValueDictionary[tuple[Any, ...], Store] = WeakValueDictionary()
 _memories: dict[str, MemoryStore] = {}
 
 

@@ -192,6 +192,15 @@ def unpack(data: memoryview) -> StoredObject:
     return unpack_range(index, 0, index.header.tokens, data[int(index.starts[0]) :])
 
 
+def check(data: memoryview) -> ObjectIndex:
+    """Check all of an object without opening it, which takes torch. Raises `CorruptObjectError`."""
+    index = open_index(data)
+    if isinstance(index, int) or index.size != len(data):
+        raise CorruptObjectError("cut short, or longer than it says")
+    _places(index, range(index.header.groups), data[int(index.starts[0]) :])
+    return index
+
+
 def unpack_range(index: ObjectIndex, offset: int, length: int, data: memoryview) -> StoredObject:
     """Check and open those groups of an object that hold so many tokens from `offset` on.
 
@@ -204,7 +213,15 @@ def unpack_range(index: ObjectIndex, offset: int, length: int, data: memoryview)
     """
     from lmcache_rag_kernels import CodedGroups  # with torch, which whoever only looks into an object does without
 
-    groups, layers = index.groups_of(offset, length), index.header.layers
+    groups = index.groups_of(offset, length)
+    coded = CodedGroups(data, _places(index, groups, data), index.header.tokens, index.header.group, groups.start)
+    return StoredObject(index.header, index.token_ids, coded)
+
+
+def _places(index: ObjectIndex, groups: range, data: memoryview) -> np.ndarray:
+    """Where each layer's stream begins in some groups' bytes, and how long it is: int64 `[groups, layers, 2]`. Raises
+    `CorruptObjectError`."""
+    layers = index.header.layers
     starts = index.starts[groups.start : groups.stop + 1] - index.starts[groups.start]
     if len(data) != starts[-1]:
         raise CorruptObjectError(f"cut short, or longer than it says, in groups {groups.start} to {groups.stop - 1}")
@@ -218,8 +235,7 @@ def unpack_range(index: ObjectIndex, offset: int, length: int, data: memoryview)
             raise CorruptObjectError(f"group {group} contradicts itself")
         own[:, 0] = ends - (lengths + -lengths % _ALIGN)
         own[:, 1] = lengths
-    coded = CodedGroups(data, places, index.header.tokens, index.header.group, groups.start)
-    return StoredObject(index.header, index.token_ids, coded)
+    return places
 
 
 def _packed_group(streams: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:

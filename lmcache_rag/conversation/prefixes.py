@@ -8,15 +8,16 @@ that of the chunks, one for each cache salt, so that no prompt of others is matc
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lmcache_rag.chunk_kv import NO_CONTEXT, StoredForm, key_of
+from lmcache_rag.chunk_kv import StoredForm, key_of
 from lmcache_rag.codec import CODECS
-from lmcache_rag.library.chunks import ChunkStore, codec_of
+from lmcache_rag.library.chains import Behind
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.names import codec_of
 from lmcache_rag.plan.plan import PlannedSegment
 
 PIECE_TOKENS = 64
@@ -34,12 +35,6 @@ class Piece:
     start: int
     token_ids: np.ndarray
     variant: str
-
-
-def chats_of(namespace: str, cache_salt: str | None) -> str:
-    """The namespace of the conversations beside a namespace of chunks. No request can name it: it has a dot."""
-    salt = "" if cache_salt is None else f"-{hashlib.blake2b(cache_salt.encode(), digest_size=8).hexdigest()}"
-    return f"{namespace}.chats{salt}"
 
 
 def stored_pieces(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) -> list[tuple[Piece, StoredForm]]:
@@ -64,8 +59,8 @@ def begun_segments(chunks: ChunkStore, token_ids: Sequence[int] | np.ndarray) ->
 def pieces(token_ids: Sequence[int] | np.ndarray) -> Iterator[Piece]:
     """The whole pieces of a prompt, in order."""
     tokens = np.asarray(token_ids, dtype="<i4")
-    behind = hashlib.blake2b(digest_size=16)
+    behind = Behind()
     for start in range(0, len(tokens) - PIECE_TOKENS + 1, PIECE_TOKENS):
         piece = tokens[start : start + PIECE_TOKENS]
-        yield Piece(start, piece, behind.hexdigest()[:16] if start else NO_CONTEXT)
-        behind.update(piece.tobytes())
+        yield Piece(start, piece, behind.variant)
+        behind = behind.then(piece)

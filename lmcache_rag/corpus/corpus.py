@@ -20,6 +20,7 @@ from lmcache_rag.corpus.splitter import split
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
+from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import MarkedPrompt, check_text
 
 OWN_STORE = "kv"
@@ -42,6 +43,7 @@ class UpdateReport:
     Attributes:
         restored: unchanged documents of which the store had lost some KV; counted as changed too.
         reprimed: unchanged documents computed behind the primer that a grown index has chosen; counted as changed too.
+        evicted: objects deleted from the store to make room: its limit is too small for what is stored.
         refused: the files that could not be used, with the reason.
     """
 
@@ -56,6 +58,7 @@ class UpdateReport:
     chunks_present: int = 0
     tokens_computed: int = 0
     bytes_stored: int = 0
+    evicted: int = 0
     seconds: float = 0.0
 
 
@@ -133,8 +136,10 @@ class Corpus:
         """Read and split what is new or changed in `paths`. Documents that were below them and are gone are removed.
 
         Raises:
+            StoreError: the store cannot be written to.
             CorpusError: as `find_files`; a single file that cannot be used is listed in the report instead.
         """
+        check_writable(self._engine.store)
         known, report = self._database.documents(), UpdateReport()
         pending, seen, unchanged = [], set(), set()
         for path in find_files(paths, known):
@@ -161,7 +166,7 @@ class Corpus:
             former_primer=former if self.primer != former else [],
             report=report,
             tokens=fresh + again,
-            needed_bytes=(fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token,
+            needed_bytes=self._bounded((fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token),
             free_bytes=self._engine.chunk_store().store.free_bytes(),
         )
 
@@ -207,6 +212,7 @@ class Corpus:
             report.chunks_present += done.present
             report.tokens_computed += done.tokens
             report.bytes_stored += done.bytes_stored
+            report.evicted += done.evicted_objects
             report.seconds += done.seconds
             if item.path in known:
                 report.changed += 1
@@ -248,6 +254,11 @@ class Corpus:
         """The prompt for a question over the passages found for it."""
         prompt = self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
         return replace(prompt, primer=context_digest(self.primer) if self.primer else None)
+
+    def _bounded(self, size_bytes: int) -> int:
+        """What so many new bytes take at most: what goes over the store's limit is evicted."""
+        capacity_bytes = self._engine.settings.capacity_bytes
+        return size_bytes if capacity_bytes is None else min(size_bytes, capacity_bytes)
 
     def _set_primer(self, text: str, room: int) -> None:
         self.primer = primer_ids(self._engine.tokenizer, text, room)
@@ -324,6 +335,8 @@ class Corpus:
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
+        own = set(map(bytes.fromhex, self._database.chunk_keys()))
+        chunks.release(owner, [key for key in chunks.owned(owner) if key not in own])  # of an update that was killed
         if former_primer and self.manifest.store == OWN_STORE:
             keys = map(bytes.fromhex, self._database.chunk_keys())
             chunks.delete(keys, variant_of(self._preamble, former_primer))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lmcache_rag.blobs.uri import StoreURI, is_folder, resolved
+from lmcache_rag.blobs.uri import StoreURI, is_folder, open_store, resolved
 from lmcache_rag.corpus.corpus import OWN_STORE, Corpus
 from lmcache_rag.corpus.documents import printed
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
@@ -17,6 +17,7 @@ from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
 
@@ -62,6 +63,7 @@ def open_corpus(
         engine: further fields of `EngineSettings`; compute type and codec are the index's own where not given.
 
     Raises:
+        StoreError: the store is to be written to, and cannot be.
         CorpusError: there is no index, or it was made with something else than `settings` ask for.
     """
     settings = settings or IndexSettings()
@@ -89,6 +91,8 @@ def open_corpus(
         if printed(name) != name:
             raise CorpusError(f"{printed(name)} has a name that is not UTF-8: rename it, or name another folder.")
     engine_settings = EngineSettings.checked(model=model, store=resolved(store, folder), namespace=namespace, **engine)
+    if create:  # before an engine is started for nothing
+        check_writable(open_store(engine_settings.store, engine_settings.tiers))
     embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
         manifest = Manifest(

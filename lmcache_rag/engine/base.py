@@ -53,6 +53,7 @@ class PrecomputeReport:
         present: chunks that were stored already.
         unprimed: chunks that do not fit the model behind the primer, and have no primed variant.
         tokens, bytes_stored: of all variants stored now.
+        evicted_objects: deleted from the store to make room.
         errors: number of a chunk -> why it is not stored, or not behind all that it should be.
     """
 
@@ -61,6 +62,7 @@ class PrecomputeReport:
     unprimed: int = 0
     tokens: int = 0
     bytes_stored: int = 0
+    evicted_objects: int = 0
     seconds: float = 0.0
     errors: dict[int, str] = field(default_factory=dict)
 

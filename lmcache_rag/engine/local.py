@@ -192,6 +192,7 @@ class LocalEngine:
         reuse = self.generate([*context, *chunk], Sampling(max_tokens=1), options).reuse
         report.tokens += reuse.stored_tokens
         report.bytes_stored += reuse.bytes_stored
+        report.evicted_objects += reuse.evicted_objects
         return reuse.reason
 
     def generate(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.blobs.uri import StoreURI, TierURI
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
 from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.library.eviction import eviction_named
 from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
+from lmcache_rag.library.room import DAY_S
 from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine, first_problem
 
@@ -39,6 +41,11 @@ class EngineSettings(BaseSettings):
             `off`.
         conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
             that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
+        capacity_bytes: so much at most is stored in a namespace, its conversations included (`10GiB`); what is worth
+            least is deleted then. None for no limit. To be the same for all engines that store into it.
+        ttl_s: chunks that were not used for so long are deleted; None keeps them.
+        conversations_ttl_s: the same of stored conversations; a week.
+        eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and space, and reuse loses more.
@@ -66,6 +73,10 @@ class EngineSettings(BaseSettings):
     never_slower: bool = True
     refine: Refine = "idle"
     conversations: Conversations = "local"
+    capacity_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
+    ttl_s: float | None = Field(default=None, gt=0.0)
+    conversations_ttl_s: float | None = Field(default=7.0 * DAY_S, gt=0.0)
+    eviction: Annotated[str, AfterValidator(eviction_named)] = "lru"
     forced_answers: bool = False
     primed: bool = True
     prefix_caching: bool = True

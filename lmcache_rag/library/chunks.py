@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +13,11 @@ import numpy as np
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredForm, chunk_key, key_of
 from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, Codec, ObjectHeader, StoredObject, pack
-from lmcache_rag.codec.container import FORMAT_VERSION
 from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.library.names import object_name, parsed
 from lmcache_rag.library.reading import read_object
+from lmcache_rag.library.room import PINNED, PREAMBLE, Rooms
+from lmcache_rag.library.uses import INTERVAL_S, Uses
 from lmcache_rag.records.part import OwnerRow, VariantRow
 from lmcache_rag.records.records import Records, owner_number
 
@@ -61,11 +63,6 @@ class LoadedKV:
         return self._codec.decode(self._stored.coded, shape.kv_heads, shape.head_size, shape.dtype)
 
 
-def codec_of(name: str) -> str:
-    """In which codec the object of this name is."""
-    return name.rpartition("/")[2].split(".")[1]
-
-
 def coded(
     chunk: ChunkKV, scope: KVScope, variant: str, name: str, codec: Codec, tables: str
 ) -> tuple[ObjectHeader, list[bytes | memoryview]]:
@@ -101,6 +98,7 @@ class ChunkStore:
         codec: in which KV is written and preferred; one of `codec.CODECS`.
         extra: further codecs in which chunks are written.
         codecs: of the model; without, KV can be listed and named, but not read or written.
+        rooms: keep namespaces within their limits; without, there are none.
     """
 
     def __init__(
@@ -110,11 +108,15 @@ class ChunkStore:
         codec: str,
         codecs: ModelCodecs | None = None,
         extra: Sequence[str] = (),
+        rooms: Rooms | None = None,
     ) -> None:
         self.store = store
         self.scope = scope
         self.codec = codec
-        self.records = Records.of(store, scope)
+        self._room = None if rooms is None else rooms.of(scope.namespace)
+        self.records = Records.of(store, scope) if self._room is None else self._room.records(scope)
+        interval_s = INTERVAL_S if self._room is None else self._room.limits.interval_of(scope.namespace)
+        self.uses = Uses(self.records, interval_s)
         self._written = tuple(dict.fromkeys((codec, *extra)))
         self._codecs = codecs
 
@@ -152,20 +154,20 @@ class ChunkStore:
         if not len(token_ids):
             return None
         key = key_of(token_ids)
-        row = self.records.variants(key).get(_PREAMBLE)
-        return None if row is None else StoredForm(self._name(key, _PREAMBLE), row.size_bytes)
+        row = self.records.variants(key).get(PREAMBLE)
+        return None if row is None else StoredForm(self._name(key, PREAMBLE), row.size_bytes)
 
     def preamble_named(self, digest: str) -> np.ndarray | None:
         """The tokens of the stored preamble that a variant's name calls so; None where it is not known."""
         for key in self.records.keys_beginning(bytes.fromhex(digest)):
-            if _PREAMBLE in self.records.variants(key):
+            if PREAMBLE in self.records.variants(key):
                 return self.records.tokens(key)
         return None
 
     def lacks_preamble(self, token_ids: Sequence[int] | np.ndarray) -> bool:
         """Whether a preamble is to be stored; asks the store too."""
         key = key_of(token_ids)
-        return bool(len(token_ids)) and not self._is_there(key, _PREAMBLE, self.records.variants(key))
+        return bool(len(token_ids)) and not self._is_there(key, PREAMBLE, self.records.variants(key))
 
     def variants(self, key: bytes, recorded: Mapping[str, VariantRow] | None = None) -> dict[str, StoredForm]:
         """The readable variants of a chunk. Of the several objects of a variant it is the one in the codec that is
@@ -178,12 +180,12 @@ class ChunkStore:
         for form, row in (self.records.variants(key) if recorded is None else recorded).items():
             variant, _, codec = form.partition(".")
             if codec in CODECS:
-                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.created_s)
+                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.used_s)
         return {variant: forms[min(forms, key=self._preference)] for variant, forms in found.items()}
 
     def forms(self, name: str) -> list[StoredForm]:
         """All objects of the variant that this one is of, by falling fidelity."""
-        key, form = _parsed(name)
+        key, form, _ = parsed(name)
         variant, recorded = form.partition(".")[0], self.records.variants(key)
         forms = (_form(variant, codec) for codec in CODECS)
         return [StoredForm(self._name(key, form), recorded[form].size_bytes) for form in forms if form in recorded]
@@ -193,7 +195,8 @@ class ChunkStore:
         return self._save(preamble, NO_CONTEXT, [LOSSLESS_CODEC])
 
     def save(self, chunk: ChunkKV, variant: str) -> int:
-        """Store one variant of a chunk where it is missing; returns the bytes written. Raises `StoreError`."""
+        """Store one variant of a chunk where it is missing; returns the bytes written, none where a conversation finds
+        no room. Raises `StoreError`."""
         self.refresh()
         return self._save(chunk, variant, self.missing(chunk.token_ids, variant))
 
@@ -209,12 +212,27 @@ class ChunkStore:
         """Whether anything is recorded of an owner; not after the records were lost."""
         return self.records.knows(owner_number(owner))
 
+    def owned(self, owner: str) -> list[bytes]:
+        """The chunks that somebody owns."""
+        return self.records.keys_of(owner_number(owner))
+
     def release(self, owner: str, keys: Iterable[bytes]) -> None:
         """Own chunks no longer; those that nobody owns any more are deleted. Raises `StoreError`."""
         number, keys = owner_number(owner), list(dict.fromkeys(keys))
         if keys:
             self.records.add({}, owners=[OwnerRow(key, number, held=False) for key in keys])
-            self.delete(key for key in keys if not self.records.owners(key))
+            objects = [(key, form) for key in keys for form in self.records.variants(key)]
+            self._drop(objects, unless=lambda key: bool(self.records.owners(key)))
+
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Chunks are not evicted, nor do they expire, while they are pinned. Raises `StoreError`."""
+        self.refresh()
+        self.records.add({}, owners=[OwnerRow(key, PINNED, held=True) for key in dict.fromkeys(keys)])
+
+    def unpin(self, keys: Iterable[bytes]) -> None:
+        """They may be evicted again; nothing is deleted now. Raises `StoreError`."""
+        self.refresh()
+        self.records.add({}, owners=[OwnerRow(key, PINNED, held=False) for key in dict.fromkeys(keys)])
 
     def delete(self, keys: Iterable[bytes], variant: str | None = None) -> None:
         """Delete chunks, whoever owns them, or only one variant of each. Raises `StoreError`."""
@@ -228,6 +246,10 @@ class ChunkStore:
         if gone or owned:
             self.records.add({}, [VariantRow(key, form, 0, _now()) for key, form in gone], owned)
             self.store.delete(self._name(key, form) for key, form in gone)
+
+    def _drop(self, objects: Sequence[tuple[bytes, str]], unless: Callable[[bytes], bool]) -> None:
+        gone = self.records.drop(objects, _now(), unless)
+        self.store.delete(self._name(row.key, row.form) for row in gone)
 
     def clear(self) -> None:
         """Delete all chunks. Raises `StoreError`."""
@@ -270,6 +292,7 @@ class ChunkStore:
             return "coded with tables that cannot be read"
         if codec is None:
             return "coded with tables that are missing"
+        self.uses.note(*parsed(name)[:2])
         return LoadedKV(stored, shape, codec, size_bytes)
 
     def _save(self, chunk: ChunkKV, variant: str, codecs: Sequence[str]) -> int:
@@ -277,31 +300,37 @@ class ChunkStore:
         if not bool(chunk.kv.isfinite().all()):
             raise StoreError("The model computed KV that is no finite number: use another --dtype.")
         key = key_of(chunk.token_ids)
-        rows = []
+        written = []
         for name in codecs:
             codec, tables = self._codecs.for_writing(name)
-            header, parts = coded(chunk, self.scope, variant, name, codec, tables)
-            size_bytes = self.store.write(header.name, parts)
-            rows.append(VariantRow(key, _form(variant, name), size_bytes, _now()))
-        if rows:
-            self.records.add({key: chunk.token_ids}, rows)
+            written.append((name, *coded(chunk, self.scope, variant, name, codec, tables)))
+        if not written or not self._has_room(sum(len(piece) for *_, parts in written for piece in parts)):
+            return 0
+        rows = [
+            VariantRow(key, _form(variant, name), self.store.write(header.name, parts), _now())
+            for name, header, parts in written
+        ]
+        self.records.add({key: chunk.token_ids}, rows)
         return sum(row.size_bytes for row in rows)
+
+    def _has_room(self, size_bytes: int) -> bool:
+        return self._room is None or self._room.make(self.scope, size_bytes)
 
     def _is_there(self, key: bytes, form: str, recorded: Mapping[str, VariantRow]) -> bool:
         return form in recorded and self.store.exists(self._name(key, form))
 
     def _name(self, key: bytes, form: str) -> str:
-        return f"{self.scope.folder(key)}{form}.v{FORMAT_VERSION}"
+        return object_name(self.scope, key, form)
 
     def _preference(self, codec: str) -> tuple[bool, int]:
         return codec != self.codec, list(CODECS).index(codec)
 
     def _discard(self, name: str) -> None:
-        key, form = _parsed(name)
+        key, form, _ = parsed(name)
         try:
             self.refresh()
             if form in self.records.variants(key):
-                self.records.add({}, [VariantRow(key, form, 0, _now())])
+                self.records.drop([(key, form)], _now())
                 self.store.delete([name])
         except StoreError:
             return  # a store that may only be read; the miss is reported all the same
@@ -311,13 +340,19 @@ class ChunkStores:
     """The chunk stores of one model, one for each namespace.
 
     Args:
-        codecs, codec, extra: see `ChunkStore`.
+        codecs, codec, extra, rooms: see `ChunkStore`.
     """
 
     def __init__(
-        self, store: Store, model: str, codec: str, codecs: ModelCodecs | None = None, extra: Sequence[str] = ()
+        self,
+        store: Store,
+        model: str,
+        codec: str,
+        codecs: ModelCodecs | None = None,
+        extra: Sequence[str] = (),
+        rooms: Rooms | None = None,
     ) -> None:
-        self._make = lambda namespace: ChunkStore(store, KVScope(namespace, model), codec, codecs, extra)
+        self._make = lambda namespace: ChunkStore(store, KVScope(namespace, model), codec, codecs, extra, rooms)
         self._kept: OrderedDict[str, ChunkStore] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -334,6 +369,13 @@ class ChunkStores:
     def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | str:
         """See `ChunkStore.load`; of the namespace that the name says."""
         return self.of(name.partition("/")[0]).load(name, shape, part)
+
+    def flush(self) -> None:
+        """Record the uses that wait to be."""
+        with self._lock:
+            kept = list(self._kept.values())
+        for chunks in kept:
+            chunks.uses.flush()
 
 
 _DAMAGED = ("corrupt", "of another chunk", "of another model")
@@ -353,17 +395,6 @@ def _read(store: Store, name: str, part: range | None) -> tuple[StoredObject, in
 
 def _form(variant: str, codec: str) -> str:
     return f"{variant}.{codec}"
-
-
-_PREAMBLE = _form(NO_CONTEXT, LOSSLESS_CODEC)
-"""Preambles are kept lossless, whatever the codec of chunks, since all prompts share them, what a model makes of its
-first tokens matters most, and vLLM's prefix cache may then keep them too."""
-
-
-def _parsed(name: str) -> tuple[bytes, str]:
-    """Key and form of an object's name."""
-    *_, key, form = name.rpartition(".v")[0].split("/")
-    return bytes.fromhex(key), form
 
 
 def _now() -> int:

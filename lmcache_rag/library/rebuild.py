@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,8 @@ def rebuild(store: Store, scope: KVScope, progress: Callable[[int], Any] | None 
         StoreError: the store cannot be read or written to.
     """
     found = 0
+    records = Records(store, scope)
+    records.refresh()  # refuses what a later release recorded
 
     def parts() -> Iterator[Part]:
         nonlocal found
@@ -50,7 +53,7 @@ def rebuild(store: Store, scope: KVScope, progress: Callable[[int], Any] | None 
                 tokens, rows = {}, []
         yield build(tokens, rows)
 
-    Records(store, scope).restart(parts())
+    records.restart(parts())
     return found
 
 
@@ -70,4 +73,4 @@ def _row(store: Store, name: str, tokens: dict[bytes, np.ndarray]) -> VariantRow
     if read is None or size is None:
         return None
     tokens.setdefault(key, read[0].token_ids.copy())  # not the whole of what was read
-    return VariantRow(key, form, size, 0)
+    return VariantRow(key, form, size, int(time.time()))

@@ -131,7 +131,10 @@ class ModelCodecs:
 
     def _copied(self, tables: CodecTables | None) -> CodecTables | None:
         if tables is not None:
-            self._tables.add(tables)
+            try:
+                self._tables.add(tables)
+            except StoreError as error:  # a store that may only be read; these are as good
+                _log.info("codec tables are not copied into the store (%s)", error)
         return tables
 
     def _keep(self, tables: CodecTables) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from lmcache_rag.chunk_kv import StoredForm
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
-from lmcache_rag.library.chunks import ChunkStore, ChunkStores, codec_of
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.names import codec_of
 from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.plan.matching import History, Matcher
@@ -208,7 +209,7 @@ class Planner:
         said = []
         for match in self._matcher.find(free, history.chunks).matches:
             forms = history.chunks.variants(match.key, match.stored)
-            last = max(forms.values(), key=lambda form: form.created_s, default=None)
+            last = max(forms.values(), key=lambda form: form.used_s, default=None)
             partial = match.length < _MOST * len(match.chunk)
             said.append(_placed(PlannedSegment(match.start, match.length, match.offset, partial=partial), last))
         return sorted([*segments, *said], key=lambda segment: segment.start)

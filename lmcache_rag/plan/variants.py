@@ -70,13 +70,13 @@ def suited(forms: Mapping[str, StoredForm], context: Context, *, first: bool, pr
 
     Args:
         first: whether the chunk follows the preamble.
-        primer: digest of the primer that the caller's own chunks are behind. Of several others the last one made.
+        primer: digest of the primer that the caller's own chunks are behind. Of several others the one last used.
     """
 
     def rank(variant: str) -> tuple[bool, bool, bool, int]:
         primed = "-" in variant
         own = context.is_before(variant)
-        return own, primed != (first and own), variant.endswith(f"-{primer}"), forms[variant].created_s
+        return own, primed != (first and own), variant.endswith(f"-{primer}"), forms[variant].used_s
 
     return max(forms, key=rank, default=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +11,61 @@ from lmcache_rag.records.part import Part
 
 _SLICE = 1 << 14
 """Tokens are copied for so many chunks at a time."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """All that parts say together, as columns.
+
+    Attributes:
+        key_high, key_low: uint64 `[chunks]`, ascending: of all known chunks, also of those of which nothing is left.
+        tokens: int64 `[chunks]`: how many each has.
+        chunk, form, size_bytes, used_s: int64 `[objects]`, by chunk: of what is stored.
+        forms: what `form` counts in.
+        held_chunk, owner: int64 and uint64 `[ownerships]`: who holds what.
+    """
+
+    key_high: np.ndarray
+    key_low: np.ndarray
+    tokens: np.ndarray
+    chunk: np.ndarray
+    form: np.ndarray
+    size_bytes: np.ndarray
+    used_s: np.ndarray
+    forms: tuple[str, ...]
+    held_chunk: np.ndarray
+    owner: np.ndarray
+
+    def key(self, chunk: int) -> bytes:
+        """The key of a chunk."""
+        return int(self.key_high[chunk]).to_bytes(8, "big") + int(self.key_low[chunk]).to_bytes(8, "big")
+
+
+def live(parts: Sequence[Part]) -> Live:
+    """What is stored, of whom, and who owns it.
+
+    Args:
+        parts: the oldest first.
+    """
+    new_id, chosen, high, low = _united(parts)
+    chunk, form, size, used = (column.astype(np.int64) for column in _objects(parts, new_id))
+    held_chunk, owner, held = _ownerships(parts, new_id)
+    tokens = np.zeros(len(high), np.int64)
+    for part, numbers, own in zip(parts, new_id, chosen, strict=True):
+        tokens[numbers[own]] = np.diff(part.token_at)[own]
+    there, held = size > 0, held > 0
+    return Live(
+        high,
+        low,
+        tokens,
+        chunk[there],
+        form[there],
+        size[there],
+        used[there],
+        _all_forms(parts),
+        held_chunk[held],
+        owner[held],
+    )
 
 
 def merge(parts: Sequence[Part], *, whole: bool) -> Part:
@@ -20,17 +76,7 @@ def merge(parts: Sequence[Part], *, whole: bool) -> Part:
         whole: nothing is older than they are, so that what they say is gone can be forgotten.
     """
     new_id, chosen, high, low = _united(parts)
-    variants = _last_rows(
-        [_chunks(new_id, parts, number, "variant_at") for number in range(len(parts))],
-        _united_forms(parts),
-        [part.variant_size for part in parts],
-        [part.variant_created for part in parts],
-    )
-    owners = _last_rows(
-        [_chunks(new_id, parts, number, "owner_at") for number in range(len(parts))],
-        [part.owner for part in parts],
-        [part.owner_held for part in parts],
-    )
+    variants, owners = _objects(parts, new_id), _ownerships(parts, new_id)
     alive = np.ones(len(high), bool)
     if whole:
         variants, owners = ([column[rows[2] > 0] for column in rows] for rows in (variants, owners))
@@ -51,11 +97,30 @@ def merge(parts: Sequence[Part], *, whole: bool) -> Part:
         variant_at=_counted(place[variants[0]], count),
         variant_form=variants[1].astype(np.uint32),
         variant_size=variants[2].astype(np.uint64),
-        variant_created=variants[3].astype(np.uint32),
+        variant_used=variants[3].astype(np.uint32),
         owner_at=_counted(place[owners[0]], count),
         owner=owners[1].astype(np.uint64),
         owner_held=owners[2].astype(np.uint8),
         forms=_all_forms(parts),
+    )
+
+
+def _objects(parts: Sequence[Part], new_id: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What is said last of each object: its chunk, form, size and use."""
+    return _last_rows(
+        [_chunks(new_id, parts, number, "variant_at") for number in range(len(parts))],
+        _united_forms(parts),
+        [part.variant_size for part in parts],
+        [part.variant_used for part in parts],
+    )
+
+
+def _ownerships(parts: Sequence[Part], new_id: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What is said last of each chunk and owner: chunk, owner, and whether it is held."""
+    return _last_rows(
+        [_chunks(new_id, parts, number, "owner_at") for number in range(len(parts))],
+        [part.owner for part in parts],
+        [part.owner_held for part in parts],
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.records.fingerprints import gram_hashes, winnow
 
 _MAGIC = b"LMCRAGRC"
@@ -27,13 +27,19 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True)
 class VariantRow:
-    """A stored object of a chunk. `form` is its variant and codec as in the object's name; a size of 0 says that it is
-    gone."""
+    """A stored object of a chunk.
+
+    Attributes:
+        form: its variant and codec as in the object's name.
+        size_bytes: 0 says that it is gone.
+        used_s: when it was last used, or stored, in seconds since 1970; 0 where that is not known. A use is recorded
+            by the same row with a later time.
+    """
 
     key: bytes
     form: str
     size_bytes: int
-    created_s: int
+    used_s: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Part:
         tokens: int32.
         gram, gram_chunk, gram_at: uint64 and uint32 `[fingerprints]`: hash, ascending, of the run of tokens at
             `gram_at` of chunk `gram_chunk`.
-        variant_at: uint32 `[n + 1]`; variant_form, variant_size, variant_created: uint32, uint64 and uint32.
+        variant_at: uint32 `[n + 1]`; variant_form, variant_size, variant_used: uint32, uint64 and uint32.
         owner_at: uint32 `[n + 1]`; owner, owner_held: uint64 and uint8.
     """
 
@@ -71,7 +77,7 @@ class Part:
     variant_at: np.ndarray
     variant_form: np.ndarray
     variant_size: np.ndarray
-    variant_created: np.ndarray
+    variant_used: np.ndarray
     owner_at: np.ndarray
     owner: np.ndarray
     owner_held: np.ndarray
@@ -107,7 +113,7 @@ class Part:
     def variants_of(self, row: int) -> list[VariantRow]:
         """What this part says of a chunk's stored objects."""
         key, rows = self.key(row), slice(int(self.variant_at[row]), int(self.variant_at[row + 1]))
-        columns = (self.variant_form[rows], self.variant_size[rows], self.variant_created[rows])
+        columns = (self.variant_form[rows], self.variant_size[rows], self.variant_used[rows])
         return [
             VariantRow(key, self.forms[form], size, at)
             for form, size, at in zip(*_lists(columns), strict=True)
@@ -136,7 +142,7 @@ class Part:
             for piece in body[-2:]:
                 checksum.update(piece)
                 at += len(piece)
-            places[name] = len(getattr(self, name))
+            places[_stored_name(name)] = len(getattr(self, name))
         header = json.dumps({"arrays": places, "forms": self.forms, "body": at, "xxh3": checksum.intdigest()}).encode()
         prefix = _MAGIC + _VERSION.to_bytes(4, "little") + len(header).to_bytes(4, "little")
         prefix += xxhash.xxh3_64_intdigest(header).to_bytes(8, "little") + header
@@ -149,6 +155,7 @@ class Part:
 
         Raises:
             CorruptObjectError: it is not what `to_bytes` wrote.
+            StoreError: a later release wrote it.
         """
         header, at = _read_header(data)
         body = data[at:]
@@ -156,7 +163,7 @@ class Part:
             raise CorruptObjectError("a part of the records that is cut short or has a wrong checksum")
         arrays, at = {}, 0
         for name, dtype in _DTYPES.items():
-            length = int(header["arrays"][name])
+            length = int(header["arrays"][_stored_name(name)])
             if length < 0 or at + length * dtype.itemsize > len(body):
                 raise CorruptObjectError("a part of the records that contradicts itself")
             arrays[name] = np.frombuffer(body, dtype, length, at) if length else np.zeros(0, dtype)
@@ -169,11 +176,17 @@ class Part:
 
 
 def _read_header(data: memoryview) -> tuple[dict[str, Any], int]:
-    """The header and where the body begins. Raises `CorruptObjectError`."""
+    """The header and where the body begins. Raises `CorruptObjectError`, or `StoreError` for one of a later release: it
+    is whole, and to go on without it would be to lose what it says."""
     length = int.from_bytes(data[12:16], "little")
     if bytes(data[:8]) != _MAGIC or length > _MAX_HEADER:
         raise CorruptObjectError("no part of the records")
     version = int.from_bytes(data[8:12], "little")
+    if version > _VERSION:
+        raise StoreError(
+            f"What is stored was recorded by a later release (version {version}, and this one reads {_VERSION}): "
+            "use that release, or another folder with --store."
+        )
     if version != _VERSION:
         raise CorruptObjectError(f"records of version {version}, and this release reads {_VERSION}")
     text = bytes(data[24 : 24 + length])
@@ -211,7 +224,7 @@ def build(
         variant_at=_counted([rows[row.key] for row in listed], len(keys)),
         variant_form=np.array([forms[row.form] for row in listed], np.uint32),
         variant_size=np.array([row.size_bytes for row in listed], np.uint64),
-        variant_created=np.array([row.created_s for row in listed], np.uint32),
+        variant_used=np.array([row.used_s for row in listed], np.uint32),
         owner_at=_counted([rows[row.key] for row in held], len(keys)),
         owner=np.array([row.owner for row in held], np.uint64),
         owner_held=np.array([row.held for row in held], np.uint8),
@@ -258,10 +271,15 @@ _DTYPES = {
         "variant_at": "<u4",
         "variant_form": "<u4",
         "variant_size": "<u8",
-        "variant_created": "<u4",
+        "variant_used": "<u4",
         "owner_at": "<u4",
         "owner": "<u8",
         "owner_held": "u1",
     }.items()
 }
 assert set(_DTYPES) == {item.name for item in fields(Part)} - {"forms", "mapped"}
+
+
+def _stored_name(name: str) -> str:
+    """What an array is called in a part's bytes, which are older than some names here."""
+    return "variant_created" if name == "variant_used" else name

@@ -7,7 +7,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,7 +19,7 @@ from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.process import OwnProcess
 from lmcache_rag.records.follower import Follower
 from lmcache_rag.records.log import Log
-from lmcache_rag.records.merge import merge
+from lmcache_rag.records.merge import Live, live, merge
 from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
 
 _GROWTH = 4
@@ -61,6 +62,7 @@ class Records:
         self._fresh: list[Part] = []
         self.parts: tuple[Part, ...] = ()
         self._looked_at = 0.0
+        self._size_bytes: int | None = None  # of all objects; None where it is to be counted
         self._remote = store.remote
         self._process = OwnProcess("A view of a store's records", StoreError)
         self._following = threading.Lock()
@@ -104,6 +106,20 @@ class Records:
             if self._follower is None:
                 self._follower = Follower(self.refresh)
         self._follower.look()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all stored objects together, as of the last `refresh`. Counted once, and then kept up to date."""
+        with self._lock:
+            if self._size_bytes is None:
+                self._size_bytes = int(self.live().size_bytes.sum())
+            return self._size_bytes
+
+    def live(self) -> Live:
+        """All that is stored. Walks all that is known: for eviction, statistics and repair."""
+        with self._lock:
+            parts = self.parts
+        return live(parts or (build({}),))
 
     def tokens(self, key: bytes) -> np.ndarray | None:
         """int32 token ids of a chunk; None where it is not known."""
@@ -177,13 +193,65 @@ class Records:
         """
         self._process.check()
         variants, owners = list(variants), list(owners)
+
+        def part() -> Part:
+            new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
+            return build(new, variants, owners)
+
+        self._write(part)
+
+    def use(self, uses: Mapping[tuple[bytes, str], int]) -> None:
+        """Record when objects were used. Those that are gone by then, whoever deleted them, stay so.
+
+        Args:
+            uses: seconds since 1970, by key and form.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+
+        def part() -> Part:
+            known = {key: self.variants(key) for key, _ in uses}
+            rows = [(known[key].get(form), used_s) for (key, form), used_s in uses.items()]
+            return build({}, [replace(row, used_s=used_s) for row, used_s in rows if row is not None])
+
+        self._write(part)
+
+    def drop(
+        self, objects: Iterable[tuple[bytes, str]], used_s: int, unless: Callable[[bytes], bool] = lambda _key: False
+    ) -> list[VariantRow]:
+        """Record that objects, named by key and form, are gone; returns what they were, so that they can be deleted.
+
+        Args:
+            used_s: now, in seconds since 1970.
+            unless: of which chunks nothing is to go, asked when all that others wrote before is known.
+
+        Raises:
+            StoreError: the store cannot be written to.
+        """
+        objects, gone = list(objects), dict[tuple[bytes, str], VariantRow]()
+
+        def part() -> Part:
+            rows = [row for key, form in objects if (row := self.variants(key).get(form)) and not unless(key)]
+            gone.update(((row.key, row.form), row) for row in rows)
+            return build({}, [replace(row, size_bytes=0, used_s=used_s) for row in rows])
+
+        self._write(part)
+        return [row for name, row in gone.items() if name[1] not in self.variants(name[0])]
+
+    def _write(self, made: Callable[[], Part]) -> None:
+        """Write a segment.
+
+        Args:
+            made: what to write, from all that was written before it: it is made anew where another writer was faster.
+        """
         with self._lock:
             while True:
                 self.refresh()
                 self._follow(begin=True)
-                epoch = self._epoch
-                new = {key: ids for key, ids in tokens.items() if self.tokens(key) is None or not self.variants(key)}
-                part = build(new, variants, owners)
+                epoch, part = self._epoch, made()
+                if not len(part):
+                    return
                 if not self._log.write_segment(epoch, self._number + 1, part.to_bytes()):
                     continue
                 self._number += 1
@@ -236,6 +304,7 @@ class Records:
             if epoch:
                 self._log.end(epoch)  # for those who are there
             self._enter(epoch + 1)
+            self._size_bytes = None
 
     def _has(self, part: Part) -> bool:
         """Whether what was just written has been taken over into the epoch that followed."""
@@ -280,6 +349,7 @@ class Records:
 
     def _goes_to(self, epoch: int) -> bool:
         """Enter an epoch and follow it; False where its base is damaged."""
+        self._size_bytes = None
         try:
             self._enter(epoch)
         except CorruptObjectError as error:
@@ -300,17 +370,28 @@ class Records:
                 if not self._go_on(begin=begin):
                     return
                 continue
-            self._number += 1
             try:
                 self._take(Part.from_bytes(content))
             except CorruptObjectError as error:
-                _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number, error)
+                _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number + 1, error)
+            self._number += 1
 
     def _take(self, part: Part) -> None:
+        if self._size_bytes is not None:
+            self._size_bytes += self._growth(part)
         self._fresh.append(part)
         while len(self._fresh) > 1 and len(self._fresh[-2]) <= min(_GROWTH * len(self._fresh[-1]), _QUICK):
             self._fresh[-2:] = [merge(self._fresh[-2:], whole=False)]
         self._show()
+
+    def _growth(self, part: Part) -> int:
+        """By how many bytes there is more stored when a part is taken over."""
+        growth = 0
+        for row in range(len(part)):
+            said = {variant.form: variant.size_bytes for variant in part.variants_of(row)}
+            known = self.variants(part.key(row)) if said else {}
+            growth += sum(said.values()) - sum(known[form].size_bytes for form in said.keys() & known.keys())
+        return growth
 
     def _show(self) -> None:
         self.parts = (*self._base, *self._frozen, *self._fresh)
@@ -350,15 +431,17 @@ class Records:
         return True
 
     def _enter(self, epoch: int) -> None:
-        """Be where an epoch begins. Raises `CorruptObjectError`."""
-        names = self._log.base(epoch) or []
+        """Be where an epoch begins. Raises `CorruptObjectError`, also where it has no base, since who was to begin it
+        died and left a folder. Only the first one begins with nothing."""
+        names = self._log.base(epoch)
+        if names is None and epoch > 1:
+            raise CorruptObjectError("it was not begun")
         known = dict(zip(self._names, self._base, strict=True))
-        self._base, self._names = [], []
-        for name in names:
-            part = known.get(name) or self._mapped(name)
-            if part is not None:
-                self._base.append(part)
-                self._names.append(name)
+        found = {name: known.get(name) or self._mapped(name) for name in names or ()}
+        base = {name: part for name, part in found.items() if part is not None}
+        if len(base) < len(found):
+            self._size_bytes = None
+        self._base, self._names = list(base.values()), list(base)
         self._epoch, self._number, self._frozen, self._fresh = epoch, 0, [], []
         self._show()
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Terms
-from lmcache_rag.conversation.prefixes import begun_segments, chats_of
+from lmcache_rag.conversation.prefixes import begun_segments
 from lmcache_rag.errors import StoreError
-from lmcache_rag.library.chunks import ChunkStores, codec_of
+from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.names import chats_of, codec_of
 from lmcache_rag.plan.matching import History
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest

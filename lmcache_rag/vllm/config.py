@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.blobs.uri import StoreURI, TierURI, open_store
 from lmcache_rag.codec import DEFAULT_CODEC, codec_named
+from lmcache_rag.library.eviction import eviction_named
 from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
+from lmcache_rag.library.room import DAY_S, Limits
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine
@@ -41,6 +43,11 @@ class ConnectorConfig(BaseModel):
         refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
         conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
             that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
+        capacity_bytes: so much at most is stored in a namespace, its conversations included (`10GiB`); what is worth
+            least is deleted then. None for no limit. To be the same for all engines that store into it.
+        ttl_s: chunks that were not used for so long are deleted; None keeps them.
+        conversations_ttl_s: the same of stored conversations; a week.
+        eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
         max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
 
@@ -62,6 +69,10 @@ class ConnectorConfig(BaseModel):
     never_slower: bool = True
     refine: Refine = "idle"
     conversations: Conversations = "local"
+    capacity_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
+    ttl_s: float | None = Field(default=None, gt=0.0)
+    conversations_ttl_s: float | None = Field(default=7.0 * DAY_S, gt=0.0)
+    eviction: Annotated[str, AfterValidator(eviction_named)] = "lru"
     max_blend_tokens: int = Field(default=32768, ge=1)
 
     @classmethod
@@ -69,6 +80,11 @@ class ConnectorConfig(BaseModel):
         """The connector's settings in a vLLM configuration."""
         transfer = vllm_config.kv_transfer_config
         return cls(**(transfer.kv_connector_extra_config if transfer is not None else {}))
+
+    @property
+    def limits(self) -> Limits:
+        """Of what is stored in a namespace."""
+        return Limits(self.capacity_bytes, self.ttl_s, self.conversations_ttl_s, self.eviction)
 
     def open_store(self) -> Store:
         """The store that these settings name."""

@@ -98,12 +98,17 @@ class BlendConnector(KVConnectorBase_V1):
             self._fingerprint,
             self._config.codec,
             self._config.extra_codecs,
+            self._config.limits,
             workspace_tokens=self._workspace_tokens,
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             hot_bytes=self._config.hot_bytes,
             never_slower=self._config.never_slower,
             block_tokens=self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         )
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         step = self._get_connector_metadata()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from lmcache_rag.library.room import Evicted
 from lmcache_rag.plan.cost import Rates
 from lmcache_rag.plan.plan import BlendPlan
 
@@ -64,11 +65,13 @@ class Refined:
         done: nothing of this step is left to do.
         failure: the type of the exception that ended it; the prompt is given up.
         stored_bytes: written to the store.
+        evicted: deleted from it to make room.
     """
 
     done: bool = False
     failure: str = ""
     stored_bytes: int = 0
+    evicted: Evicted = field(default_factory=Evicted)
 
 
 @dataclass

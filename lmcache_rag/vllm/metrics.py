@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from lmcache_rag.vllm.metadata import Refined
+
 _TOKENS = (
     "prompt",
     "local",
@@ -21,7 +23,8 @@ _TOKENS = (
     "stored",
     "continued",
 )
-_COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored")
+_EVICTED = ("evicted_objects", "evicted_bytes")
+_COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored", *_EVICTED)
 
 
 @dataclass
@@ -40,10 +43,16 @@ class ReuseStats(KVConnectorStats):
         added |= {f"phase_seconds:{phase}": seconds for phase, seconds in report["phases_s"].items()}
         self._sum(added)
 
-    def refined(self, tokens: int, stored_bytes: int, failure: str) -> None:
-        """Add what was done while the engine was idle: tokens whose exact KV is in the prefix cache now, bytes stored,
-        and what went wrong, if anything."""
-        added = {"refined_tokens": tokens, "bytes_stored": stored_bytes, f"failures:{failure}": int(bool(failure))}
+    def refined(self, tokens: int, refined: Refined) -> None:
+        """Add what was done while the engine was idle: tokens whose exact KV is in the prefix cache now, bytes stored
+        and deleted, and what went wrong, if anything."""
+        added = {
+            "refined_tokens": tokens,
+            "bytes_stored": refined.stored_bytes,
+            "evicted_objects": refined.evicted.objects,
+            "evicted_bytes": refined.evicted.size_bytes,
+            f"failures:{refined.failure}": int(bool(refined.failure)),
+        }
         self._sum({name: value for name, value in added.items() if value})
 
     def take(self) -> ReuseStats:

@@ -264,7 +264,7 @@ class SchedulerHalf:
 
     def _take_refined(self, refinements: Refinements, refined: Refined) -> None:
         try:
-            self.stats.refined(refinements.take(refined), refined.stored_bytes, refined.failure)
+            self.stats.refined(refinements.take(refined), refined)
         except Exception as error:  # noqa: BLE001  # nobody waits for it
             self._failures.note("Refinement", error)
             refinements.drop()

@@ -21,6 +21,7 @@ from lmcache_rag.conversation.refinement import PIECE_S, Refiner
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.hot import HotChunks
+from lmcache_rag.library.room import Limits, Rooms
 from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
@@ -41,6 +42,7 @@ class WorkerHalf:
     Args:
         codec: in which KV is stored, and which is preferred.
         extra_codecs: in which chunks are stored as well.
+        limits: of what is stored.
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
@@ -54,6 +56,7 @@ class WorkerHalf:
         fingerprint: str,
         codec: str,
         extra_codecs: Sequence[str],
+        limits: Limits,
         *,
         workspace_tokens: int,
         max_pass_tokens: int,
@@ -63,8 +66,9 @@ class WorkerHalf:
     ) -> None:
         self._model = model
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
-        self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs)
-        self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs)
+        self._rooms = Rooms(store, limits)
+        self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs, self._rooms)
+        self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs, rooms=self._rooms)
         self._hot = HotChunks(self._chunks, hot_bytes, pinned=model.device.type == "cuda")
         self._block_tokens = block_tokens
         self._blender = Blender(
@@ -117,7 +121,7 @@ class WorkerHalf:
         """Do a piece of what is done while nothing is asked, and keep for the scheduler half how far that came."""
         try:
             steps = {"compute": self._compute, "write": self._write, "store": self._store}
-            self._refined = steps[job.step](job)
+            self._refined = replace(steps[job.step](job), evicted=self._rooms.take_evicted())
             if job.last and self._refined.done:
                 self._refiner.forget()
         except Exception as error:  # noqa: BLE001  # nobody waits for it
@@ -243,6 +247,13 @@ class WorkerHalf:
         except Exception as error:  # noqa: BLE001  # the blend is done, and the request can be answered
             report.failure = self._failures.note("Storing KV", error)
             report.reason = f"failed: {report.failure}"
+        evicted = self._rooms.take_evicted()
+        report.evicted_objects, report.evicted_bytes = evicted.objects, evicted.size_bytes
+
+    def close(self) -> None:
+        """Record what was used and is not yet recorded."""
+        for chunks in (self._chunks, self._chats):
+            chunks.flush()
 
     def _taken(self, plan: BlendPlan, start: int, length: int) -> ChunkKV:
         token_ids = np.array(plan.token_ids[start : start + length], dtype=np.int32)

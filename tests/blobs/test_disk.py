@@ -115,5 +115,7 @@ def test_folder_without_write_permission(tmp_path: Path) -> None:
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write everywhere")
+    store = DiskStore(folder)
+    assert store.read(NAME) is None and list(store.list("default/")) == []
     with pytest.raises(StoreError, match="cannot be written to"):
-        DiskStore(folder)
+        store.write(NAME, [b"one"])

@@ -53,17 +53,17 @@ def planner(chunks: ChunkStores, max_tokens: int = 4096, unit_tokens: int = 1) -
     )
 
 
-def record(chunks: ChunkStores, token_ids: list[int], *variants: str, created_s: int = 1) -> None:
+def record(chunks: ChunkStores, token_ids: list[int], *variants: str, used_s: int = 1) -> None:
     key = key_of(token_ids)
-    rows = [VariantRow(key, f"{variant}.raw", 1000, created_s) for variant in variants]
+    rows = [VariantRow(key, f"{variant}.raw", 1000, used_s) for variant in variants]
     chunks.of("default").records.add({key: np.array(token_ids, np.int32)}, rows)
 
 
-def ingest(chunks: ChunkStores, preamble: list[int], *, primer: list[int] = PRIMER, created_s: int = 1) -> None:
+def ingest(chunks: ChunkStores, preamble: list[int], *, primer: list[int] = PRIMER, used_s: int = 1) -> None:
     """Record what an index of `CHUNKS` stores."""
     record(chunks, preamble, NO_CONTEXT)
     for chunk in CHUNKS:
-        record(chunks, chunk, variant_of(preamble), variant_of(preamble, primer), created_s=created_s)
+        record(chunks, chunk, variant_of(preamble), variant_of(preamble, primer), used_s=used_s)
 
 
 def planned(
@@ -120,8 +120,8 @@ def test_of_several_primers_the_callers_own_comes_first_and_else_the_last_one(
 ) -> None:
     """Not whichever has the smallest digest."""
     second = OLD_PRIMER if first is PRIMER else PRIMER
-    ingest(chunks, PREAMBLE, primer=first, created_s=1)
-    ingest(chunks, PREAMBLE, primer=second, created_s=2)
+    ingest(chunks, PREAMBLE, primer=first, used_s=1)
+    ingest(chunks, PREAMBLE, primer=second, used_s=2)
     prompt = [*PREAMBLE, *CHUNKS[1], *CHUNKS[0], 7]
     plan, _ = planned(planner(chunks), prompt)
     assert variants(plan)[1] == variant_of(PREAMBLE, second)

@@ -138,6 +138,15 @@ def test_an_epoch_that_was_ended_and_not_begun_is_begun_by_the_next(store: DiskS
     assert known(records, 3) == [0, 1, 2]
 
 
+def test_an_epoch_whose_writer_died_when_it_had_made_a_folder(store: DiskStore, records: Records) -> None:
+    save(records, 0, 1)
+    assert records._log.write_segment(1, 2, [b""])
+    (store.root / ".records" / SCOPE.namespace / SCOPE.model / "000002").mkdir()  # and no base in it
+    assert known(Records(store, SCOPE), 3) == [0, 1]
+    save(Records(store, SCOPE), 2)
+    assert known(Records(store, SCOPE), 3) == [0, 1, 2] == known(records, 3)
+
+
 def test_a_reader_that_slept_through_several_epochs(
     store: DiskStore, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcache_rag.conversation.prefixes import PIECE_TOKENS, chats_of, pieces, stored_pieces
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
+from lmcache_rag.library.names import chats_of
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
 from tests.helpers import OFF, answer, fix_rates, ingest, noise, parts, random_plan

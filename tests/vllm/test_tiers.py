@@ -13,6 +13,7 @@ from lmcache_rag.blobs.tiers import TieredStore
 from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.engine import EngineSettings, LocalEngine
 from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.request import BlendOptions
 from tests.blobs.conftest import open_apart
 from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half

@@ -1,0 +1,43 @@
+"""What stored objects are called."""
+
+from __future__ import annotations
+
+import hashlib
+
+from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.codec.container import FORMAT_VERSION
+
+_CHATS = ".chats"
+
+
+def object_name(scope: KVScope, key: bytes, form: str) -> str:
+    """Where the object of a chunk in this form, `variant.codec`, is kept."""
+    return f"{scope.folder(key)}{form}.v{FORMAT_VERSION}"
+
+
+def parsed(name: str) -> tuple[bytes, str, int]:
+    """Key, form and format version of an object's name. Raises `ValueError` where it is none."""
+    stem, _, version = name.rpartition(".v")
+    *_, key, form = stem.split("/")
+    return bytes.fromhex(key), form, int(version)
+
+
+def codec_of(name: str) -> str:
+    """In which codec the object of this name is."""
+    return name.rpartition("/")[2].split(".")[1]
+
+
+def chats_of(namespace: str, cache_salt: str | None) -> str:
+    """The namespace of the conversations beside a namespace of chunks. No request can name it: it has a dot."""
+    salt = "" if cache_salt is None else f"-{hashlib.blake2b(cache_salt.encode(), digest_size=8).hexdigest()}"
+    return f"{namespace}{_CHATS}{salt}"
+
+
+def is_chats(namespace: str) -> bool:
+    """Whether it is one of conversations."""
+    return _CHATS in namespace
+
+
+def beside(namespace: str) -> str:
+    """The namespace of chunks that one of conversations lies beside; any other is its own."""
+    return namespace.partition(_CHATS)[0]
