@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional, get_args
 import typer
 
 from lmcache_rag import __version__
+from lmcache_rag.bench import store_commands  # noqa: F401  # adds its commands to the others
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.library.commands import store_app

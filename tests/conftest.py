@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.engine import EngineSettings, LocalEngine
-from tests.servers import FaultyProxy, RedisServer, S3Server
+from tests.servers import FaultyProxy
 
 os.environ.setdefault("LMCACHE_RAG_CODEC", "raw")  # exact; tests of other codecs name them
 os.environ.setdefault(

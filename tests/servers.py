@@ -2,84 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-BUCKET = "kv-bucket"
-
-
-_S3 = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-
-
-class S3Server:
-    """An S3 API with one bucket, in a process of its own."""
-
-    def __init__(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([sys.executable, "-c", _S3], **pipes)  # type: ignore[call-overload]
-        self.port = int(self._process.stdout.readline())
-        connection = HTTPConnection("127.0.0.1", self.port)
-        connection.request("PUT", f"/{BUCKET}", headers={"Host": "s3.us-east-1.amazonaws.com"})
-        assert connection.getresponse().status == 200
-
-    def uri(self, prefix: str, port: int | None = None) -> str:
-        return f"s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{port or self.port}"
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-class RedisServer:
-    """A `redis-server` process that can be killed and started again, with what it has saved."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.port = free_port()
-        self._command = [
-            *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
-            *("--appendonly", "yes", "--appendfsync", "always", *options),
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    @staticmethod
-    def is_there() -> bool:
-        return shutil.which("redis-server") is not None
-
-    def uri(self, prefix: str) -> str:
-        return f"redis://127.0.0.1:{self.port}/0?prefix={prefix}/"
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        while self._process.poll() is None:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port)) as connection:
-                    connection.sendall(b"PING\r\n")
-                    if connection.recv(5)[:1] in (b"+", b"-"):  # "-" asks for a password
-                        return
-            except OSError:
-                time.sleep(0.01)
-        raise RuntimeError("redis-server did not start")
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
 
 
 class FaultyProxy:
@@ -145,9 +71,3 @@ class FaultyProxy:
         self._ended.set()
         self._server.shutdown()
         self._server.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -54,6 +54,12 @@ class MemoryStore:
     def free_bytes(self) -> int | None:
         return None
 
+    def tier_of(self, name: str) -> str | None:
+        return None
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        return 0
+
     def heal(self, name: str) -> Store | None:
         return None
 

@@ -14,13 +14,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lmcache_rag.bench.commands import _write
+from lmcache_rag.bench.servers import S3Server
 from lmcache_rag.cli import app, main
 from lmcache_rag.corpus import Manifest
 from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.serving import server_command
 from tests.corpus.test_corpus import text
 from tests.models import make_tiny
-from tests.servers import S3Server
 
 pytestmark = pytest.mark.usefixtures("no_engine")
 

@@ -113,7 +113,7 @@ def bench_ttft_command(
         )
     show_rows(rows[:-1])
     show_rows(rows[-1:])
-    _write(rows, json_file)
+    write_rows(rows, json_file)
 
 
 @bench_app.command("chat")
@@ -175,7 +175,7 @@ def bench_chat_command(
         with SecondEngine(engine.settings) if two else nullcontext() as second:
             rows = bench_chat(engine, form, told, workloads=chosen, idle_s=idle_s, progress=progress, second=second)
     show_rows(rows)
-    _write(rows, json_file)
+    write_rows(rows, json_file)
 
 
 @bench_app.command("throughput")
@@ -222,7 +222,7 @@ def bench_throughput_command(
             progress=progress,
         )
     show_rows(rows)
-    _write(rows, json_file)
+    write_rows(rows, json_file)
 
 
 @bench_app.command("fidelity")
@@ -250,7 +250,7 @@ def bench_fidelity_command(
     with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_fidelity(engine, model_format(engine.tokenizer), questions, tried, seed=seed, progress=progress)
     show_rows(rows)
-    _write(rows, json_file)
+    write_rows(rows, json_file)
 
 
 @bench_app.command("streaming")
@@ -295,46 +295,7 @@ def bench_streaming_command(
                     throttled, plan, goal_s=goal_s, ratio=ratio, repeat=repeat, bandwidth=name, progress=progress
                 )
     show_rows(rows)
-    _write(rows, json_file)
-
-
-@bench_app.command("store")
-def bench_store_command(
-    chunks: Annotated[int, typer.Option(min=8000, help="Chunks recorded, of 100 to 512 tokens each.")] = 100_000,
-    folder: Annotated[
-        Optional[Path], typer.Option(help="Where the records are put, 1.8 kB a chunk; a temporary folder else.")
-    ] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Finding stored chunks in prompts, with as many as a large store has. Needs no model."""
-    from lmcache_rag.bench.store import bench_store
-
-    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-", dir=folder) as store, err.status("") as status:
-        rows = [bench_store(Path(store), chunks, status.update)]
-    for name, value in rows[0].items():
-        out.print(f"{name}: {value}", highlight=False)
-    _write(rows, json_file)
-
-
-@bench_app.command("faults")
-def bench_faults_command(
-    trials: Annotated[int, typer.Option(min=1, help="Writers that are killed.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    folder: Annotated[Optional[Path], typer.Option(help="Where the store is put; a temporary folder else.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Kill writers (ingest, eviction, compaction, rebuild, garbage collection) at random moments, and read what they
-    leave: nothing acknowledged is lost, nothing is wrong, the limit holds. Needs no model."""
-    from lmcache_rag.bench.faults import bench_faults
-
-    with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-", dir=folder) as store, err.status("") as status:
-        rows, wrong = bench_faults(Path(store), trials, status.update, seed)
-    show_rows(rows)
-    _write(rows, json_file)
-    for problem in wrong:
-        err.problem("wrong:", problem)
-    if wrong:
-        raise typer.Exit(1)
+    write_rows(rows, json_file)
 
 
 @bench_app.command("codec")
@@ -369,7 +330,7 @@ def bench_codec_command(
         bench = CodecBench(engine.model_folder, rotations, tables, codecs=chosen, sizes=sizes, threads=threads)
         rows = bench.rows(engine.tokenizer, model_format(engine.tokenizer), questions, progress)
     show_rows(rows)
-    _write(rows, json_file)
+    write_rows(rows, json_file)
 
 
 @contextmanager
@@ -418,7 +379,8 @@ def _ratios(values: str) -> list[float]:
     return sorted({BlendOptions.checked(ratio=value.strip()).ratio or 0.0 for value in values.split(",")})
 
 
-def _write(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+def write_rows(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    """Write the rows of a benchmark as JSON, if a file was named."""
     if json_file is None:
         return
     try:

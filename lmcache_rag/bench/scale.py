@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcache_rag.blobs.base import Store
 from lmcache_rag.engine.base import Completion
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import EngineSettings, Sampling
@@ -31,6 +30,7 @@ _QUESTION = "What do these passages have in common?"
 _HOT_ASKED = 2
 """After so many times a question's chunks are in memory."""
 
+_HOT_BYTES = 8 << 30
 _SPARE_TOKENS = 64
 _SPARE_BLOCKS = 4
 
@@ -89,8 +89,10 @@ def bench_scale(
     prompts: Sequence[MarkedPrompt],
     ratio: float,
     progress: Callable[[str], Any],
+    *,
+    hot: bool,
 ) -> list[Row]:
-    """A row for each store, and one for memory in front of the first.
+    """A row for each store, and one for memory in front of the first, if `hot`.
 
     Args:
         started: starts an engine with such settings.
@@ -112,16 +114,17 @@ def bench_scale(
                     full += _ask(engine, [prompt], _OFF)
                 blended += _ask(engine, [prompt], options)
         rows.append(_row(tier, blended, full, prompts))
-    tier, settings = next(iter(stores.items()))
-    with started({**settings, "hot_bytes": 8 << 30}) as engine:
-        hot = []
-        for number, prompt in enumerate(prompts, start=1):
-            progress(f"memory: question {number} of {len(prompts)}")
-            _ask(engine, [prompt] * _HOT_ASKED, options)
-            hot += _ask(engine, [prompt], options)
-    if any(not done.reuse.hot_tokens for done in hot):
-        raise EngineError("What was read again and again was not in memory, so there is nothing to measure.")
-    return [_row("memory", hot, full, prompts), *rows]
+    if hot:
+        with started({**next(iter(stores.values())), "hot_bytes": _HOT_BYTES}) as engine:
+            blended = []
+            for number, prompt in enumerate(prompts, start=1):
+                progress(f"memory: question {number} of {len(prompts)}")
+                _ask(engine, [prompt] * _HOT_ASKED, options)
+                blended += _ask(engine, [prompt], options)
+        if any(not done.reuse.hot_tokens for done in blended):
+            raise EngineError("What was read again and again was not in memory, so there is nothing to measure.")
+        rows.insert(0, _row("memory", blended, full, prompts))
+    return rows
 
 
 def _ask(engine: LocalEngine, prompts: Iterable[MarkedPrompt], options: BlendOptions) -> list[Completion]:
@@ -144,8 +147,3 @@ def _row(tier: str, blended: Sequence[Completion], full: Sequence[Completion], p
         "hit_rate": round(1 - missed / wanted, 4),
         "questions": len(blended),
     }
-
-
-def stored_bytes_per_token(store: Store, prefix: str, tokens: int) -> float:
-    """Of all objects below a prefix. Lists them."""
-    return sum(store.size(name) or 0 for name in store.list(prefix)) / tokens

@@ -56,6 +56,14 @@ class Store(Protocol):
         """How much can still be written; None where there is no limit."""
         ...
 
+    def tier_of(self, name: str) -> str | None:
+        """The cache that is known to hold a blob, from memory only; None where it is read from where everything is."""
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        """Have blobs brought nearer in the background, since they will be read. How many are taken up."""
+        ...
+
     def heal(self, name: str) -> Store | None:
         """What was read of a blob is damaged: forget the copies of it that are in front of a slower store. The store to
         read it from again; None where it came from where everything is kept, and so is damaged itself."""

@@ -122,6 +122,12 @@ class DiskStore:
         except OSError as error:
             raise _failed(f"The free space of {self.root} could not be read", error) from error
 
+    def tier_of(self, name: str) -> str | None:
+        return None
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        return 0
+
     def heal(self, name: str) -> None:
         return None
 

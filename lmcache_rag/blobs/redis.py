@@ -133,6 +133,12 @@ class RedisStore:
     def free_bytes(self) -> int | None:
         return None
 
+    def tier_of(self, name: str) -> str | None:
+        return None
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        return 0
+
     def heal(self, name: str) -> None:
         return None
 

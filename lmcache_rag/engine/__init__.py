@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.engine.base import Completion, Delta, Engine, PrecomputeReport
 from lmcache_rag.engine.settings import EngineSettings, Sampling
-from lmcache_rag.engine.texts import failures, precompute_texts
+from lmcache_rag.engine.texts import failures, precompute_texts, prefetch_texts
 
 if TYPE_CHECKING:
     from lmcache_rag.engine.local import LocalEngine, engine_of
@@ -20,6 +20,7 @@ __all__ = [
     "engine_of",
     "failures",
     "precompute_texts",
+    "prefetch_texts",
 ]
 
 

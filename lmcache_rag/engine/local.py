@@ -108,14 +108,15 @@ class LocalEngine:
         """How many attention layers the model has."""
         return self._shape.layers
 
-    def chunk_store(self, namespace: str | None = None) -> ChunkStore:
-        """The stored chunks that this engine uses and makes, by default in its own namespace, as they are now.
+    def chunk_store(self, namespace: str | None = None, *, wait: bool = True) -> ChunkStore:
+        """The stored chunks that this engine uses and makes, by default in its own namespace, as they are now; over a
+        network, if it is not to `wait`, as they were a moment ago.
 
         Raises:
             StoreError: the store cannot be read.
         """
         chunks = self._chunks.of(namespace or self.settings.namespace)
-        chunks.refresh()
+        (chunks.refresh if wait else chunks.follow)()
         return chunks
 
     def precompute(

@@ -17,13 +17,9 @@ _OWNER = "frameworks"
 """Owns what frameworks had stored, so that no index on the same store deletes it when it lets go of the same text."""
 
 
-def precompute_texts(engine: LocalEngine, preamble: Sequence[int], texts: Sequence[str]) -> PrecomputeReport:
-    """`Engine.precompute` of texts, without the space around them; blank ones are left out. The numbers in the report's
-    `errors` are those of the texts given.
-
-    Raises:
-        StoreError: the store cannot be read or written to.
-    """
+def chunks_of(engine: LocalEngine, texts: Sequence[str]) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """Token ids of texts, without the space around them, by their numbers; blank ones are left out. And why texts are
+    none."""
     chunks: dict[int, list[int]] = {}
     unreadable: dict[int, str] = {}
     for number, text in enumerate(texts):
@@ -34,6 +30,33 @@ def precompute_texts(engine: LocalEngine, preamble: Sequence[int], texts: Sequen
             continue
         if token_ids:
             chunks[number] = token_ids
+    return chunks, unreadable
+
+
+def prefetch_texts(engine: LocalEngine, texts: Sequence[str]) -> int:
+    """Have what is stored of texts brought from a slow store into its caches, in the background, since a prompt that
+    holds them in this order is about to come. Returns how many objects that is; it waits for none.
+
+    Raises:
+        StoreError: the store could not be read lately.
+    """
+    store = engine.chunk_store(wait=False)
+    names = []
+    for place, chunk in enumerate(chunks_of(engine, texts)[0].values()):
+        forms = store.variants(key_of(chunk))
+        primed = [variant for variant in forms if "-" in variant]
+        names += [forms[variant].name for variant in (primed if primed and place else forms)]
+    return store.store.prefetch(names)
+
+
+def precompute_texts(engine: LocalEngine, preamble: Sequence[int], texts: Sequence[str]) -> PrecomputeReport:
+    """`Engine.precompute` of texts, without the space around them; blank ones are left out. The numbers in the report's
+    `errors` are those of the texts given.
+
+    Raises:
+        StoreError: the store cannot be read or written to.
+    """
+    chunks, unreadable = chunks_of(engine, texts)
     report = engine.precompute(preamble, list(chunks.values()))
     numbers = list(chunks)
     stored = [key_of(chunk) for place, chunk in enumerate(chunks.values()) if place not in report.errors]

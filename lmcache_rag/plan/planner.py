@@ -101,7 +101,7 @@ class Planner:
             namespace=history.chunks.scope.namespace,
             token_ids=tuple(token_ids),
             preamble=_preamble(0, None),
-            segments=tuple(segments),
+            segments=_located(segments, history.chunks),
             end=end,
             selector="none",
             ratio=0.0,
@@ -147,8 +147,8 @@ class Planner:
             namespace=chunks.scope.namespace,
             token_ids=tuple(prompt.tolist()),
             preamble=preamble,
-            begun=begun,
-            segments=tuple(segments),
+            begun=_located(begun, chunks),
+            segments=_located(segments, chunks),
             end=min(segments[-1].end, len(prompt) - 1),
             selector=options.selector,
             ratio=self.ratio_of(options),
@@ -315,6 +315,12 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
 
 def _with_forms(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
     return segment if segment.name is None else replace(segment, forms=tuple(chunks.forms(segment.name)))
+
+
+def _located(segments: Sequence[PlannedSegment], chunks: ChunkStore) -> tuple[PlannedSegment, ...]:
+    """With where each is read from, as far as that is known."""
+    tiers = [chunks.store.tier_of(segment.name) if segment.name is not None else None for segment in segments]
+    return tuple(replace(segment, tier=tier or "") for segment, tier in zip(segments, tiers, strict=True))
 
 
 def _behind(segment: PlannedSegment, start: int) -> PlannedSegment:

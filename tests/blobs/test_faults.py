@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.bench.servers import BUCKET, RedisServer, free_port
 from lmcache_rag.blobs.objects import ObjectStore, client_options, retry_config
 from lmcache_rag.blobs.redis import LARGEST_BYTES, RedisStore
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.errors import StoreError
 from lmcache_rag.records.records import Records
 from tests.records.test_records import known, save
-from tests.servers import BUCKET, FaultyProxy, RedisServer, free_port
+from tests.servers import FaultyProxy
 from tests.test_process import in_a_fork
 
 NAME = "default/model/ab/abcd/0000.raw.v1"
@@ -115,7 +116,7 @@ def test_a_server_that_says_nothing() -> None:
 def test_redis_that_is_killed_and_started_again(tmp_path: Path) -> None:
     if not RedisServer.is_there():
         pytest.skip("needs redis-server")
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     store, scope = RedisStore("127.0.0.1", server.port, shown="redis://x"), KVScope("default", "f" * 32)
     try:
         store.write(NAME, [b"one"])

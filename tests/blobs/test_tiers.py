@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.objects import ObjectStore
 from lmcache_rag.blobs.redis import RedisStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
 from lmcache_rag.errors import StoreError
 from tests.blobs.conftest import open_apart
-from tests.servers import RedisServer, S3Server
 
 NAME, OTHER = "default/model/ab/abcd/0000.raw.v1", "default/model/cd/cdef/0000.raw.v1"
 SEGMENT, PART, LATEST = (f".records/default/model/{name}" for name in ("000001/00000001", "parts/000001.ab", "latest"))

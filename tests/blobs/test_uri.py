@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.blobs import uri as module
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.tiers import TieredStore
@@ -18,7 +19,6 @@ from lmcache_rag.blobs.uri import open_store, parse, resolved
 from lmcache_rag.engine import EngineSettings
 from lmcache_rag.errors import EngineError, StoreError
 from lmcache_rag.vllm.config import ConnectorConfig
-from tests.servers import RedisServer, S3Server
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def assert_mostly_reused(reuse: ReuseReport | None) -> None:
 
 
 def test_all() -> None:
-    assert sorted(package.__all__) == ["KVPrecompute", "KeepOrder", "LmcacheRag"]
+    assert sorted(package.__all__) == ["KVPrecompute", "KVPrefetch", "KeepOrder", "LmcacheRag"]
     assert all(hasattr(package, name) for name in package.__all__)
 
 

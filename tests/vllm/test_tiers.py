@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmcache_rag.bench.servers import S3Server
 from lmcache_rag.blobs.tiers import TieredStore
 from lmcache_rag.chunk_kv import key_of
-from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.engine import EngineSettings, LocalEngine, precompute_texts, prefetch_texts
+from lmcache_rag.engine.texts import chunks_of
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.plan.matching import Matcher
-from lmcache_rag.request import BlendOptions
+from lmcache_rag.request import BlendOptions, ReuseReport
 from tests.blobs.conftest import open_apart
 from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half
 from tests.models import make_tiny
-from tests.servers import FaultyProxy, S3Server
+from tests.servers import FaultyProxy
 
 ALL = BlendOptions(ratio=1.0)
 HEAD = BlendOptions(selector="head", ratio=0.2)
@@ -93,6 +95,28 @@ def test_it_blends_from_the_cache_and_from_the_bucket(engine: LocalEngine, proxy
     assert tiers.tier_of(name) == tiers.caches[0].label  # and it is in the cache again
 
 
+def test_what_a_retriever_found_is_brought_nearer(engine: LocalEngine, proxy: FaultyProxy) -> None:
+    tiers, texts = tiers_of(engine), ["w21 " * 60, "w22 w23 " * 30]
+    assert not precompute_texts(engine, [5, 6, 7], texts).errors
+    shutil.rmtree(Path(tiers.caches[0].store.root) / "default")  # type: ignore[attr-defined]
+    names = [
+        form.name
+        for chunk in chunks_of(engine, texts)[0].values()
+        for form in engine.chunk_store().variants(key_of(chunk)).values()
+    ]
+    for name in names:
+        assert tiers.read(name, 0, 1) is not None  # so that the cache knows that it has it no more
+        assert tiers.tier_of(name) is None
+    assert prefetch_texts(engine, texts) == len(names) == 2
+    tiers.flush()
+    label = tiers.caches[0].label
+    assert {tiers.tier_of(name) for name in names} == {label}
+    prompt = [token for chunk in ([5, 6, 7], *chunks_of(engine, texts)[0].values(), [8, 9]) for token in chunk]
+    plan = connector(engine).scheduler._planner.plan(prompt, HEAD, ReuseReport())
+    assert [segment.tier for segment in plan.segments] == [label] * 2
+    assert prefetch_texts(engine, texts) == 0
+
+
 def test_what_another_engine_stores_is_reused_without_a_restart(engine: LocalEngine, s3_server: S3Server) -> None:
     plan, other = random_plan(701), from_another_engine(engine, s3_server)
     _, none = answer(engine, plan, HEAD)
@@ -126,8 +150,6 @@ def test_planning_reads_nothing_over_the_network(engine: LocalEngine, proxy: Fau
     scheduler = connector(engine).scheduler
     planner = scheduler._planner
     proxy.fault = lambda method, path: "hang"
-    from lmcache_rag.request import ReuseReport
-
     planned = planner.plan(plan.token_ids, HEAD, ReuseReport())  # would hang, and then fail
     assert planned is not None and planned.segments
 

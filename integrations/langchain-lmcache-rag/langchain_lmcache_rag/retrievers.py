@@ -17,7 +17,7 @@ from pydantic import ConfigDict, PrivateAttr
 from langchain_lmcache_rag.chat_models import ChatLmcacheRag
 from langchain_lmcache_rag.prompts import preamble_of
 from lmcache_rag.conversation.order import PassageOrder
-from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts
+from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts, prefetch_texts
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +111,10 @@ class KVRetriever(BaseRetriever):
         return self._order.ordered(documents, key=self.text_of) if self.keep_order else documents
 
     def _store(self, documents: list[Document]) -> None:
-        """`precompute`, but for a query, which is answered from the documents whether or not they can be stored."""
+        """`precompute`, but for a query, which is answered from the documents whether or not they can be stored. What
+        is stored of them already is brought nearer meanwhile."""
         try:
+            prefetch_texts(self.llm.engine, [self.text_of(document) for document in documents])
             self.precompute(documents)
         except Exception as error:  # noqa: BLE001  # whatever it is: it is not what was asked for
             self._failed_queries += 1
