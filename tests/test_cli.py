@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lmcache_rag.bench.commands import _write
+from lmcache_rag.bench.commands import write_rows
 from lmcache_rag.bench.servers import S3Server
 from lmcache_rag.cli import app, main
 from lmcache_rag.corpus import Manifest
@@ -335,4 +335,4 @@ def test_killed_while_indexing(tmp_path: Path, model: Path, documents: Path) -> 
 
 def test_figures_that_cannot_be_written_are_not_lost_in_silence(tmp_path: Path) -> None:
     with pytest.raises(LmcacheRagError, match="the figures are above"):
-        _write([{"mode": "full"}], tmp_path / "absent" / "rows.json")
+        write_rows([{"mode": "full"}], tmp_path / "absent" / "rows.json")

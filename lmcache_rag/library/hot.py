@@ -11,6 +11,7 @@ import numpy as np
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.names import parsed
 
 if TYPE_CHECKING:
     from lmcache_rag_kernels import Rows
@@ -83,9 +84,12 @@ class HotChunks:
     def load(self, name: str, shape: KVShape, part: range | None = None) -> LoadedKV | HeldKV | str:
         """See `ChunkStore.load`."""
         with self._lock:
-            if name in self._held:
+            held = self._held.get(name)
+            if held is not None:
                 self._held.move_to_end(name)
-                return self._held[name]
+        if held is not None:
+            self._chunks.of(name.partition("/")[0]).uses.note(*parsed(name)[:2])
+            return held
         found = self._chunks.load(name, shape, part)
         if isinstance(found, str) or part is not None or not self._is_read_again(name):
             return found

@@ -13,6 +13,7 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
 from lmcache_rag.library.chunks import ChunkStores, LoadedKV
 from lmcache_rag.library.hot import HeldKV, HotChunks
+from lmcache_rag.library.names import parsed
 from lmcache_rag.library.tables import ModelCodecs
 
 MODEL = "f" * 32
@@ -80,3 +81,17 @@ def test_what_is_damaged_is_not_kept(chunks: ChunkStores, tmp_path: Path) -> Non
     hot.load(name, SHAPE)
     (tmp_path / name).write_bytes(b"damaged")
     assert hot.load(name, SHAPE) == "corrupt" and hot.load(name, SHAPE) == "absent" and hot.size_bytes == 0
+
+
+def test_what_is_in_memory_counts_as_used(chunks: ChunkStores) -> None:
+    hot, name = HotChunks(chunks, 10 * CHUNK_BYTES), saved(chunks, 1)
+    of = chunks.of("default")
+    for _ in range(2):
+        hot.load(name, SHAPE)
+    key, form, _ = parsed(name)
+    of.uses.flush()
+    of.records.use({(key, form): 1})  # long ago
+    hot.load(name, SHAPE)
+    of.uses.flush()
+    of.refresh()
+    assert of.records.variants(key)[form].used_s > 1
