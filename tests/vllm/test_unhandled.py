@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.vllm.config import unsupported_engine
 from lmcache_rag.vllm.admission import _unhandled
+from lmcache_rag.vllm.config import unsupported_engine
 
 
 @pytest.mark.parametrize(
