@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lmcache_rag.blobs.base import Store
+from lmcache_rag.blobs.tier import TierStats
 from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.scopes import fingerprints_in
@@ -54,6 +55,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._unsupported = "several KV cache groups"
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
+        self._tiers: dict[str, TierStats] = {}  # what was last told of each
         self._store = self._config.open_store()
         self._fingerprint = fingerprint_of(vllm_config)
         self._workspace_tokens = self._config.workspace_tokens(vllm_config.model_config.max_model_len)
@@ -186,6 +188,9 @@ class BlendConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._scheduler is None or self._scheduler.stats.is_empty():
             return None
+        tiers: dict[str, TierStats] = getattr(self._store, "stats", dict)()
+        self._scheduler.stats.tiers(self._tiers, tiers)
+        self._tiers = tiers
         return self._scheduler.stats.take()
 
     @classmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from lmcache_rag.blobs.tier import TierStats
 from lmcache_rag.vllm.metadata import Refined
 
 _TOKENS = (
@@ -24,6 +26,14 @@ _TOKENS = (
     "continued",
 )
 _EVICTED = ("evicted_objects", "evicted_bytes")
+_OF_TIERS = {
+    "reads": "Reads of a tier of the store.",
+    "read_bytes": "Bytes that a tier of the store gave.",
+    "seconds": "Seconds that reading a tier of the store took, of all threads together.",
+    "hits": "Reads that found what they were for in a tier of the store.",
+    "evictions": "Objects that had to make room in a cache.",
+    "failures": "What a tier of the store could not do.",
+}
 _COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored", *_EVICTED)
 
 
@@ -55,6 +65,12 @@ class ReuseStats(KVConnectorStats):
         }
         self._sum({name: value for name, value in added.items() if value})
 
+    def tiers(self, before: Mapping[str, TierStats], now: Mapping[str, TierStats]) -> None:
+        """Add what was done with each tier of the store in between."""
+        for label, stats in now.items():
+            old = before.get(label, TierStats())
+            self._sum({f"tier_{name}:{label}": getattr(stats, name) - getattr(old, name) for name in _OF_TIERS})
+
     def take(self) -> ReuseStats:
         """The sums so far, which start again from zero."""
         taken = ReuseStats(self.data)
@@ -84,6 +100,9 @@ class ReusePromMetrics(KVConnectorPromMetrics):
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._make(labelnames)
+
+    def _make(self, labelnames: list[str]) -> None:
         counter = self._counter_cls
         self._plain: dict[str, Any] = {
             name: counter(
@@ -107,6 +126,11 @@ class ReusePromMetrics(KVConnectorPromMetrics):
                 documentation="Seconds spent per phase of blending.",
                 labelnames=[*labelnames, "phase"],
             ),
+        } | {
+            f"tier_{name}": counter(
+                name=f"vllm:lmcache_rag_tier_{name}", documentation=said, labelnames=[*labelnames, "tier"]
+            )
+            for name, said in _OF_TIERS.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
