@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -19,8 +19,9 @@ from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.process import OwnProcess
 from lmcache_rag.records.follower import Follower
 from lmcache_rag.records.log import Log
-from lmcache_rag.records.merge import Live, live, merge
+from lmcache_rag.records.merge import merge
 from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
+from lmcache_rag.records.view import View
 
 _GROWTH = 4
 """A part is merged with the one before it where that is not more than so many times its size."""
@@ -43,10 +44,10 @@ def owner_number(owner: str) -> int:
     return int.from_bytes(hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-class Records:
+class Records(View):
     """Chunks by key (16 bytes), with their tokens, stored objects and owners.
 
-    Nothing is read before the first `refresh`, `add` or `forget`; looking up reads memory only, and mapped files. Used
+    Nothing is read before the first `refresh`, `follow` or `add`; looking up reads memory only, and mapped files. Used
     by several threads at once.
     """
 
@@ -60,7 +61,6 @@ class Records:
         self._base: list[Part] = []
         self._frozen: list[Part] = []  # under way to become one of the base's
         self._fresh: list[Part] = []
-        self.parts: tuple[Part, ...] = ()
         self._looked_at = 0.0
         self._size_bytes: int | None = None  # of all objects; None where it is to be counted
         self._remote = store.remote
@@ -114,68 +114,6 @@ class Records:
             if self._size_bytes is None:
                 self._size_bytes = int(self.live().size_bytes.sum())
             return self._size_bytes
-
-    def live(self) -> Live:
-        """All that is stored. Walks all that is known: for eviction, statistics and repair."""
-        with self._lock:
-            parts = self.parts
-        return live(parts or (build({}),))
-
-    def tokens(self, key: bytes) -> np.ndarray | None:
-        """int32 token ids of a chunk; None where it is not known."""
-        for part in reversed(self.parts):
-            row = part.row(key)
-            if row >= 0 and len(found := part.tokens_of(row)):
-                return found
-        return None
-
-    def variants(self, key: bytes) -> dict[str, VariantRow]:
-        """A chunk's stored objects, by form."""
-        found: dict[str, VariantRow] = {}
-        for part in self.parts:
-            row = part.row(key)
-            for variant in part.variants_of(row) if row >= 0 else ():
-                if variant.size_bytes:
-                    found[variant.form] = variant
-                else:
-                    found.pop(variant.form, None)
-        return found
-
-    def owners(self, key: bytes) -> set[int]:
-        """Who holds a chunk."""
-        found: dict[int, bool] = {}
-        for part in self.parts:
-            row = part.row(key)
-            found.update((row.owner, row.held) for row in (part.owners_of(row) if row >= 0 else ()))
-        return {owner for owner, held in found.items() if held}
-
-    def knows(self, owner: int) -> bool:
-        """Whether anything is recorded of an owner."""
-        return any(bool((part.owner == np.uint64(owner)).any()) for part in self.parts)
-
-    def keys_of(self, owner: int) -> list[bytes]:
-        """The chunks that an owner holds."""
-        named = dict.fromkeys(key for part in self.parts for key in part.keys_of(owner))
-        return [key for key in named if owner in self.owners(key)]
-
-    def keys_beginning(self, start: bytes) -> list[bytes]:
-        """The known chunks whose keys begin with these eight bytes."""
-        high = np.uint64(int.from_bytes(start, "big"))
-        found: dict[bytes, None] = {}
-        for part in self.parts:
-            rows = range(*(int(np.searchsorted(part.key_high, high, side=side)) for side in ("left", "right")))
-            found.update((part.key(row), None) for row in rows)
-        return list(found)
-
-    def keys(self) -> Iterator[bytes]:
-        """The chunks of which something is stored. Walks all that is known: for statistics and tests."""
-        seen: set[bytes] = set()
-        for part in self.parts:
-            for row in range(len(part)):
-                key = part.key(row)
-                if key not in seen and self.variants(key):
-                    seen.add(key)
-                    yield key
 
     def add(
         self,
