@@ -324,7 +324,7 @@ def test_a_cache_that_evicts_by_itself(s3_server: S3Server, tmp_path: Path) -> N
 def test_a_cache_that_is_killed_and_comes_back(origin: Origin, tmp_path: Path) -> None:
     if not RedisServer.is_there():
         pytest.skip("needs redis-server")
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     try:
         cache = Cache("redis", RedisStore("127.0.0.1", server.port), pause_s=0.0)
         tiers = TieredStore([cache], origin)
