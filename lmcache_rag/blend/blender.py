@@ -299,7 +299,8 @@ class _Blend:
                 try:
                     self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
                     self._report.bytes_loaded += kv.size_bytes
-                    self._report.hot_tokens += 0 if kv.size_bytes else segment.length
+                    written = max(0, segment.end - max(segment.start, self._plan.local_tokens))
+                    self._report.hot_tokens += 0 if kv.size_bytes else written
                     if not CODECS[kv.codec].lossless:
                         self._lossy.add(segment)
                     codecs = self._report.codecs

@@ -47,8 +47,8 @@ class Loader:
         prefill_tokens_per_s: how fast tokens are computed; infinite patience is asked for by 0.
 
     Attributes:
-        bytes_per_s: how fast the last plan's objects were read, by tier; none where too little was to tell. Of several
-            tiers only the one that was waited for last is known.
+        bytes_per_s: how fast the last plan's objects were read, by tier; none where too little was to tell, or several
+            tiers were read, unless one was given up.
     """
 
     def __init__(self, shape: KVShape, prefill_tokens_per_s: float) -> None:
@@ -82,19 +82,10 @@ class Loader:
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = {}
         start = time.perf_counter()
-        hang = self._readers.hang()
-        hot = chunks.holds if isinstance(chunks, HotChunks) else lambda _: False
-        slow = {
-            segment
-            for segment in named
-            if (hang or start < self._slow_until.get(segment.tier, -math.inf)) and not hot(segment.name or "")
-        }
+        slow = self._slow(named, chunks)
         paused, deadline = paused_s(), start + self._patience_s(tokens)
-        wanted, stream = [segment for segment in named if segment not in slow], None
-        if seconds is not None:
-            in_time = min(seconds, self._patience_s(tokens))
-            stream = Stream(wanted, in_time, self._known_rate(), self._prefill_tokens_per_s)
-        reads = _Reads(self._readers, chunks, self._shape, wanted, stream)
+        wanted = [segment for segment in named if segment not in slow]
+        reads = _Reads(self._readers, chunks, self._shape, wanted, self._stream(wanted, tokens, seconds))
         sizes, last, ended, gave_up = Counter[str](), "", start, False
         try:
             futures = iter(reads.futures)
@@ -110,9 +101,10 @@ class Loader:
                     sizes[segment.tier] += result.size_bytes
                 elif result == _TOO_SLOW:
                     reads.stop()
-                    gave_up = True
-                    self._slow_until[segment.tier] = at + REMEMBERED_S
-                if at > ended:
+                    if read in reads.begun:  # others waited for a place
+                        gave_up = True
+                        self._slow_until[segment.tier] = at + REMEMBERED_S
+                if at > ended and read in reads.begun:
                     ended, last = at, segment.tier
                 reads.taken()
                 yield segment, result
@@ -120,9 +112,27 @@ class Loader:
             reads.stop()
         if paused_s() > paused and not gave_up:
             return  # reads were begun when the caller came back
-        if sizes[last] >= _LARGE_BYTES or gave_up:  # of what was given up, nothing was read
+        alone = sum(map(bool, sizes.values())) < 2  # of several tiers nobody knows which one took how long
+        if (alone and sizes[last] >= _LARGE_BYTES) or gave_up:  # of what was given up, nothing was read
             self.bytes_per_s = {last: max(1, sizes[last]) / max(ended - start, 1e-6)}
             self._last_rate = (self.bytes_per_s[last], ended)
+
+    def _stream(self, segments: Sequence[PlannedSegment], tokens: int, seconds: float | None) -> Stream | None:
+        if seconds is None:
+            return None
+        in_time = min(seconds, self._patience_s(tokens))
+        return Stream(segments, in_time, self._known_rate(), self._prefill_tokens_per_s)
+
+    def _slow(self, segments: Sequence[PlannedSegment], chunks: ChunkStores | HotChunks) -> set[PlannedSegment]:
+        """Those that are not to be read, since their tier was too slow lately, or all readers hang; what is in memory
+        is not read."""
+        hang, now = self._readers.hang(), time.perf_counter()
+        hot = chunks.holds if isinstance(chunks, HotChunks) else lambda _: False
+        return {
+            segment
+            for segment in segments
+            if (hang or now < self._slow_until.get(segment.tier, -math.inf)) and not hot(segment.name or "")
+        }
 
     def _known_rate(self) -> float | None:
         """How fast the store was lately."""
@@ -185,6 +195,7 @@ class _Reads:
         stream: Stream | None,
     ) -> None:
         self.futures: list[_Read] = [Future() for _ in segments]
+        self.begun: set[_Read] = set()
         self._readers = readers
         self._chunks = chunks
         self._shape = shape
@@ -223,6 +234,7 @@ class _Reads:
                     return
                 self._room -= 1
                 segment, read = self._waiting.popleft()
+                self.begun.add(read)
                 try:
                     form = self._stream.choose() if self._stream is not None else None
                 except BaseException as error:  # noqa: BLE001  # raised again where the result is taken
@@ -242,7 +254,7 @@ class _Reads:
         try:
             found = self._chunks.load(form.name, self._shape)
         finally:
-            self._stream.loaded(form, 0 if isinstance(found, str) else found.size_bytes or form.size_bytes)
+            self._stream.loaded(form, 0 if isinstance(found, str) else found.size_bytes or None)
         return found
 
 

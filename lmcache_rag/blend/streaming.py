@@ -55,11 +55,13 @@ class Stream:
                 self._deadline -= segment.length / self._tokens_per_s
             return chosen
 
-    def loaded(self, form: StoredForm, size_bytes: int) -> None:
-        """What was chosen is loaded: so many bytes, none where that failed."""
+    def loaded(self, form: StoredForm, size_bytes: int | None) -> None:
+        """What was chosen is loaded: so many bytes, none where that failed; None where it was in memory, which says
+        nothing of the store."""
         with self._lock:
             self._under_way -= form.size_bytes
-            self._done.append((self._clock(), size_bytes))
+            if size_bytes is not None:
+                self._done.append((self._clock(), size_bytes))
 
     def _best(self, segment: PlannedSegment) -> StoredForm | None:
         rate, left = self._rate(), self._deadline - self._clock()

@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.errors import StoreError
+from lmcache_rag.errors import CorruptObjectError, StoreError
 
 KEY_VARIABLE = "LMCACHE_RAG_ENCRYPTION_KEY"
 """The environment variable that holds the key: 32 bytes in base64."""
+
+_MARK = ".encrypted"
 
 FRAME_BYTES = 64 << 10
 _SALT_BYTES = 16
@@ -35,7 +37,9 @@ class EncryptedStore:
         key: 32 bytes.
 
     Raises:
-        StoreError: `cryptography` is missing; and by every method, what was read was not written with this key.
+        StoreError: `cryptography` is missing.
+        CorruptObjectError: by methods that read: it was not written with this key, or is damaged. Which of the two it
+            is `opened_as_marked` has told before.
     """
 
     def __init__(self, store: Store, key: bytes) -> None:
@@ -119,9 +123,8 @@ class EncryptedStore:
             try:
                 yield cipher.decrypt(_nonce(first + number, last=last), frame, name.encode())
             except InvalidTag as error:
-                raise StoreError(
-                    f"{name} cannot be decrypted: it is damaged, or was written with another key or with none. "
-                    f"Set {KEY_VARIABLE} as it was, or delete it."
+                raise CorruptObjectError(
+                    f"{name} cannot be decrypted: it is damaged, or was written with another key or with none."
                 ) from error
 
     def _cipher(self, salt: bytes) -> Any:
@@ -132,6 +135,33 @@ class EncryptedStore:
         return AESGCM(HKDF(SHA256(), _KEY_BYTES, salt, b"lmcache-rag blob").derive(self._key))
 
 
+def opened_as_marked(store: Store, key: bytes | None) -> Store:
+    """The store, with a key encrypted. A blob in it, written when it was empty, tells that it is, and with which key.
+    So nobody takes what cannot be decrypted for damaged, and deletes it, or writes in the clear beside it.
+
+    Raises:
+        StoreError: it is encrypted and there is no key, or another one; or it is not encrypted, and there is a key.
+    """
+    if key is None:
+        if store.read(_MARK) is not None:
+            raise StoreError(f"The store is encrypted: set {KEY_VARIABLE} as it was when the store was made.")
+        return store
+    encrypted = EncryptedStore(store, key)
+    if store.read(_MARK) is None:
+        if any(not name.startswith(".unfinished") for name in store.folders("")):
+            raise StoreError(
+                f"The store is not encrypted, and cannot become so: unset {KEY_VARIABLE}, or name an empty store."
+            )
+        encrypted.write_if_absent(_MARK, [b"lmcache-rag"])
+    try:
+        encrypted.read(_MARK)
+    except CorruptObjectError as error:
+        raise StoreError(
+            f"The store is encrypted with another key: set {KEY_VARIABLE} as it was when the store was made."
+        ) from error
+    return encrypted
+
+
 def key_from_environment() -> bytes | None:
     """The key that the operator has set; None where there is none. Raises `StoreError` where it is none."""
     text = os.environ.get(KEY_VARIABLE)
@@ -139,7 +169,7 @@ def key_from_environment() -> bytes | None:
         return None
     try:
         key = base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except (binascii.Error, ValueError):
         key = b""
     if len(key) != _KEY_BYTES:
         raise StoreError(

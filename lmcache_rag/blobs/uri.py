@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from lmcache_rag.blobs.base import CacheStore, Store
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.blobs.encrypted import EncryptedStore, key_from_environment
+from lmcache_rag.blobs.encrypted import key_from_environment, opened_as_marked
 from lmcache_rag.blobs.redis import PASSWORD_VARIABLE, USERNAME_VARIABLE, RedisStore
 from lmcache_rag.errors import StoreError
 from lmcache_rag.request import SECRET_INPUT
@@ -162,7 +162,7 @@ def open_store(uri: str | Path, tiers: Sequence[str] = ()) -> Store:
     location, encryption_key = parse(str(uri)), key_from_environment()
 
     def sealed(store: Store) -> Store:
-        return store if encryption_key is None else EncryptedStore(store, encryption_key)
+        return opened_as_marked(store, encryption_key)
 
     if location.scheme in ("file", "memory") and not tiers:
         return sealed(_opened(location))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lmcache_rag.library.tables import ModelCodecs
 
-_KEPT_NAMESPACES = 16
+_KEPT_NAMESPACES = 256
 
 
 class LoadedKV:

@@ -98,9 +98,9 @@ class HotChunks:
             return found
         try:
             kv = found.kv()
-        except CorruptObjectError:
-            return found  # which says so again where it is placed
-        chunk = ChunkKV(found.token_ids.copy(), kv.pin_memory() if self._pinned else kv)
+            chunk = ChunkKV(found.token_ids.copy(), kv.pin_memory() if self._pinned else kv)
+        except (CorruptObjectError, RuntimeError):  # which the one says again where it is placed; the other: no memory
+            return found
         self._keep(name, HeldKV(chunk, found.codec))
         return HeldKV(chunk, found.codec, found.size_bytes)
 

@@ -224,10 +224,12 @@ class Room:
 
     def _follow(self, scope: KVScope) -> None:
         """Take over what was stored by others."""
-        if time.monotonic() - self._looked_at > _LOOK_S or len(self._records) <= _OFTEN:
-            self.look()
-        else:
-            self.records(scope).refresh()
+        cheap = not self._store.remote and len(self._records) <= _OFTEN  # over a network, listing is not
+        if cheap or time.monotonic() - self._looked_at > _LOOK_S:
+            self._look()
+        self.records(scope)
+        for records in self._records.values() if len(self._records) <= _OFTEN else [self._records[scope]]:
+            records.refresh()
 
     def _evict(self, target_bytes: int, *, only_chats: bool) -> None:
         """Delete until no more than that is left: conversations first, then chunks."""
@@ -241,11 +243,9 @@ class Room:
                 self.limits.eviction,
             )
         self.look()
-        stored = [_Stored.of(scope, records) for scope, records in self._records.items()]
-        chats = [each for each in stored if is_chats(each.scope.namespace)]
-        others = [] if only_chats else [each for each in stored if not is_chats(each.scope.namespace)]
-        for several in (chats, others):
-            self._evict_of(several, target_bytes)
+        for of_chats in (True,) if only_chats else (True, False):
+            scopes = [scope for scope in self._records if is_chats(scope.namespace) == of_chats]
+            self._evict_of([_Stored.of(scope, self._records[scope]) for scope in scopes], target_bytes)
 
     def _evict_of(self, several: Sequence[_Stored], target_bytes: int) -> None:
         numbers = [np.flatnonzero(stored.evictable()) for stored in several]

@@ -38,14 +38,14 @@ class Uses:
         self._wait_s = wait_s
         self._clock = clock
         self._waiting: dict[tuple[bytes, str], int] = {}
-        self._refused = False
+        self._refused_until_s = 0.0
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
     def note(self, key: bytes, form: str) -> None:
         """An object was used now. Reads memory only. A time in the future, of a clock that was wrong, is put right."""
         now = int(self._clock())
-        if self._refused or (key, form) in self._waiting:
+        if now < self._refused_until_s or (key, form) in self._waiting:
             return
         row = self._records.variants(key).get(form)
         if row is None or 0 <= now - row.used_s < self._interval_s:
@@ -66,5 +66,5 @@ class Uses:
         try:
             self._records.use(waiting)
         except StoreError as error:
-            self._refused = True
-            _log.info("what is used of the store is not recorded (%s)", error)
+            self._refused_until_s = self._clock() + self._interval_s
+            _log.info("what is used of the store is not recorded for a while (%s)", error)

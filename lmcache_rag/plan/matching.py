@@ -70,7 +70,8 @@ class Matcher:
                 for (start, length), key, ids in zip(marked, keys, tokens, strict=True)
             ]
         found = self.find(prompt, chunks)
-        report.matching_cut_short = found.cut_short
+        # It too would tell how far a guess was right.
+        report.matching_cut_short = found.cut_short and self.unit_tokens == 1
         return found.matches
 
     def find(self, prompt: np.ndarray, chunks: ChunkStore) -> Found:

@@ -130,7 +130,7 @@ class Planner:
         if matches:
             preamble, segments = self._segments(prompt, matches, chunks, options)
         begun: tuple[PlannedSegment, ...] = ()
-        if history is not None and history.end > (segments[0].start if segments else 0):
+        if history is not None and history.end > (preamble.end if preamble.name is not None else 0):
             begun, preamble = history.begun, _preamble(0, None)
             segments = [_behind(segment, history.end) for segment in segments if segment.end > history.end]
         if history is not None:

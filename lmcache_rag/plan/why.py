@@ -21,6 +21,7 @@ def explain(
     """A row for each run of the prompt's tokens, in order, and why nothing would be reused, where that is so. What an
     engine measures, and so whether computing would be faster, is not known here."""
     report = ReuseReport(prompt_tokens=len(token_ids))
+    chunks.of(namespace).refresh()  # planning does not wait for a store that is reached over a network
     plan = planner.plan(token_ids, BlendOptions(namespace=namespace), report)
     store = chunks.of(namespace)
     if plan is None:

@@ -50,6 +50,8 @@ class Follower:
                 refresh()
             except StoreError as error:
                 self._error = error
+            except Exception as error:  # noqa: BLE001  # it goes on, and who looks is told
+                self._error = StoreError(f"the records cannot be followed ({type(error).__name__}: {error})")
             else:
                 self._error = None
             del refresh

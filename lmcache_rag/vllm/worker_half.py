@@ -32,6 +32,8 @@ from lmcache_rag.vllm.model import BoundModel
 _LOADED_PIECES = 8
 """So many pieces of a stored conversation are loaded in a step."""
 
+_PAUSE_S = 0.001
+
 _RECENT_BLENDS = 8
 """The least overhead of so many counts, so that what else the machine did in one of them does not."""
 
@@ -145,8 +147,14 @@ class WorkerHalf:
             for piece, form in stored_pieces(chunks, job.token_ids)
             if piece.start >= done
         ]
-        for found in self._blender.loader.load(self._chats, wanted[:_LOADED_PIECES], len(job.token_ids)):
-            if found is None or found[0].start > done or isinstance(found[1], str):
+        wanted = wanted[:_LOADED_PIECES]
+        for found in self._blender.loader.load(self._chats, wanted, len(job.token_ids), may_wait=lambda: False):
+            if found is None:
+                if time.perf_counter() - start > PIECE_S:
+                    break
+                time.sleep(_PAUSE_S)
+                continue
+            if found[0].start > done or isinstance(found[1], str):
                 break
             tokens = job.token_ids[done : done + PIECE_TOKENS]
             if tuple(found[1].token_ids.tolist()) != tokens:

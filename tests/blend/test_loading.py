@@ -120,6 +120,19 @@ def test_a_slow_tier_does_not_keep_others_from_being_read(tmp_path: Path) -> Non
     assert [not isinstance(kv, str) for _, kv in found] == [False, True, True, True]  # it is in memory
 
 
+def test_a_tier_whose_objects_waited_behind_a_slow_one_is_not_blamed(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 6)
+    hanging = chunk_store(ThrottledStore(chunks.store, Throttle(1.0)), chunks.scope, SHAPE)
+    loader = Loader(SHAPE, prefill_tokens_per_s=1e9)
+    mixed = [replace(segment, tier="bucket") for segment in segments[:4]] + [
+        replace(segment, tier="disk") for segment in segments[4:]
+    ]
+    assert [kv for _, kv in loader.load(hanging, mixed, TOKENS)] == ["too slow"] * 6
+    assert loader.bytes_per_s.keys() == {"bucket"}
+    found = [kv for _, kv in loader.load(chunks, mixed, TOKENS)]
+    assert [isinstance(kv, LoadedKV) for kv in found] == [False] * 4 + [True] * 2
+
+
 def test_a_goal_is_cut_to_the_patience_so_that_nothing_is_given_up(tmp_path: Path) -> None:
     codecs = ModelCodecs(DiskStore(tmp_path), "model", SHAPE)
     chunks = ChunkStore(DiskStore(tmp_path), KVScope("default", "model"), "q4", codecs, extra=("raw",))

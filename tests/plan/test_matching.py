@@ -12,6 +12,7 @@ from lmcache_rag.chunk_kv import KVScope, key_of
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.records.part import VariantRow
+from lmcache_rag.request import ReuseReport
 
 CHUNK = list(range(2000, 2300))
 BEFORE, BEHIND = list(range(100)), list(range(500, 600))
@@ -73,3 +74,11 @@ def test_a_chunk_shorter_than_a_unit_is_reused_whole(chunks: ChunkStore) -> None
         for cut in (0, 2, 10)
     }
     assert lengths == {0: [50], 2: [46], 10: []}
+
+
+def test_whether_too_much_was_found_is_told_to_nobody_who_might_be_guessing(chunks: ChunkStore) -> None:
+    prompt = np.array([token for number in range(300) for token in [*CHUNK[:40], 5000 + number]], np.int32)
+    for unit, told in ((1, True), (64, False)):
+        report = ReuseReport()
+        Matcher(unit_tokens=unit).matches(prompt, None, chunks, report)
+        assert report.matching_cut_short is told

@@ -227,3 +227,11 @@ def test_chunks_behind_a_history_are_not_foreign(chunks: ChunkStores) -> None:
     assert plan is not None and not any(segment.foreign or segment.exact for segment in plan.segments)
     assert variants(plan) == [variant_of(PREAMBLE, PRIMER)] * 2
     assert (plan.preamble.length, plan.preamble.name is not None) == (len(PREAMBLE), True)
+
+
+def test_exact_kv_of_a_conversation_without_passages_is_used_as_it_is(chunks: ChunkStores, said: ChunkStore) -> None:
+    ingest(chunks, PREAMBLE)
+    prompt = [*PREAMBLE, *tokens(60, 200), *CHUNKS[0], *CHUNKS[1], 7]
+    plan = planner(chunks).plan(prompt, BlendOptions(), ReuseReport(), history=History(said, begun(3)))
+    assert plan is not None and plan.begun == begun(3)
+    assert [(segment.start, segment.length) for segment in plan.segments] == [(220, 100), (320, 100)]
