@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lmcache_rag_kernels import Rows
     from torch import Tensor
 
+_TOKENS = 512
+"""So many tokens are added up at once, a multiple of every group: fewer take longer, more take more memory."""
+
 
 class LoadedKV:
     """One stored variant of a chunk, decoded when it is wanted.
@@ -74,18 +77,15 @@ class LoadedKV:
         return kv
 
     def _place_sum(self, base: LoadedKV, offset: int, rows: Rows) -> None:
-        """Group by group, so that what is added up stays in the cache. RoPE is linear: both are turned, then added."""
+        """RoPE is linear: both are turned, then added, in float32."""
         import torch
 
-        layers, length, heads, size = rows.key.shape
-        room = torch.empty(4, layers, min(length, self._codec.group), heads, size, device=rows.key.device)
-        for group in self._stored.coded.holding(offset, length):
-            first, end = self._stored.coded.span(group)
-            own = slice(max(first, offset) - offset, min(end, offset + length) - offset)
-            here = rows.part(slice(None), own)
-            key, value, *others = room[:, :, : own.stop - own.start]
-            summands = [replace(here, key=key, value=value), replace(here, key=others[0], value=others[1])]
-            for loaded, to in zip((base, self), summands, strict=True):
-                loaded._codec.restore(loaded._stored.coded, own.start + offset, to)
-            torch.add(summands[0].key, summands[1].key, out=here.key)
-            torch.add(summands[0].value, summands[1].value, out=here.value)
+        end = offset + rows.length
+        starts = [offset, *range((offset // _TOKENS + 1) * _TOKENS, end, _TOKENS)]
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+            here = rows.part(slice(None), slice(start - offset, stop - offset))
+            room = torch.empty(4, *here.key.shape, device=here.key.device)
+            base.place(start, replace(here, key=room[0], value=room[1]))
+            self._codec.restore(self._stored.coded, start, replace(here, key=room[2], value=room[3]))
+            torch.add(room[0], room[2], out=here.key)
+            torch.add(room[1], room[3], out=here.value)
