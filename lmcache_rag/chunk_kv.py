@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NO_CONTEXT = "0" * 16
 """Variant of KV that was computed behind nothing: a preamble's own."""
 
+RESIDUAL = "residual"
+"""Stands for a codec in the name of what a variant differs by from another one; see `form_of`."""
+
 TOGETHER = 1 << 19
 """So many values of K at most are computed at once, so that they stay in the processor's cache between operations."""
 
@@ -133,6 +136,28 @@ def variant_of(preamble: Sequence[int] | np.ndarray, primer: Sequence[int] | np.
     """
     behind = context_digest(preamble) if len(preamble) else NO_CONTEXT
     return f"{behind}-{context_digest(primer)}" if len(primer) else behind
+
+
+def form_of(variant: str, codec: str, base: str = "") -> str:
+    """What a stored object of a variant is called: `variant.codec`, or `variant.residual.base` where it holds what the
+    variant differs by from another form of the chunk, `base`, in whose codec it is then too."""
+    return f"{variant}.{RESIDUAL}.{base}" if base else f"{variant}.{codec}"
+
+
+def variant_in(form: str) -> str:
+    """The variant that a form is one of."""
+    return form.partition(".")[0]
+
+
+def codec_in(form: str) -> str:
+    """In which codec K and V are that are read from a form: of a residual, that of its base."""
+    return (base_of(form) or form).partition(".")[2]
+
+
+def base_of(form: str) -> str:
+    """The form that a form is a residual against; empty where it is whole."""
+    _, residual, base = form.partition(f".{RESIDUAL}.")
+    return base if residual else ""
 
 
 def context_digest(token_ids: Sequence[int] | np.ndarray) -> str:

@@ -26,7 +26,7 @@ from lmcache_rag.codec import CODECS, Codec, ObjectIndex, open_index, unpack, un
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.errors import ModelError, PromptError
 from lmcache_rag.learn.tables import load_model, position_free
-from lmcache_rag.library.chunks import coded
+from lmcache_rag.library.coding import coded
 from lmcache_rag.prompt import MarkedPrompt, PromptFormat, Tokenizer
 from lmcache_rag.request import DEFAULT_NAMESPACE
 

@@ -12,8 +12,9 @@ from concurrent.futures import TimeoutError as NotDoneError
 
 from lmcache_rag.blend.streaming import Stream
 from lmcache_rag.chunk_kv import KVShape, StoredForm
-from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.hot import HeldKV, HotChunks
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.plan.cost import GIVE_UP_SHARE, REMEMBERED_S
 from lmcache_rag.plan.plan import PlannedSegment
 from lmcache_rag.process import OwnProcess

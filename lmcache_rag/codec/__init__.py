@@ -2,6 +2,7 @@
 
 from lmcache_rag.codec.base import Codec
 from lmcache_rag.codec.container import (
+    BaseObject,
     ObjectHeader,
     ObjectIndex,
     StoredObject,
@@ -16,6 +17,7 @@ __all__ = [
     "CODECS",
     "DEFAULT_CODEC",
     "LOSSLESS_CODEC",
+    "BaseObject",
     "Codec",
     "NamedCodec",
     "ObjectHeader",

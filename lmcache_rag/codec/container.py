@@ -28,7 +28,7 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lmcache_rag.chunk_kv import chunk_key
+from lmcache_rag.chunk_kv import chunk_key, form_of
 from lmcache_rag.errors import CorruptObjectError, StoreError
 
 if TYPE_CHECKING:
@@ -47,11 +47,26 @@ _MAX_PART = 1 << 40
 _MAX_STREAM = (1 << 32) - 1
 
 
+class BaseObject(BaseModel):
+    """What a residual is to be added to.
+
+    Attributes:
+        form: of the same chunk.
+        checksum: the one that the object in this form begins with. Computed again, the form may be another object.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    form: str
+    checksum: int = Field(ge=0, lt=1 << 64)
+
+
 class ObjectHeader(BaseModel):
     """What an object says of itself.
 
     Attributes:
         codec: the name of the one that it was written in.
+        base: of a residual.
         tables: digest of the tables that the codec needs; empty where it needs none.
         group: so many tokens are a group; the last one may have fewer.
         dtype: a torch dtype's name, without `torch.`.
@@ -64,6 +79,7 @@ class ObjectHeader(BaseModel):
     key: str
     variant: str
     codec: str
+    base: BaseObject | None = None
     tables: str = ""
     tokens: int = Field(ge=1, lt=1 << 24)
     group: int = Field(ge=1, le=1 << 24)
@@ -76,7 +92,8 @@ class ObjectHeader(BaseModel):
     def name(self) -> str:
         """Where the object belongs in a store."""
         folder = f"{self.namespace}/{self.model}/{self.key[:2]}/{self.key}"
-        return f"{folder}/{self.variant}.{self.codec}.v{FORMAT_VERSION}"
+        form = form_of(self.variant, self.codec, self.base.form if self.base is not None else "")
+        return f"{folder}/{form}.v{FORMAT_VERSION}"
 
     @property
     def groups(self) -> int:
@@ -90,12 +107,14 @@ class ObjectIndex:
     Attributes:
         starts: int64 `[groups + 1]`: where each group begins in the object; behind the last the object's length.
         checksums: XXH3-64 of each group.
+        checksum: of the header, and so of all of the object.
     """
 
     header: ObjectHeader
     token_ids: np.ndarray
     starts: np.ndarray
     checksums: tuple[int, ...]
+    checksum: int
 
     @property
     def size(self) -> int:
@@ -123,6 +142,7 @@ class StoredObject:
     header: ObjectHeader
     token_ids: np.ndarray
     coded: CodedGroups
+    checksum: int
 
 
 def pack(
@@ -135,7 +155,7 @@ def pack(
     """
     parts: list[list[bytes | memoryview]] = [[token_ids.astype("<i4").tobytes()], *map(_packed_group, groups)]
     written = np.array([(sum(map(len, part)), _digest(part)) for part in parts], dtype=_PART)
-    json = header.model_dump_json().encode()
+    json = header.model_dump_json(exclude_none=True).encode()
     json += b" " * (-len(json) % _ALIGN)
     if len(json) > _MAX_JSON or len(parts) > _MAX_PARTS:
         raise StoreError(
@@ -166,7 +186,8 @@ def open_index(start: memoryview) -> ObjectIndex | int:
     if len(start) < end:
         return end
     text = bytes(start[_HEADER_AT:end])
-    if (_digest([start[: _PREFIX.size], text]),) != _CHECKSUM.unpack_from(start, _PREFIX.size):
+    checksum = _digest([start[: _PREFIX.size], text])
+    if (checksum,) != _CHECKSUM.unpack_from(start, _PREFIX.size):
         raise CorruptObjectError("its header has a wrong checksum")
     header, parts = _read_header(text[:json], np.frombuffer(text, _PART, offset=json))
     token_ids = start[end : end + 4 * header.tokens]
@@ -175,7 +196,7 @@ def open_index(start: memoryview) -> ObjectIndex | int:
     if _digest([token_ids]) != parts["xxh3"][0]:
         raise CorruptObjectError("the token ids have a wrong checksum")
     starts = end + np.cumsum(parts["length"].astype(np.int64))
-    return ObjectIndex(header, _token_ids(header, token_ids), starts, tuple(parts["xxh3"][1:].tolist()))
+    return ObjectIndex(header, _token_ids(header, token_ids), starts, tuple(parts["xxh3"][1:].tolist()), checksum)
 
 
 def unpack(data: memoryview) -> StoredObject:
@@ -215,7 +236,7 @@ def unpack_range(index: ObjectIndex, offset: int, length: int, data: memoryview)
 
     groups = index.groups_of(offset, length)
     coded = CodedGroups(data, _places(index, groups, data), index.header.tokens, index.header.group, groups.start)
-    return StoredObject(index.header, index.token_ids, coded)
+    return StoredObject(index.header, index.token_ids, coded, index.checksum)
 
 
 def _places(index: ObjectIndex, groups: range, data: memoryview) -> np.ndarray:

@@ -23,12 +23,15 @@ class NamedCodec:
         make: the codec, for a model of so many layers.
         learned: whether it needs tables.
         lossless: whether K and V come back bit by bit.
+        residual: the same for what a variant of a chunk differs by from another one that was coded in this codec; None
+            where each variant is coded whole.
     """
 
     bits: float
     make: Callable[[int, CodecTables | None], Codec]
     learned: bool = False
     lossless: bool = False
+    residual: Callable[[int, CodecTables | None], Codec] | None = None
 
 
 def _raw() -> Callable[..., Codec]:
@@ -49,13 +52,18 @@ def _grouped(bits: int) -> Callable[..., Codec]:
     return make
 
 
-def _transform(step: float) -> Callable[..., Codec]:
+def _transform(bits: float, step: float) -> NamedCodec:
     def make(_layers: int, tables: Any) -> Codec:
         from lmcache_rag.codec.transform import TransformCodec
 
         return TransformCodec(tables, step)
 
-    return make
+    def residual(_layers: int, tables: Any) -> Codec:
+        from lmcache_rag.codec.residual import ResidualCodec
+
+        return ResidualCodec(tables, step)
+
+    return NamedCodec(bits, make, learned=True, residual=residual)
 
 
 def _cachegen() -> Callable[..., Codec]:
@@ -70,10 +78,10 @@ def _cachegen() -> Callable[..., Codec]:
 CODECS: Final[dict[str, NamedCodec]] = {
     "raw": NamedCodec(0, _raw(), lossless=True),
     "q8": NamedCodec(8.6, _grouped(bits=8)),
-    "high": NamedCodec(3.3, _transform(step=0.15), learned=True),
-    "balanced": NamedCodec(2.5, _transform(step=0.26), learned=True),
+    "high": _transform(3.3, step=0.15),
+    "balanced": _transform(2.5, step=0.26),
     "q4": NamedCodec(4.6, _grouped(bits=4)),
-    "small": NamedCodec(1.4, _transform(step=0.7), learned=True),
+    "small": _transform(1.4, step=0.7),
     "cachegen": NamedCodec(4.2, _cachegen()),
 }
 """By falling fidelity."""

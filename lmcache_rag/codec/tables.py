@@ -82,11 +82,14 @@ class CodecTables:
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def distribution(self, step: float) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Per layer, for K's head groups and then V's: the distribution (uint8) of each coordinate that is stored at
-        this step."""
+    def distribution(self, size: np.ndarray) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Per layer, for K's head groups and then V's: the distribution (uint8) of each coordinate that is stored.
+
+        Args:
+            size: of each coordinate in steps, `[layers, 2, C]`.
+        """
         width = self.directions.shape[-1]
-        return tuple(tuple(_stored(own / step) for own in layer.reshape(-1, width)) for layer in self.size)
+        return tuple(tuple(_stored(own) for own in layer.reshape(-1, width)) for layer in size)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""

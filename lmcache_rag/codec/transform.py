@@ -15,19 +15,25 @@ from lmcache_rag.errors import CorruptObjectError
 
 class TransformCodec(Codec):
     """Coordinates in steps of `step`. A stream is that of `lmcache_rag_kernels.rans`: the coordinates of K's head
-    groups, then of V's."""
+    groups, then of V's.
 
-    def __init__(self, tables: CodecTables, step: float) -> None:
+    Args:
+        mean, size: of what is coded; without, those of K and V that `tables` have.
+    """
+
+    def __init__(
+        self, tables: CodecTables, step: float, *, mean: np.ndarray | None = None, size: np.ndarray | None = None
+    ) -> None:
         self._tables = tables
         self._step = step
-        stored = tables.distribution(step)
+        stored = tables.distribution((tables.size if size is None else size) / step)
         layers, _, head_groups, _, _ = tables.directions.shape
         counts = np.array([[len(own) for own in layer] for layer in stored], dtype=np.int64)
         self._all = Transform(
             counts=counts.reshape(layers, 2, head_groups),
             distribution=np.concatenate([own for layer in stored for own in layer]),
             directions=tables.backward,
-            mean=torch.from_numpy(tables.mean),
+            mean=torch.from_numpy(tables.mean if mean is None else mean),
             step=step,
             distributions=tables.distributions,
         )

@@ -198,6 +198,7 @@ class Corpus:
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
+            self._forget_primed(item, plan.former_primer)
             done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
             if done.errors:
                 raise CorpusError(f"The KV of {item.path} cannot be stored. {next(iter(done.errors.values()))}")
@@ -221,7 +222,7 @@ class Corpus:
         for path in plan.removed:
             self._database.remove(path)
             report.removed += 1
-        self._delete_unused_kv(plan.former_primer)
+        self._delete_unused_kv()
         return report
 
     def search(self, question: str, count: int) -> list[Hit]:
@@ -328,18 +329,21 @@ class Corpus:
         longest = max(map(len, item.token_ids), default=0)
         return len(self._preamble) + longest >= self._engine.max_model_len
 
-    def _delete_unused_kv(self, former_primer: Sequence[int]) -> None:
-        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted. In a store of
-        the index's own, what was computed behind a primer that it has outgrown is deleted too."""
+    def _forget_primed(self, item: Pending, former_primer: Sequence[int]) -> None:
+        """In a store of the index's own, delete what was computed behind a primer that it has outgrown, before others
+        are stored as residuals against what is computed behind the new one."""
+        if former_primer and self.manifest.store == OWN_STORE:
+            variant = variant_of(self._preamble, former_primer)
+            self._engine.chunk_store().delete(map(key_of, item.token_ids), variant)
+
+    def _delete_unused_kv(self) -> None:
+        """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
         chunks, owner = self._engine.chunk_store(), self.manifest.owner
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
         own = set(map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, [key for key in chunks.owned(owner) if key not in own])  # of an update that was killed
-        if former_primer and self.manifest.store == OWN_STORE:
-            keys = map(bytes.fromhex, self._database.chunk_keys())
-            chunks.delete(keys, variant_of(self._preamble, former_primer))
         self._database.forget_unused_chunks()
 
 

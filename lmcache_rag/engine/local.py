@@ -166,12 +166,13 @@ class LocalEngine:
     def _missing_variants(
         self, preamble: Sequence[int], chunk: Sequence[int], primer: Sequence[int], stored: ChunkStore
     ) -> list[Sequence[int]]:
-        """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's."""
+        """The primers behind which the store lacks the chunk's KV; the empty one also where it lacks the preamble's. It
+        comes last: what was computed behind the preamble alone is stored as a residual against what is there."""
         missing: list[Sequence[int]] = []
-        if stored.lacks_preamble(preamble) or stored.missing(chunk, variant_of(preamble)):
-            missing.append(())
         if len(primer) and stored.missing(chunk, variant_of(preamble, primer)):
             missing.append(primer)
+        if stored.lacks_preamble(preamble) or stored.missing(chunk, variant_of(preamble)):
+            missing.append(())
         return missing
 
     def _precompute(

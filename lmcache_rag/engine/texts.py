@@ -45,7 +45,8 @@ def prefetch_texts(engine: LocalEngine, texts: Sequence[str]) -> int:
     for place, chunk in enumerate(chunks_of(engine, texts)[0].values()):
         forms = store.variants(key_of(chunk))
         primed = [variant for variant in forms if "-" in variant]
-        names += [forms[variant].name for variant in (primed if primed and place else forms)]
+        wanted = [forms[variant].name for variant in (primed if primed and place else forms)]
+        names += [each for name in wanted for each in store.names_for(name)]
     return store.store.prefetch(names)
 
 

@@ -11,82 +11,35 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape, StoredForm, chunk_key, key_of
-from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, Codec, ObjectHeader, StoredObject, pack
+from lmcache_rag.chunk_kv import (
+    NO_CONTEXT,
+    ChunkKV,
+    KVScope,
+    KVShape,
+    StoredForm,
+    base_of,
+    form_of,
+    key_of,
+    variant_in,
+)
+from lmcache_rag.codec import CODECS, LOSSLESS_CODEC, BaseObject
 from lmcache_rag.errors import CorruptObjectError, StoreError
+from lmcache_rag.library.coding import coded
+from lmcache_rag.library.forms import base_for, read_for, readable
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.names import object_name, parsed
-from lmcache_rag.library.reading import read_object
+from lmcache_rag.library.reading import read_if_usable
 from lmcache_rag.library.room import PINNED, PREAMBLE, Rooms
 from lmcache_rag.library.uses import INTERVAL_S, Uses
 from lmcache_rag.records.part import OwnerRow, VariantRow
 from lmcache_rag.records.records import Records, owner_number
 
 if TYPE_CHECKING:
-    from lmcache_rag_kernels import Rows
     from torch import Tensor
 
     from lmcache_rag.library.tables import ModelCodecs
 
 _KEPT_NAMESPACES = 256
-
-
-class LoadedKV:
-    """One stored variant of a chunk, decoded when it is wanted."""
-
-    def __init__(self, stored: StoredObject, shape: KVShape, codec: Codec, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self._stored = stored
-        self._shape = shape
-        self._codec = codec
-
-    @property
-    def tokens(self) -> int:
-        return self._stored.header.tokens
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        """All of the chunk's, int32."""
-        return self._stored.token_ids
-
-    @property
-    def codec(self) -> str:
-        """The name of the one that it was stored in."""
-        return self._stored.header.codec
-
-    def place(self, offset: int, rows: Rows) -> None:
-        """See `ChunkKV.place`. Raises `CorruptObjectError`."""
-        self._codec.restore(self._stored.coded, offset, rows)
-
-    def kv(self) -> Tensor:
-        """Of the tokens that were read, as `ChunkKV.kv`. Raises `CorruptObjectError`."""
-        shape = self._shape
-        return self._codec.decode(self._stored.coded, shape.kv_heads, shape.head_size, shape.dtype)
-
-
-def coded(
-    chunk: ChunkKV, scope: KVScope, variant: str, name: str, codec: Codec, tables: str
-) -> tuple[ObjectHeader, list[bytes | memoryview]]:
-    """The object of a variant of a chunk: its header, and its parts, to be written one after another.
-
-    Args:
-        tables: digest of the codec's tables.
-    """
-    layers, _, tokens, kv_heads, head_size = chunk.kv.shape
-    header = ObjectHeader(
-        namespace=scope.namespace,
-        model=scope.model,
-        key=chunk_key(chunk.token_ids),
-        variant=variant,
-        codec=name,
-        tables=tables,
-        tokens=tokens,
-        group=codec.group,
-        layers=layers,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        dtype=str(chunk.kv.dtype).removeprefix("torch."),
-    )
-    return header, pack(header, chunk.token_ids, codec.encode(chunk.kv))
 
 
 class ChunkStore:
@@ -137,8 +90,15 @@ class ChunkStore:
                 raise
 
     def name(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> str:
-        """Where the variant of a chunk is kept."""
-        return self._name(key_of(token_ids), _form(variant, self.codec))
+        """Where the variant of a chunk is kept, or would be, whole."""
+        key = key_of(token_ids)
+        row = readable(self.records.variants(key)).get(variant, {}).get(self.codec)
+        return self._name(key, form_of(variant, self.codec) if row is None else row.form)
+
+    def names_for(self, name: str) -> list[str]:
+        """All objects that are read for one: itself, and what it is a residual against."""
+        key, form, _ = parsed(name)
+        return [self._name(key, each) for each in read_for(form)]
 
     def missing(self, token_ids: Sequence[int] | np.ndarray, variant: str) -> list[str]:
         """The codecs in which the variant of a chunk is to be written and is not; asks the store too."""
@@ -146,8 +106,8 @@ class ChunkStore:
 
     def missing_of(self, key: bytes, variant: str) -> list[str]:
         """The same, from the chunk's key."""
-        recorded = self.records.variants(key)
-        return [codec for codec in self._written if not self._is_there(key, _form(variant, codec), recorded)]
+        forms = readable(self.records.variants(key)).get(variant, {})
+        return [codec for codec in self._written if codec not in forms or not self._is_there(key, forms[codec].form)]
 
     def preamble(self, token_ids: Sequence[int] | np.ndarray) -> StoredForm | None:
         """A preamble's object; None where there is none."""
@@ -167,7 +127,8 @@ class ChunkStore:
     def lacks_preamble(self, token_ids: Sequence[int] | np.ndarray) -> bool:
         """Whether a preamble is to be stored; asks the store too."""
         key = key_of(token_ids)
-        return bool(len(token_ids)) and not self._is_there(key, PREAMBLE, self.records.variants(key))
+        recorded = PREAMBLE in self.records.variants(key)
+        return bool(len(token_ids)) and not (recorded and self._is_there(key, PREAMBLE))
 
     def variants(self, key: bytes, recorded: Mapping[str, VariantRow] | None = None) -> dict[str, StoredForm]:
         """The readable variants of a chunk. Of the several objects of a variant it is the one in the codec that is
@@ -176,19 +137,18 @@ class ChunkStore:
         Args:
             recorded: what the records say of the chunk, where it is known.
         """
-        found: dict[str, dict[str, StoredForm]] = {}
-        for form, row in (self.records.variants(key) if recorded is None else recorded).items():
-            variant, _, codec = form.partition(".")
-            if codec in CODECS:
-                found.setdefault(variant, {})[codec] = StoredForm(self._name(key, form), row.size_bytes, row.used_s)
-        return {variant: forms[min(forms, key=self._preference)] for variant, forms in found.items()}
+        found = readable(self.records.variants(key) if recorded is None else recorded)
+        rows = {variant: forms[min(forms, key=self._preference)] for variant, forms in found.items()}
+        return {
+            variant: StoredForm(self._name(key, row.form), row.size_bytes, row.used_s) for variant, row in rows.items()
+        }
 
     def forms(self, name: str) -> list[StoredForm]:
-        """All objects of the variant that this one is of, by falling fidelity."""
+        """All forms of the variant that this object is of, by falling fidelity."""
         key, form, _ = parsed(name)
-        variant, recorded = form.partition(".")[0], self.records.variants(key)
-        forms = (_form(variant, codec) for codec in CODECS)
-        return [StoredForm(self._name(key, form), recorded[form].size_bytes) for form in forms if form in recorded]
+        forms = readable(self.records.variants(key)).get(variant_in(form), {})
+        rows = (forms[codec] for codec in CODECS if codec in forms)
+        return [StoredForm(self._name(key, row.form), row.size_bytes) for row in rows]
 
     def save_preamble(self, preamble: ChunkKV) -> int:
         """Store a preamble; returns its size in bytes. Raises `StoreError`."""
@@ -235,11 +195,16 @@ class ChunkStore:
         self.records.add({}, owners=[OwnerRow(key, PINNED, held=False) for key in dict.fromkeys(keys)])
 
     def delete(self, keys: Iterable[bytes], variant: str | None = None) -> None:
-        """Delete chunks, whoever owns them, or only one variant of each. Raises `StoreError`."""
+        """Delete chunks, whoever owns them, or only one variant of each, with what is of no use without it. Raises
+        `StoreError`."""
         self.refresh()
         keys = list(keys)
-        wanted = "" if variant is None else _form(variant, "")
-        gone = [(key, form) for key in keys for form in self.records.variants(key) if form.startswith(wanted)]
+        gone = [
+            (key, form)
+            for key in keys
+            for form in self.records.variants(key)
+            if variant is None or variant in map(variant_in, read_for(form))
+        ]
         owned = [
             OwnerRow(key, owner, held=False) for key in keys if variant is None for owner in self.records.owners(key)
         ]
@@ -263,15 +228,34 @@ class ChunkStore:
         Args:
             part: which of the chunk's tokens are wanted; without, all are read.
         """
-        loaded = self._load(self.store, name, shape, part)
-        if loaded in _DAMAGED and (origin := self.store.heal(name)) is not None:
-            loaded = self._load(origin, name, shape, part)  # a copy in a cache costs nobody the blob itself
-        if loaded in ("corrupt", "absent"):
+        key, form, _ = parsed(name)
+        if base_of(form):
+            loaded = self._load_residual(name, self._name(key, base_of(form)), shape, part)
+        else:
+            loaded = self._load(self.store, name, shape, part)
+            if loaded in _DAMAGED and (origin := self.store.heal(name)) is not None:
+                loaded = self._load(origin, name, shape, part)  # a copy in a cache costs nobody the blob itself
+        if loaded in ("corrupt", "absent", _OTHER_BASE):
             self._discard(name)
         return loaded
 
-    def _load(self, store: Store, name: str, shape: KVShape, part: range | None) -> LoadedKV | str:
-        read = _read(store, name, part)
+    def _load_residual(self, name: str, base_name: str, shape: KVShape, part: range | None) -> LoadedKV | str:
+        """As `load`; where the base cannot be used, it is discarded, and the residual with it."""
+        base = self.load(base_name, shape, part)
+        if isinstance(base, str):
+            return base
+        loaded = self._load(self.store, name, shape, part, base)
+        if loaded in _DAMAGED and (origin := self.store.heal(name)) is not None:
+            loaded = self._load(origin, name, shape, part, base)
+        if loaded == _OTHER_BASE and (origin := self.store.heal(base_name)) is not None:
+            base = self._load(origin, base_name, shape, part)
+            loaded = base if isinstance(base, str) else self._load(origin, name, shape, part, base)
+        return loaded
+
+    def _load(
+        self, store: Store, name: str, shape: KVShape, part: range | None, base: LoadedKV | None = None
+    ) -> LoadedKV | str:
+        read = read_if_usable(store, name, part)
         if isinstance(read, str):
             return read
         stored, size_bytes = read
@@ -283,17 +267,20 @@ class ChunkStore:
             return "of another model"
         if header.name != name:
             return "of another chunk"
-        if header.codec not in CODECS:
+        if header.base is not None and (base is None or base.checksum != header.base.checksum):
+            return _OTHER_BASE
+        own = header.codec if base is None else base.codec
+        if own not in CODECS:
             return "of an unknown codec"
         assert self._codecs is not None
         try:
-            codec = self._codecs.for_reading(header.codec, header.tables)
+            codec = self._codecs.for_reading(own, header.tables, residual=base is not None)
         except StoreError:
             return "coded with tables that cannot be read"
         if codec is None:
             return "coded with tables that are missing"
         self.uses.note(*parsed(name)[:2])
-        return LoadedKV(stored, shape, codec, size_bytes)
+        return LoadedKV(stored, shape, codec, size_bytes, base)
 
     def _save(self, chunk: ChunkKV, variant: str, codecs: Sequence[str]) -> int:
         assert self._codecs is not None
@@ -302,23 +289,46 @@ class ChunkStore:
         key = key_of(chunk.token_ids)
         written = []
         for name in codecs:
-            codec, tables = self._codecs.for_writing(name)
-            written.append((name, *coded(chunk, self.scope, variant, name, codec, tables)))
-        if not written or not self._has_room(sum(len(piece) for *_, parts in written for piece in parts)):
+            base = self._base(chunk, variant, name)
+            codec, tables = self._codecs.for_writing(name, residual=base is not None)
+            written.append(coded(chunk, self.scope, variant, name, codec, tables, base))
+        if not written or not self._has_room(sum(len(piece) for _, parts in written for piece in parts)):
             return 0
+        recorded = self.records.variants(key)
+        if any(header.base is not None and header.base.form not in recorded for header, _ in written):
+            return self._save(chunk, variant, codecs)  # what made room for it was what it is against
         rows = [
-            VariantRow(key, _form(variant, name), self.store.write(header.name, parts), _now())
-            for name, header, parts in written
+            VariantRow(key, parsed(header.name)[1], self.store.write(header.name, parts), _now())
+            for header, parts in written
         ]
         self.records.add({key: chunk.token_ids}, rows)
         return sum(row.size_bytes for row in rows)
 
+    def _base(self, chunk: ChunkKV, variant: str, codec: str) -> tuple[BaseObject, Tensor] | None:
+        """What a variant is stored as a residual against, and its KV; None where it is stored whole."""
+        import torch
+
+        key = key_of(chunk.token_ids)
+        form = base_for(variant, codec, self.records.variants(key))
+        if not form:
+            return None
+        layers, _, _, kv_heads, head_size = chunk.kv.shape
+        shape = KVShape(layers, kv_heads, head_size, chunk.kv.dtype)
+        loaded = self.load(self._name(key, form), shape)
+        if isinstance(loaded, str):
+            return None
+        try:
+            return BaseObject(form=form, checksum=loaded.checksum), loaded.kv(torch.float32)
+        except CorruptObjectError:
+            return None
+
     def _has_room(self, size_bytes: int) -> bool:
         return self._room is None or self._room.make(self.scope, size_bytes)
 
-    def _is_there(self, key: bytes, form: str, recorded: Mapping[str, VariantRow]) -> bool:
-        # Over a network the records are trusted: what turns out to be gone is recorded so, and is missing then.
-        return form in recorded and (self.store.remote or self.store.exists(self._name(key, form)))
+    def _is_there(self, key: bytes, form: str) -> bool:
+        """Whether the store has all that is read for a form. Over a network the records are trusted: what turns out to
+        be gone is recorded so, and is missing then."""
+        return self.store.remote or all(self.store.exists(self._name(key, each)) for each in read_for(form))
 
     def _name(self, key: bytes, form: str) -> str:
         return object_name(self.scope, key, form)
@@ -330,9 +340,8 @@ class ChunkStore:
         key, form, _ = parsed(name)
         try:
             self.refresh()
-            if form in self.records.variants(key):
-                self.records.drop([(key, form)], _now())
-                self.store.delete([name])
+            if any(form in read_for(known) for known in self.records.variants(key)):
+                self._drop([(key, form)], unless=lambda _key: False)
         except StoreError:
             return  # a store that may only be read; the miss is reported all the same
 
@@ -379,23 +388,8 @@ class ChunkStores:
             chunks.uses.flush()
 
 
-_DAMAGED = ("corrupt", "of another chunk", "of another model")
-
-
-def _read(store: Store, name: str, part: range | None) -> tuple[StoredObject, int] | str:
-    try:
-        read = read_object(store, name, part)
-    except CorruptObjectError:
-        return "corrupt"
-    except StoreError:
-        return "unreadable"
-    except ValueError:
-        return "shorter than planned"
-    return "absent" if read is None else read
-
-
-def _form(variant: str, codec: str) -> str:
-    return f"{variant}.{codec}"
+_OTHER_BASE = "a residual against another object"
+_DAMAGED = ("corrupt", "of another chunk", "of another model", _OTHER_BASE)
 
 
 def _now() -> int:

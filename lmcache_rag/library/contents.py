@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.chunk_kv import RESIDUAL, KVScope, base_of, codec_in
 from lmcache_rag.library.names import is_chats
 from lmcache_rag.library.room import PINNED, PREAMBLE
 from lmcache_rag.library.scopes import recorded_scopes
@@ -54,7 +54,7 @@ def figures(store: Store, scope: KVScope, records: Records) -> dict[str, Any]:
         "objects": len(found.chunk),
         "tokens": int(found.tokens[np.unique(found.chunk)].sum()),
         "bytes": int(found.size_bytes.sum()),
-        "bytes_by_codec": _summed(found, lambda form: form.partition(".")[2]),
+        "bytes_by_codec": _summed(found, lambda form: RESIDUAL if base_of(form) else codec_in(form)),
         "bytes_by_kind": _summed(found, lambda form: _kind(form, is_chats(scope.namespace))),
         "owners": len(set(found.owner.tolist()) - {PINNED}),
         "pinned_chunks": len(np.unique(pinned)),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.chunk_kv import KVScope, base_of
 from lmcache_rag.codec.container import check
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.names import object_name
@@ -85,15 +85,17 @@ def _copy_objects(
     there: dict[str, VariantRow],
     copied: Copied,
 ) -> list[VariantRow]:
-    """Copy a chunk's objects; returns the rows to be recorded."""
-    new = []
-    for row in rows:
-        name = object_name(scope, row.key, row.form)
+    """Copy a chunk's objects, residuals after what they are against; returns the rows to be recorded."""
+    new: list[VariantRow] = []
+    for row in sorted(rows, key=lambda row: bool(base_of(row.form))):
+        name, base = object_name(scope, row.key, row.form), base_of(row.form)
         if row.form in there and target.size(name) == row.size_bytes:
             copied.present += 1
             continue
         data = source.read(name)
         problem = "it is gone" if data is None else _problem(name, data)
+        if base and not problem and base not in there and all(base != each.form for each in new):
+            problem = "what it is a residual against is left out"
         if data is None or problem:
             copied.left_out += 1
             _log.warning("%s is left out (%s)", name, problem)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.chunk_kv import KVScope, codec_in
 from lmcache_rag.codec import CODECS
 from lmcache_rag.library.names import beside, object_name
 from lmcache_rag.library.room import Limits, Room
@@ -88,7 +88,7 @@ def _unused_tables(store: Store, scopes: Sequence[KVScope]) -> list[str]:
         records = Records(store, scope)
         records.refresh()
         live = records.live()
-        codecs = {live.forms[form].partition(".")[2] for form in set(live.form.tolist())}
+        codecs = {codec_in(live.forms[form]) for form in set(live.form.tolist())}
         if any(codec not in CODECS or CODECS[codec].learned for codec in codecs):
             in_use.add(scope.model)
     unused: list[str] = []

@@ -10,7 +10,8 @@ import numpy as np
 
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
 from lmcache_rag.errors import CorruptObjectError
-from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.chunks import ChunkStores
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.names import parsed
 
 if TYPE_CHECKING:

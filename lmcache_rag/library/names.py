@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.chunk_kv import KVScope, codec_in
 from lmcache_rag.codec.container import FORMAT_VERSION
 
 _CHATS = ".chats"
 
 
 def object_name(scope: KVScope, key: bytes, form: str) -> str:
-    """Where the object of a chunk in this form, `variant.codec`, is kept."""
+    """Where the object of a chunk in this form is kept; see `form_of`."""
     return f"{scope.folder(key)}{form}.v{FORMAT_VERSION}"
 
 
@@ -23,8 +23,8 @@ def parsed(name: str) -> tuple[bytes, str, int]:
 
 
 def codec_of(name: str) -> str:
-    """In which codec the object of this name is."""
-    return name.rpartition("/")[2].split(".")[1]
+    """In which codec K and V are that are read from the object of this name."""
+    return codec_in(parsed(name)[1])
 
 
 def chats_of(namespace: str, cache_salt: str | None) -> str:

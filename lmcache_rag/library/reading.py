@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.codec import ObjectIndex, StoredObject, open_index, unpack, unpack_range
-from lmcache_rag.errors import CorruptObjectError
+from lmcache_rag.errors import CorruptObjectError, StoreError
 
 _FIRST_BYTES = 32 << 10
 """The index of most objects is in these."""
@@ -50,3 +50,16 @@ def read_object(store: Store, name: str, part: range | None) -> tuple[StoredObje
     if data is None:
         return None
     return unpack_range(index, part.start, len(part), data), length + len(data)
+
+
+def read_if_usable(store: Store, name: str, part: range | None) -> tuple[StoredObject, int] | str:
+    """As `read_object`, or why that is not possible."""
+    try:
+        read = read_object(store, name, part)
+    except CorruptObjectError:
+        return "corrupt"
+    except StoreError:
+        return "unreadable"
+    except ValueError:
+        return "shorter than planned"
+    return "absent" if read is None else read

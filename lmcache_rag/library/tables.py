@@ -90,12 +90,15 @@ class ModelCodecs:
         self._tables = TableStore(store, model)
         self._own = TableStore(own, model) if own is not None else None
         self._shape = shape
-        self._made: dict[tuple[str, str], Codec] = {}
+        self._made: dict[tuple[str, str, bool], Codec] = {}
         self._known: dict[str, CodecTables] = {}
         self._last = ""
 
-    def for_writing(self, name: str) -> tuple[Codec, str]:
+    def for_writing(self, name: str, *, residual: bool = False) -> tuple[Codec, str]:
         """The codec of this name, and the digest of its tables.
+
+        Args:
+            residual: of what is added to KV in this codec.
 
         Raises:
             StoreError: it needs tables, and there are none.
@@ -104,9 +107,9 @@ class ModelCodecs:
         if CODECS[name].learned:
             self._last = self._last or self._find_last()
             digest = self._last
-        return self._codec(name, digest), digest
+        return self._codec(name, digest, residual=residual), digest
 
-    def for_reading(self, name: str, digest: str) -> Codec | None:
+    def for_reading(self, name: str, digest: str, *, residual: bool = False) -> Codec | None:
         """The codec of an object; None where its tables are missing. Raises `StoreError`."""
         if CODECS[name].learned and digest not in self._known:
             tables = self._tables.named(digest)
@@ -115,7 +118,7 @@ class ModelCodecs:
             if tables is None:
                 return None
             self._keep(tables)
-        return self._codec(name, digest)
+        return self._codec(name, digest, residual=residual)
 
     def _find_last(self) -> str:
         tables = self._tables.last()
@@ -143,8 +146,10 @@ class ModelCodecs:
             raise CorruptObjectError("The codec tables stored for this model are those of another shape.")
         self._known[tables.digest] = tables
 
-    def _codec(self, name: str, digest: str) -> Codec:
-        key = (name, digest)
+    def _codec(self, name: str, digest: str, *, residual: bool) -> Codec:
+        key = (name, digest, residual)
         if key not in self._made:
-            self._made.setdefault(key, CODECS[name].make(self._shape.layers, self._known.get(digest)))
+            make = CODECS[name].residual if residual else CODECS[name].make
+            assert make is not None
+            self._made.setdefault(key, make(self._shape.layers, self._known.get(digest)))
         return self._made[key]

@@ -14,6 +14,7 @@ from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.codec.container import FORMAT_VERSION, check
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.names import object_name, parsed
+from lmcache_rag.library.reading import read_index
 from lmcache_rag.records.records import Records
 
 
@@ -61,7 +62,7 @@ def verify(
         data = store.read(name)
         if data is None:
             found.missing.append(name)
-        elif problem := _problem(name, data, records, key, form):
+        elif problem := _problem(name, data, records, key, form) or _base_problem(store, scope, records, key, data):
             found.damaged[name] = problem
         found.checked += 1
         if progress is not None:
@@ -74,8 +75,8 @@ def verify(
     found.unrecorded = unrecorded(there, now)
     lost = [*found.damaged, *found.missing]
     if repair and lost:
-        records.drop([recorded[name] for name in lost], int(time.time()))
-        store.delete(lost)
+        gone = records.drop([recorded[name] for name in lost], int(time.time()))
+        store.delete({*lost, *(object_name(scope, row.key, row.form) for row in gone)})
     return found
 
 
@@ -116,3 +117,18 @@ def _problem(name: str, data: memoryview, records: Records, key: bytes, form: st
     if row is not None and row.size_bytes != len(data):
         return f"it has {len(data)} bytes, and {row.size_bytes} are recorded"
     return ""
+
+
+def _base_problem(store: Store, scope: KVScope, records: Records, key: bytes, data: memoryview) -> str:
+    """What is wrong with a residual because of what it is to be added to, or nothing. A base that is damaged itself is
+    reported under its own name."""
+    base = check(data).header.base
+    if base is None:
+        return ""
+    if base.form not in records.variants(key):
+        return "what it is a residual against is gone"
+    try:
+        read = read_index(store, object_name(scope, key, base.form))
+    except CorruptObjectError:
+        return ""
+    return "" if read is None or read[0].checksum == base.checksum else "it is a residual against another object"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_rag.chunk_kv import codec_in, variant_in
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.names import parsed
 from lmcache_rag.plan.plan import PlannedSegment
@@ -41,12 +42,11 @@ def _row(segment: PlannedSegment, *, first: bool) -> dict[str, Any]:
     if segment.name is None:
         return {**row, "reuse": "no", "why": "the preamble is not stored" if first else segment.reason}
     key, form, _ = parsed(segment.name)
-    variant, _, codec = form.partition(".")
     kind = "exact" if segment.exact else "repaired"
     why = "preamble" if first else "computed behind another preamble" if segment.foreign else "found by its tokens"
     return {
-        **row, "reuse": kind, "why": why, "offset": segment.offset, "key": key.hex(), "variant": variant,
-        "codec": codec, "bytes": segment.size_bytes,
+        **row, "reuse": kind, "why": why, "offset": segment.offset, "key": key.hex(), "variant": variant_in(form),
+        "codec": codec_in(form), "bytes": segment.size_bytes,
     }  # fmt: skip
 
 

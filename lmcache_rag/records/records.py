@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import KVScope
+from lmcache_rag.chunk_kv import KVScope, base_of
 from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.process import OwnProcess
 from lmcache_rag.records.follower import Follower
@@ -158,7 +158,8 @@ class Records(View):
     def drop(
         self, objects: Iterable[tuple[bytes, str]], used_s: int, unless: Callable[[bytes], bool] = lambda _key: False
     ) -> list[VariantRow]:
-        """Record that objects, named by key and form, are gone; returns what they were, so that they can be deleted.
+        """Record that objects, named by key and form, are gone, and with them the residuals against them, which are of
+        no use alone; returns what they were, so that they can be deleted.
 
         Args:
             used_s: now, in seconds since 1970.
@@ -167,10 +168,17 @@ class Records(View):
         Raises:
             StoreError: the store cannot be written to.
         """
-        objects, gone = list(objects), dict[tuple[bytes, str], VariantRow]()
+        forms, gone = dict[bytes, set[str]](), dict[tuple[bytes, str], VariantRow]()
+        for key, form in objects:
+            forms.setdefault(key, set()).add(form)
 
         def part() -> Part:
-            rows = [row for key, form in objects if (row := self.variants(key).get(form)) and not unless(key)]
+            rows = [
+                row
+                for key, own in forms.items()
+                for row in self.variants(key).values()
+                if not own.isdisjoint((row.form, base_of(row.form))) and not unless(key)
+            ]
             gone.update(((row.key, row.form), row) for row in rows)
             return build({}, [replace(row, size_bytes=0, used_s=used_s) for row in rows])
 

@@ -15,8 +15,9 @@ from lmcache_rag.blend.loading import Loader
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.throttled import Throttle, ThrottledStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
-from lmcache_rag.library.chunks import ChunkStore, ChunkStores, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.hot import HotChunks
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.tables import ModelCodecs
 from lmcache_rag.plan.plan import PlannedSegment
 from tests.helpers import chunk_store

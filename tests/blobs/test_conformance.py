@@ -10,7 +10,8 @@ import torch
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.rebuild import rebuild
 from lmcache_rag.library.scopes import scopes_of
 from lmcache_rag.library.tables import TableStore

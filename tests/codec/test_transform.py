@@ -13,6 +13,7 @@ from lmcache_rag_kernels import CodedGroups
 from lmcache_rag.codec.tables import CodecTables, head_groups, learn_tables
 from lmcache_rag.codec.transform import TransformCodec
 from lmcache_rag.errors import CorruptObjectError
+from tests.codec.coding import coded_groups
 
 LAYERS, HEADS, SIZE = 2, 2, 8
 STEPS = (0.15, 0.26, 0.6)
@@ -42,12 +43,8 @@ def tables(fisher: torch.Tensor, request: pytest.FixtureRequest) -> CodecTables:
 
 def coded(codec: TransformCodec, kv: torch.Tensor) -> tuple[torch.Tensor, int]:
     """What comes back, and the number of bytes."""
-    streams = codec.encode(kv.unflatten(3, (HEADS, SIZE)))
-    lengths = np.array([[len(stream) for stream in group] for group in streams])
-    places = np.stack([lengths.cumsum().reshape(lengths.shape) - lengths, lengths], axis=-1)
-    data = memoryview(b"".join(stream for group in streams for stream in group))
-    decoded = codec.decode(CodedGroups(data, places, kv.shape[2], codec.group), HEADS, SIZE, kv.dtype)
-    return decoded.flatten(3), int(lengths.sum())
+    groups = coded_groups(codec, kv.unflatten(3, (HEADS, SIZE)))
+    return codec.decode(groups, HEADS, SIZE, kv.dtype).flatten(3), int(groups.places[..., 1].sum())
 
 
 @pytest.mark.parametrize("step", STEPS)

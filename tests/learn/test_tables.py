@@ -10,7 +10,7 @@ from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import ModelError
 from lmcache_rag.learn.tables import learn, load_model, position_free
-from lmcache_rag.library.chunks import LoadedKV
+from lmcache_rag.library.loaded import LoadedKV
 from tests.helpers import ingest, parts, random_plan
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from lmcache_rag_kernels import Rows
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.records.part import VariantRow
 from tests.helpers import chunk_store
 

@@ -12,7 +12,8 @@ from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.tables import TableStore
 from lmcache_rag.records.records import Records
 from tests.helpers import chunk_store

@@ -11,8 +11,9 @@ from lmcache_rag_kernels import Rows
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
-from lmcache_rag.library.chunks import ChunkStores, LoadedKV
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.hot import HeldKV, HotChunks
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.names import parsed
 from lmcache_rag.library.tables import ModelCodecs
 

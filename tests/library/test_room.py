@@ -12,8 +12,9 @@ from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of, variant_of
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library import chunks as module
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.eviction import EVICTION, Candidates
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.names import chats_of
 from lmcache_rag.library.room import DAY_S, Limits, Rooms
 from lmcache_rag.library.tables import ModelCodecs

@@ -13,7 +13,8 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
 from lmcache_rag.codec.tables import CodecTables, learn_tables
 from lmcache_rag.errors import CorruptObjectError, StoreError
-from lmcache_rag.library.chunks import ChunkStore, LoadedKV
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.tables import ModelCodecs, TableStore
 
 SHAPE = KVShape(layers=2, kv_heads=1, head_size=8, dtype=torch.float32)

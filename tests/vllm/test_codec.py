@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lmcache_rag.blobs.throttled import Throttle
-from lmcache_rag.chunk_kv import key_of
+from lmcache_rag.chunk_kv import base_of, codec_in, key_of, variant_of
 from lmcache_rag.codec import unpack
 from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.library.names import parsed
 from lmcache_rag.request import BlendOptions
 from tests.conftest import Engines
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
@@ -60,6 +61,20 @@ def without_tables(store: Path) -> Iterator[None]:
     finally:
         shutil.rmtree(tables, ignore_errors=True)
         (store / ".away").rename(tables)
+
+
+def test_a_chunk_is_stored_once_and_as_a_residual_and_reused_as_their_sum(engine: LocalEngine) -> None:
+    plan = random_plan(77)
+    preamble, chunks, _ = parts(plan)
+    assert not engine.precompute(preamble, chunks, primer=list(range(100, 155))).errors
+    stored = [engine.chunk_store().records.variants(key_of(chunk)) for chunk in chunks]
+    assert all({codec_in(form) for form in forms if base_of(form)} == {"balanced", "small"} for forms in stored)
+    assert engine.precompute(preamble, chunks, primer=list(range(100, 155))).present == len(chunks)
+    _, done = answer(engine, plan, REUSE, tokens=1)
+    first = engine.chunk_store().variants(key_of(chunks[0]))[variant_of(preamble)]
+    assert (done.reuse.mode, done.reuse.missed_tokens) == ("blend", 0)
+    assert done.reuse.exact_tokens == len(preamble) + len(chunks[0])
+    assert base_of(parsed(first.name)[1]) and done.reuse.bytes_loaded > first.size_bytes
 
 
 def test_where_there_are_no_tables_they_are_learned_once(

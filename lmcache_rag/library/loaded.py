@@ -1,0 +1,91 @@
+"""What was read from a store of one variant of a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache_rag.chunk_kv import KVShape
+from lmcache_rag.codec import Codec, StoredObject
+
+if TYPE_CHECKING:
+    import torch
+    from lmcache_rag_kernels import Rows
+    from torch import Tensor
+
+_TOKENS = 512
+"""So many tokens are added up at once, a multiple of every group: fewer take longer, more take more memory."""
+
+
+class LoadedKV:
+    """One stored variant of a chunk, decoded when it is wanted.
+
+    Args:
+        size_bytes: read for it.
+        base: what a residual is added to.
+    """
+
+    def __init__(
+        self, stored: StoredObject, shape: KVShape, codec: Codec, size_bytes: int, base: LoadedKV | None = None
+    ) -> None:
+        self.size_bytes: int = size_bytes + (base.size_bytes if base is not None else 0)
+        self._stored = stored
+        self._shape = shape
+        self._codec = codec
+        self._base = base
+
+    @property
+    def tokens(self) -> int:
+        return self._stored.header.tokens
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """All of the chunk's, int32."""
+        return self._stored.token_ids
+
+    @property
+    def codec(self) -> str:
+        """The name of the one that it was stored in; of a residual, that of its base."""
+        return self._stored.header.codec if self._base is None else self._base.codec
+
+    @property
+    def checksum(self) -> int:
+        """Of the object."""
+        return self._stored.checksum
+
+    def place(self, offset: int, rows: Rows) -> None:
+        """See `ChunkKV.place`. Raises `CorruptObjectError`."""
+        if self._base is None:
+            self._codec.restore(self._stored.coded, offset, rows)
+        else:
+            self._place_sum(self._base, offset, rows)
+
+    def kv(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Of the tokens that were read, as `ChunkKV.kv`, by default in its dtype. Raises `CorruptObjectError`."""
+        import torch
+        from lmcache_rag_kernels import Rows
+
+        shape, coded = self._shape, self._stored.coded
+        dtype = dtype or shape.dtype
+        if self._base is None:
+            return self._codec.decode(coded, shape.kv_heads, shape.head_size, dtype)
+        begin, end = coded.span(0)[0], coded.span(len(coded.places) - 1)[1]
+        kv = torch.empty(shape.layers, 2, end - begin, shape.kv_heads, shape.head_size, dtype=dtype)
+        self.place(begin, Rows(kv[:, 0], kv[:, 1], 0, [None] * shape.layers))
+        return kv
+
+    def _place_sum(self, base: LoadedKV, offset: int, rows: Rows) -> None:
+        """RoPE is linear: both are turned, then added, in float32."""
+        import torch
+
+        end = offset + rows.length
+        starts = [offset, *range((offset // _TOKENS + 1) * _TOKENS, end, _TOKENS)]
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+            here = rows.part(slice(None), slice(start - offset, stop - offset))
+            room = torch.empty(4, *here.key.shape, device=here.key.device)
+            base.place(start, replace(here, key=room[0], value=room[1]))
+            self._codec.restore(self._stored.coded, start, replace(here, key=room[2], value=room[3]))
+            torch.add(room[0], room[2], out=here.key)
+            torch.add(room[1], room[3], out=here.value)
