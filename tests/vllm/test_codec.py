@@ -63,20 +63,6 @@ def without_tables(store: Path) -> Iterator[None]:
         (store / ".away").rename(tables)
 
 
-def test_a_chunk_is_stored_once_and_as_a_residual_and_reused_as_their_sum(engine: LocalEngine) -> None:
-    plan = random_plan(77)
-    preamble, chunks, _ = parts(plan)
-    assert not engine.precompute(preamble, chunks, primer=list(range(100, 155))).errors
-    stored = [engine.chunk_store().records.variants(key_of(chunk)) for chunk in chunks]
-    assert all({codec_in(form) for form in forms if base_of(form)} == {"balanced", "small"} for forms in stored)
-    assert engine.precompute(preamble, chunks, primer=list(range(100, 155))).present == len(chunks)
-    _, done = answer(engine, plan, REUSE, tokens=1)
-    first = engine.chunk_store().variants(key_of(chunks[0]))[variant_of(preamble)]
-    assert (done.reuse.mode, done.reuse.missed_tokens) == ("blend", 0)
-    assert done.reuse.exact_tokens == len(preamble) + len(chunks[0])
-    assert base_of(parsed(first.name)[1]) and done.reuse.bytes_loaded > first.size_bytes
-
-
 def test_where_there_are_no_tables_they_are_learned_once(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -90,6 +76,20 @@ def test_where_there_are_no_tables_they_are_learned_once(
         again = engine.codec.tables.last()
         assert learned is not None and again is not None and again.digest == learned.digest
         assert not capsys.readouterr().err
+
+
+def test_a_chunk_is_stored_once_and_as_a_residual_and_reused_as_their_sum(engine: LocalEngine) -> None:
+    plan = random_plan(77)
+    preamble, chunks, _ = parts(plan)
+    assert not engine.precompute(preamble, chunks, primer=list(range(100, 155))).errors
+    stored = [engine.chunk_store().records.variants(key_of(chunk)) for chunk in chunks]
+    assert all({codec_in(form) for form in forms if base_of(form)} == {"balanced", "small"} for forms in stored)
+    assert engine.precompute(preamble, chunks, primer=list(range(100, 155))).present == len(chunks)
+    _, done = answer(engine, plan, REUSE, tokens=1)
+    first = engine.chunk_store().variants(key_of(chunks[0]))[variant_of(preamble)]
+    assert (done.reuse.mode, done.reuse.missed_tokens) == ("blend", 0)
+    assert done.reuse.exact_tokens == len(preamble) + len(chunks[0])
+    assert base_of(parsed(first.name)[1]) and done.reuse.bytes_loaded > first.size_bytes
 
 
 def test_what_is_stored_is_small_and_near_the_truth(engine: LocalEngine) -> None:

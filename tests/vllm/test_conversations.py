@@ -11,6 +11,7 @@ import torch
 from lmcache_rag.engine import Completion, EngineSettings, LocalEngine, Sampling
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
+from lmcache_rag.vllm.metadata import Refined
 from tests.conftest import Engines
 from tests.helpers import OFF, answer, connector, fix_rates, ingest, noise, parts, random_plan, worker_half
 from tests.models import make_tiny
@@ -194,13 +195,13 @@ def test_a_refinement_that_fails_is_given_up(engine: LocalEngine, monkeypatch: p
         raise MemoryError
 
     monkeypatch.setattr(worker_half()._refiner, "advance", advance)
-    counted: list[tuple[int, int, str]] = []
+    counted: list[tuple[int, Refined]] = []
     stats = connector(engine).scheduler.stats
     monkeypatch.setattr(stats, "refined", lambda *figures: counted.append(figures))
     done = ask(engine, plan)
     engine.settle()
     monkeypatch.undo()
-    assert counted == [(0, 0, "MemoryError")]
+    assert counted == [(0, Refined(failure="MemoryError"))]
     assert ask(engine, extended(plan, done)).reuse.mode == "continued"
 
 
