@@ -43,9 +43,13 @@ def test_a_limit(tmp_path: Path, no_engine: None, monkeypatch: pytest.MonkeyPatc
         assert not report.errors and report.evicted_objects > 0
         assert limit / 2 < engine.chunk_store().records.size_bytes <= limit
         plan = random_plan(3)
-        ingest(engine, plan)
-        before = engine.chunk_store().records.position
-        assert engine.generate(plan).reuse.missed_tokens == 0
+        for _ in range(5):  # of what was stored in the same second, any may have to make room
+            ingest(engine, plan)
+            before = engine.chunk_store().records.position
+            missed = engine.generate(plan).reuse.missed_tokens
+            if not missed:
+                break
+        assert not missed
         records = engine.chunk_store().records
         engine.close()
         records.refresh()
