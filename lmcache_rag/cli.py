@@ -13,6 +13,7 @@ import typer
 from lmcache_rag import __version__
 from lmcache_rag.bench import store_commands  # noqa: F401  # adds its commands to the others
 from lmcache_rag.bench.commands import bench_app, calibrate
+from lmcache_rag.corpus import commands  # noqa: F401  # the same
 from lmcache_rag.errors import LmcacheRagError, PromptError
 from lmcache_rag.library.commands import store_app
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport, SelectorName

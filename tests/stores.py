@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lmcache_rag.blobs.base import Store
+from lmcache_rag.blobs.base import Store, Untiered
 from lmcache_rag.errors import StoreError
 
 
-class MemoryStore:
+class MemoryStore(Untiered):
     """Blobs in a dict."""
 
     remote = False
@@ -52,15 +52,6 @@ class MemoryStore:
         return sorted({name[len(prefix) :].partition("/")[0] for name in self.blobs if name.startswith(prefix)})
 
     def free_bytes(self) -> int | None:
-        return None
-
-    def tier_of(self, name: str) -> str | None:
-        return None
-
-    def prefetch(self, names: Iterable[str]) -> int:
-        return 0
-
-    def heal(self, name: str) -> Store | None:
         return None
 
 

@@ -80,3 +80,16 @@ class CacheStore(Store, Protocol):
     def touch(self, name: str) -> None:
         """Note that a blob is used now, so that others who look at the store know. Fails silently: it is a hint."""
         ...
+
+
+class Untiered:
+    """What a store without others before or behind it says of tiers."""
+
+    def tier_of(self, name: str) -> str | None:
+        return None
+
+    def prefetch(self, names: Iterable[str]) -> int:
+        return 0
+
+    def heal(self, name: str) -> Store | None:
+        return None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmcache_rag.blobs.base import Untiered
 from lmcache_rag.errors import StoreError
 
 _UNFINISHED = ".unfinished"
@@ -22,7 +23,7 @@ _ABANDONED_AFTER_S = 24 * 3600
 _TRIES = 5
 
 
-class DiskStore:
+class DiskStore(Untiered):
     """One file an object.
 
     A file is written under another name in `.unfinished`, flushed to the disk and then renamed, so that a crash at any
@@ -121,15 +122,6 @@ class DiskStore:
             return shutil.disk_usage(self.root).free
         except OSError as error:
             raise _failed(f"The free space of {self.root} could not be read", error) from error
-
-    def tier_of(self, name: str) -> str | None:
-        return None
-
-    def prefetch(self, names: Iterable[str]) -> int:
-        return 0
-
-    def heal(self, name: str) -> None:
-        return None
 
     def entries(self) -> Iterator[tuple[str, int, float]]:
         for name in self.list(""):

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lmcache_rag.blobs.base import Untiered
 from lmcache_rag.errors import StoreError
 from lmcache_rag.process import OwnProcess
 
@@ -52,7 +53,7 @@ def retry_config(silence_s: float = 5.0) -> RetryConfig:
     return {"max_retries": 3, "retry_timeout": timedelta(seconds=silence_s), "backoff": backoff}  # type: ignore[typeddict-item]
 
 
-class ObjectStore:
+class ObjectStore(Untiered):
     """One object a blob, below a prefix that the bucket has.
 
     Args:
@@ -153,15 +154,6 @@ class ObjectStore:
         return sorted({path.rpartition("/")[2] for path in paths})
 
     def free_bytes(self) -> int | None:
-        return None
-
-    def tier_of(self, name: str) -> str | None:
-        return None
-
-    def prefetch(self, names: Iterable[str]) -> int:
-        return 0
-
-    def heal(self, name: str) -> None:
         return None
 
     def entries(self) -> Iterator[tuple[str, int, float]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lmcache_rag.blobs.base import Untiered
 from lmcache_rag.errors import StoreError
 
 LARGEST_BYTES = 512 << 20
@@ -30,7 +31,7 @@ _TOLD = {
 }
 
 
-class RedisStore:
+class RedisStore(Untiered):
     """One value a blob, under `prefix` and its name. How durable a blob is says the server's own configuration, and one
     that evicts values has misses. A connection that breaks is made again by itself.
 
@@ -131,15 +132,6 @@ class RedisStore:
         return sorted({name[len(prefix) :].partition("/")[0] for name in self.list(prefix)})
 
     def free_bytes(self) -> int | None:
-        return None
-
-    def tier_of(self, name: str) -> str | None:
-        return None
-
-    def prefetch(self, names: Iterable[str]) -> int:
-        return 0
-
-    def heal(self, name: str) -> None:
         return None
 
     def entries(self) -> Iterator[tuple[str, int, float]]:

@@ -182,6 +182,13 @@ def open_store(uri: str | Path, tiers: Sequence[str] = ()) -> Store:
         return store
 
 
+def open_existing(location: str) -> Store:
+    """The store that a command names. Raises `StoreError` where there is none, or it cannot be opened."""
+    if is_folder(location) and not Path(location).expanduser().is_dir():
+        raise StoreError(f"There is no store in {location}: name the folder or URI that --store named, or INDEX/kv.")
+    return open_store(location)
+
+
 def resolved(store: str, base: Path) -> str:
     """A store that is named from within a folder: a relative path begins there, a URI and `~` do not."""
     return store if not is_folder(store) else str(base / Path(store).expanduser())

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.blobs.base import Store
+from lmcache_rag.blobs.uri import open_existing
 from lmcache_rag.codec import DEFAULT_CODEC
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.library.chunks import ChunkStores
-from lmcache_rag.library.commands import open_store
 from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.model import cache_folder, resolve_model
 from lmcache_rag.plan.budget import Calibration
@@ -46,7 +46,7 @@ def explained(
             raise CorpusError(f"There is no index in {index}: name one with --index, or --store and --model.")
         model, namespace, codec = model or manifest.model, namespace or manifest.namespace, manifest.codec
         fingerprints = {manifest.model_fingerprint}
-        store = store or open_store(manifest.store_uri(index.expanduser()))
+        store = store or open_existing(manifest.store_uri(index.expanduser()))
     elif store is not None and model is not None:
         namespace = namespace or DEFAULT_NAMESPACE
         fingerprints = fingerprints_in(store, namespace)

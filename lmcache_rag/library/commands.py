@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lmcache_rag.blobs.base import Store
+from lmcache_rag.blobs.uri import open_existing, open_store
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.contents import Selection, figures, listed
 from lmcache_rag.terminal import err, out, show_rows
@@ -26,15 +26,6 @@ OwnerOption = Annotated[Optional[str], typer.Option(help="Of this owner only: an
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def open_store(location: str) -> Store:
-    """The store that a command names. Raises `StoreError` where there is none, or it cannot be opened."""
-    from lmcache_rag.blobs import uri
-
-    if uri.is_folder(location) and not Path(location).expanduser().is_dir():
-        raise StoreError(f"There is no store in {location}: name the folder or URI that --store named, or INDEX/kv.")
-    return uri.open_store(location)
-
-
 @store_app.command("stat")
 def stat_command(
     location: StoreArgument,
@@ -46,7 +37,7 @@ def stat_command(
     """How much is stored, of whom, and when it was used."""
     from lmcache_rag.library.verify import recorded_names, unrecorded
 
-    store, rows = open_store(location), []
+    store, rows = open_existing(location), []
     for scope, records in Selection(namespace, model).of(store):
         row = figures(store, scope, records)
         if deep:
@@ -55,7 +46,7 @@ def stat_command(
             names = unrecorded(there, recorded_names(scope, records))
             row["unreferenced_bytes"] = sum(store.size(name) or 0 for name in names)
         rows.append(row)
-    _show(rows, as_json=as_json)
+    show(rows, as_json=as_json)
 
 
 @store_app.command("ls")
@@ -69,29 +60,9 @@ def ls_command(
 ) -> None:
     """The stored chunks: tokens, forms, bytes, last use and owners."""
     number = None if owner is None else _owner(owner)
-    scopes = Selection(namespace, model).of(open_store(location))
+    scopes = Selection(namespace, model).of(open_existing(location))
     rows = (row for scope, records in scopes for row in listed(scope, records, number))
-    _show(list(islice(rows, limit)), as_json=as_json)
-
-
-@store_app.command("why")
-def why_command(
-    prompt: Annotated[Path, typer.Argument(help="File with the text of a prompt.")],
-    index: Annotated[Optional[Path], typer.Option(help="Folder of the index that it is asked over.")] = None,
-    location: Annotated[Optional[str], typer.Option("--store", help="Or a store, with --model.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Model of --store, a Hugging Face id or folder.")] = None,
-    namespace: Annotated[Optional[str], typer.Option(help="Whose KV.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What would be reused of a prompt, run by run, and why not. Whether an engine would rather compute it, since that
-    is faster, only the engine knows."""
-    from lmcache_rag.corpus.why import explained
-
-    store = None if location is None else open_store(location)
-    rows, reason = explained(prompt, index, store, model, namespace)
-    _show(rows, as_json=as_json)
-    if not as_json:
-        out.print(f"Nothing would be reused: {reason}." if reason else "What is fastest is known to an engine only.")
+    show(list(islice(rows, limit)), as_json=as_json)
 
 
 @store_app.command("verify")
@@ -106,7 +77,7 @@ def verify_command(
     """Read all objects and compare them with their checksums and records. Exit code 1 where something is damaged."""
     from lmcache_rag.library.verify import verify
 
-    store, rows, bad = open_store(location), [], False
+    store, rows, bad = open_existing(location), [], False
     for scope, records in Selection(namespace, model).of(store):
         with err.status(f"Reading {scope.prefix}") as status:
 
@@ -123,7 +94,7 @@ def verify_command(
         print(json.dumps(rows, indent=2))
     else:
         counted = ("damaged", "missing", "unrecorded")
-        _show([{**row, **{name: len(row[name]) for name in counted}} for row in rows], as_json=False)
+        show([{**row, **{name: len(row[name]) for name in counted}} for row in rows], as_json=False)
     if bad:
         raise typer.Exit(1)
 
@@ -150,8 +121,8 @@ def gc_command(
             status.update(f"waiting {grace_s:g} s for what is being stored")
             time.sleep(grace_s)
 
-        found = collect(open_store(location), limits, wait=wait, dry_run=dry_run, progress=status.update)
-    _show([asdict(found) if as_json else {name: len(names) for name, names in asdict(found).items()}], as_json=as_json)
+        found = collect(open_existing(location), limits, wait=wait, dry_run=dry_run, progress=status.update)
+    show([asdict(found) if as_json else {name: len(names) for name, names in asdict(found).items()}], as_json=as_json)
 
 
 @store_app.command("rm")
@@ -170,7 +141,7 @@ def rm_command(
 
     if all(each is None for each in (namespace, model, owner, key, unused_since)):
         raise StoreError("Say what to delete: --namespace, --model, --owner, --key or --unused-since.")
-    store = open_store(location)
+    store = open_existing(location)
     before = None if unused_since is None else time.time() - 86400 * unused_since
     found = {
         scope: matching(records, owner=None if owner is None else _owner(owner), key=key, before=before)
@@ -180,7 +151,7 @@ def rm_command(
     if count and not yes and not typer.confirm(f"Delete {count} chunks?"):
         raise typer.Exit(1)
     removed = Counter(chunks=count, bytes=sum(remove(store, scope, keys) for scope, keys in found.items()))
-    _show([dict(removed)], as_json=as_json)
+    show([dict(removed)], as_json=as_json)
 
 
 @store_app.command("cp")
@@ -191,11 +162,10 @@ def cp_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a store, or a namespace of it: objects, codec tables, records, owners and pins. Run again, it goes on."""
-    from lmcache_rag.blobs import uri
     from lmcache_rag.library.copying import copy_scope, copy_tables
 
-    source, rows = open_store(location), []
-    copy = uri.open_store(target)
+    source, rows = open_existing(location), []
+    copy = open_store(target)
     for scope, records in Selection(namespace).of(source):
         copy_tables(source, copy, scope.model)
         with err.status(f"Copying {scope.prefix}") as status:
@@ -205,7 +175,7 @@ def cp_command(
 
             copied = copy_scope(source, copy, scope, records, say)
         rows.append({"namespace": scope.namespace, "model": scope.model, **asdict(copied)})
-    _show(rows, as_json=as_json)
+    show(rows, as_json=as_json)
     if any(row["left_out"] for row in rows):
         raise typer.Exit(1)
 
@@ -228,7 +198,7 @@ def rebuild_command(location: StoreArgument) -> None:
     from lmcache_rag.library.rebuild import rebuild
     from lmcache_rag.library.scopes import scopes_of
 
-    store = open_store(location)
+    store = open_existing(location)
     scopes = scopes_of(store)
     if not scopes:
         out.print(f"Nothing is stored in {location}.")
@@ -245,7 +215,7 @@ def rebuild_command(location: StoreArgument) -> None:
 def _pin(location: str, keys: list[str], namespace: str | None, *, held: bool) -> None:
     from lmcache_rag.library.removing import known, pin
 
-    store, wanted, count = open_store(location), [_key(key) for key in keys], 0
+    store, wanted, count = open_existing(location), [_key(key) for key in keys], 0
     for scope, records in Selection(namespace).of(store):
         found = known(records, wanted)
         pin(store, scope, found, held=held)
@@ -275,7 +245,7 @@ def _key(digits: str) -> bytes:
         raise StoreError(f"{digits!r} is no chunk's key: give one as `lmcache-rag store ls --json` shows it.") from None
 
 
-def _show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+def show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     elif rows:

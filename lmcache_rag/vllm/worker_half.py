@@ -184,7 +184,10 @@ class WorkerHalf:
                 return Refined(stored_bytes=stored_bytes)
             if chunks.missing(piece.token_ids, piece.variant):
                 kv = ChunkKV(piece.token_ids, self._refiner.taken(piece.start, PIECE_TOKENS))
-                stored_bytes += chunks.save(kv, piece.variant)
+                saved_bytes = chunks.save(kv, piece.variant)
+                if not saved_bytes:
+                    break  # no room, and what follows is of no use without it
+                stored_bytes += saved_bytes
         return Refined(done=True, stored_bytes=stored_bytes)
 
     def take_done(self) -> set[str]:

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of, variant_of
+from lmcache_rag.cli import store_app
 from lmcache_rag.codec.tables import learn_tables
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
-from lmcache_rag.library.commands import store_app
 from lmcache_rag.library.garbage import collect
 from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.room import Limits
