@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +31,8 @@ from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 
-_LOADED_PIECES = 8
-"""So many pieces of a stored conversation are loaded in a step."""
+_PIECES = 8
+"""So many pieces of a conversation are loaded, or handed on to be stored, in a step."""
 
 _PAUSE_S = 0.001
 
@@ -80,6 +82,8 @@ class WorkerHalf:
         rates = self._rates
         self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
         self._refined: Refined | None = None
+        self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
+        self._saving: tuple[tuple[int, ...], Future[tuple[int, bool]]] | None = None  # of which prompt
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
@@ -147,7 +151,7 @@ class WorkerHalf:
             for piece, form in stored_pieces(chunks, job.token_ids)
             if piece.start >= done
         ]
-        wanted = wanted[:_LOADED_PIECES]
+        wanted = wanted[:_PIECES]
         for found in self._blender.loader.load(self._chats, wanted, len(job.token_ids), may_wait=lambda: False):
             if found is None:
                 if time.perf_counter() - start > PIECE_S:
@@ -176,19 +180,28 @@ class WorkerHalf:
         return Refined(done=True)
 
     def _store(self, job: RefineJob) -> Refined:
-        start, stored_bytes = time.perf_counter(), 0
+        """Have some pieces stored by a thread, and see in later steps whether it is done: a store may take long, and no
+        request is to wait for it."""
+        stored_bytes = 0
+        if self._saving is not None:
+            token_ids, saving = self._saving
+            if not saving.done():
+                time.sleep(_PAUSE_S)  # vLLM steps on meanwhile
+                return Refined()
+            self._saving = None
+            stored_bytes, is_full = saving.result()
+            if is_full and token_ids == job.token_ids:
+                return Refined(done=True, stored_bytes=stored_bytes)
         chunks = self._chats.of(job.chats)
-        chunks.refresh()
-        for piece in pieces(job.token_ids):
-            if time.perf_counter() - start > PIECE_S:
-                return Refined(stored_bytes=stored_bytes)
-            if chunks.missing(piece.token_ids, piece.variant):
-                kv = ChunkKV(piece.token_ids, self._refiner.taken(piece.start, PIECE_TOKENS))
-                saved_bytes = chunks.save(kv, piece.variant)
-                if not saved_bytes:
-                    break  # no room, and what follows is of no use without it
-                stored_bytes += saved_bytes
-        return Refined(done=True, stored_bytes=stored_bytes)
+        chunks.follow()
+        missing = (piece for piece in pieces(job.token_ids) if chunks.missing(piece.token_ids, piece.variant))
+        wanted = [
+            (ChunkKV(piece.token_ids, self._refiner.taken(piece.start, PIECE_TOKENS)), piece.variant)
+            for piece in itertools.islice(missing, _PIECES)
+        ]
+        if wanted:
+            self._saving = job.token_ids, self._saver.submit(_saved, chunks, wanted)
+        return Refined(done=not wanted, stored_bytes=stored_bytes)
 
     def take_done(self) -> set[str]:
         """The requests whose blends ended since the last call, well or not."""
@@ -265,10 +278,23 @@ class WorkerHalf:
         """Record what was used and is not yet recorded."""
         for chunks in (self._chunks, self._chats):
             chunks.flush()
+        self._saver.shutdown()
 
     def _taken(self, plan: BlendPlan, start: int, length: int) -> ChunkKV:
         token_ids = np.array(plan.token_ids[start : start + length], dtype=np.int32)
         return ChunkKV(token_ids, self._blender.workspace.take(start, length))
+
+
+def _saved(chunks: ChunkStore, wanted: Sequence[tuple[ChunkKV, str]]) -> tuple[int, bool]:
+    """Store pieces, in order; the bytes written, and whether there was no room: what follows a piece that is missing
+    is of no use."""
+    stored_bytes = 0
+    for kv, variant in wanted:
+        saved_bytes = chunks.save(kv, variant)
+        if not saved_bytes:
+            return stored_bytes, True
+        stored_bytes += saved_bytes
+    return stored_bytes, False
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:

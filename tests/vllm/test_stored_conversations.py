@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
+from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.names import chats_of
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
@@ -147,6 +150,35 @@ def test_new_passages_behind_an_exact_conversation_are_blended(no_engine: None, 
         exact, done = answer(engine, MarkedPrompt(tuple(prompt), len(preamble), ()), options, "own")
         assert done.reuse.mode == "blend" and done.reuse.exact_tokens > begun - PIECE_TOKENS
         torch.testing.assert_close(exact, expected, atol=tolerance, rtol=0)
+
+
+def test_no_request_waits_for_a_conversation_to_be_stored(
+    no_engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, begun, released, gave_up = ChunkStore.save, threading.Event(), threading.Event(), []
+
+    def hanging(chunks: ChunkStore, *arguments: Any) -> int:
+        if ".chats" in chunks.scope.namespace:
+            begun.set()
+            if not released.wait(20):
+                gave_up.append(True)
+        return save(chunks, *arguments)
+
+    plan, other = random_plan(238, chunks=(200, 200)), random_plan(239)
+    settings = settings_in(tmp_path)
+    with LocalEngine(settings) as engine:
+        fix_rates(engine)
+        ingest(engine, plan)
+        monkeypatch.setattr(ChunkStore, "save", hanging)
+        turn = MarkedPrompt(plan.token_ids, plan.preamble_length, ())
+        engine.generate(turn, Sampling(max_tokens=40, ignore_eos=True), REPAIR, cache_salt="own")
+        assert begun.wait(60)
+        answer(engine, other, OFF)
+        assert not gave_up  # it was answered meanwhile
+        released.set()
+        engine.settle()
+        monkeypatch.undo()
+        assert stored_pieces(engine.chunk_store(chats_of(settings.namespace, "own")), plan.token_ids)
 
 
 def test_nothing_is_stored_unless_it_is_asked_for(no_engine: None, tmp_path: Path) -> None:
