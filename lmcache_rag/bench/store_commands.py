@@ -15,6 +15,7 @@ from lmcache_rag.bench.commands import JsonOption, bench_app, write_rows
 from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.uri import open_store
+from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.errors import PromptError
 from lmcache_rag.library.contents import Selection
 from lmcache_rag.library.copying import copy_scope, copy_tables
@@ -116,7 +117,8 @@ def bench_scale_command(
             raw_bytes, tokens = bound_model().shape.bytes_per_token, limit * chunk_tokens
             longest = max(len(prompt.token_ids) for prompt in prompts)
             memory = kv_memory(settings, raw_bytes, tokens, longest, share)
-            stored_bytes = engine.chunk_store().records.size_bytes
+            records = engine.chunk_store().records
+            stored_bytes = sum(row.size_bytes for ids in chunks for row in records.variants(key_of(ids)).values())
         stores: dict[str, dict[str, Any]] = {"disk": {"store": str(folder)}}
         for tier in (tier for tier in _TIERS[2:] if tier in chosen):
             status.update(f"copying the store to {tier}")
