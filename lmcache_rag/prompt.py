@@ -6,7 +6,7 @@ and the token ids are concatenated, so that a chunk has the same tokens in every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Protocol
@@ -154,11 +154,17 @@ def completion_format() -> PromptFormat:
     )
 
 
-def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]], today: date = TEMPLATE_DATE) -> str:
+def chat_text(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    today: date = TEMPLATE_DATE,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Messages (`role` and `content`) in the model's own chat template, up to where its answer begins. The text has its
     special tokens in it, so it is tokenised with `add_special_tokens=False`.
 
     Args:
+        tools: functions that the model may call, in OpenAI's form.
         today: what the template is told where it prints a date. Chunks are computed behind it, and on a real date they
             would be foreign a day later.
 
@@ -168,9 +174,11 @@ def chat_text(tokenizer: Any, turns: Sequence[dict[str, str]], today: date = TEM
     from jinja2.exceptions import TemplateError
 
     dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))  # the one way in which a date gets in
-    date_of = {"strftime_now": today.strftime} if dated else {}
+    given: dict[str, Any] = {"strftime_now": today.strftime} if dated else {}
+    if tools:
+        given["tools"] = list(tools)
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **date_of))
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **given))
     except (AttributeError, ValueError, TypeError, TemplateError) as error:
         raise PromptError(f"The model's chat template cannot be used ({error}): use the plain form.") from error
 

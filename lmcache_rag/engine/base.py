@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lmcache_rag.engine.chat import Chat, ToolCall
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer
 from lmcache_rag.request import BlendOptions, ReuseReport
 
-Prompt = MarkedPrompt | Sequence[int] | str
-"""A plan (its segments are known), token ids, or text (stored chunks are found in it)."""
+Prompt = MarkedPrompt | Chat | Sequence[int] | str
+"""A prompt with marks (its segments are known), or messages, token ids or text (stored chunks are found in them)."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class Completion:
     """A whole answer.
 
     Attributes:
-        finish_reason: `stop`, `length` or `abort`.
+        token_ids: of the answer; empty where a server answered.
+        answer_tokens: how many tokens the answer has.
+        finish_reason: `stop`, `length`, `tool_calls` or `abort`.
         ttft_s: seconds from submission to the first token.
         total_s: seconds from submission to the last.
         logprobs: per generated token, token id -> log-probability; empty where not asked for.
+        tool_calls: what the model asks to be called, where a chat offers tools; they are no part of the text.
     """
 
     text: str
@@ -33,7 +37,9 @@ class Completion:
     ttft_s: float
     total_s: float
     prompt_tokens: int
+    answer_tokens: int
     logprobs: tuple[dict[int, float], ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,29 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def model_name(self) -> str:
+        """By which users know the model."""
+        ...
+
+    @property
+    def scope(self) -> str:
+        """Names whose KV the engine uses and makes: two engines with the same scope share it."""
+        ...
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the model can choose to call tools."""
+        ...
+
+    def render(self, chat: Chat) -> str:
+        """The text of a conversation in the model's own chat template, up to where its answer begins.
+
+        Raises:
+            PromptError: the model has no chat template, or it does not take these messages.
+        """
+        ...
+
     def precompute(
         self,
         preamble: Sequence[int],
@@ -97,6 +126,23 @@ class Engine(Protocol):
         an empty one leaves the second out. A namespace of None is the engine's own too. A chunk that cannot be stored
         is named in the report's `errors`, and the others are stored.
         """
+        ...
+
+    def prefetch(self, chunks: Sequence[Sequence[int]]) -> int:
+        """Have what is stored of chunks (token ids) brought from a slow store into its caches, in the background, since
+        a prompt that holds them in this order is about to come. Returns how many objects that is; it waits for none.
+
+        Raises:
+            StoreError: the store could not be read lately.
+        """
+        ...
+
+    def own(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
+        """Have stored chunks kept until `owner` releases them."""
+        ...
+
+    def release(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
+        """Let go of chunks: what no other owner has is deleted from the store."""
         ...
 
     def generate(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Completion: ...

@@ -14,12 +14,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 from lmcache_rag.blobs.uri import open_store
-from lmcache_rag.chunk_kv import variant_of
+from lmcache_rag.chunk_kv import key_of, variant_of
 from lmcache_rag.codec import CODECS
 from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
+from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
 from lmcache_rag.engine.start import start_vllm
+from lmcache_rag.engine.tools import ToolReader, tool_parser_of
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.learn.codec import CodecLearning, LearnedModel
 from lmcache_rag.learn.primer import default_primer, primer_ids
@@ -27,7 +29,7 @@ from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
 from lmcache_rag.process import OwnProcess
-from lmcache_rag.prompt import MarkedPrompt, Tokenizer, encode
+from lmcache_rag.prompt import MarkedPrompt, Tokenizer, chat_text, encode
 from lmcache_rag.request import BlendOptions
 
 
@@ -82,6 +84,16 @@ class LocalEngine:
         return self._max_model_len
 
     @property
+    def model_name(self) -> str:
+        """See `Engine.model_name`."""
+        return self.settings.model
+
+    @property
+    def scope(self) -> str:
+        """See `Engine.scope`."""
+        return f"{self.settings.store} {self.settings.namespace}/{self._fingerprint}"
+
+    @property
     def model_fingerprint(self) -> str:
         """Identity of the model's KV; see `lmcache_rag.model.fingerprint`."""
         return self._fingerprint
@@ -118,6 +130,25 @@ class LocalEngine:
         chunks = self._chunks.of(namespace or self.settings.namespace)
         (chunks.refresh if wait else chunks.follow)()
         return chunks
+
+    def prefetch(self, chunks: Sequence[Sequence[int]]) -> int:
+        """See `Engine.prefetch`."""
+        stored = self.chunk_store(wait=False)
+        names = []
+        for place, chunk in enumerate(chunks):
+            forms = stored.variants(key_of(chunk))
+            primed = [variant for variant in forms if "-" in variant]
+            wanted = [forms[variant].name for variant in (primed if primed and place else forms)]
+            names += [each for name in wanted for each in stored.names_for(name)]
+        return self.store.prefetch(names)
+
+    def own(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
+        """See `Engine.own`."""
+        self.chunk_store().own(owner, map(key_of, chunks))
+
+    def release(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
+        """See `Engine.release`."""
+        self.chunk_store().release(owner, map(key_of, chunks))
 
     def precompute(
         self,
@@ -270,6 +301,15 @@ class LocalEngine:
         finally:
             self._loop.abort(request.request_id)
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the model can choose to call tools."""
+        return self._tool_parser is not None
+
+    def render(self, chat: Chat) -> str:
+        """See `Engine.render`."""
+        return chat_text(self.tokenizer, chat.turns(), tools=chat.tools if chat.offers_tools else ())
+
     def settle(self) -> None:
         """Wait until all requests are answered, and what the engine does while nothing is asked is done: refinement.
 
@@ -299,6 +339,7 @@ class LocalEngine:
 
         engine = self._loop.engine
         self._tokenizer = engine.get_tokenizer()
+        self._tool_parser = self.settings.tool_parser or tool_parser_of(self._tokenizer)
         self._max_model_len = int(engine.model_config.max_model_len)
         self._vocabulary = int(engine.model_config.get_vocab_size())
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
@@ -338,10 +379,13 @@ class LocalEngine:
         cache_salt: str | None,
         deliver: Callable[[Delta | BaseException], Any],
     ) -> Request:
-        segments, primer = None, None
+        segments, primer, tools = None, None, None
         if isinstance(prompt, MarkedPrompt):
             token_ids, primer = list(prompt.token_ids), prompt.primer
             segments = tuple((segment.start, segment.length) for segment in prompt.segments) or None
+        elif isinstance(prompt, Chat):
+            token_ids = encode(self.tokenizer, self.render(prompt), add_special_tokens=False)
+            tools = ToolReader(prompt, self.tokenizer, self._tool_parser) if prompt.offers_tools else None
         else:
             token_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
@@ -361,7 +405,7 @@ class LocalEngine:
                 "primer": options.primer or primer,
             }
         )
-        request = Request(str(next(self._ids)), token_ids, sampling, options, cache_salt, deliver)
+        request = Request(str(next(self._ids)), token_ids, sampling, options, cache_salt, deliver, tools)
         self._loop.submit(request)
         return request
 
@@ -372,19 +416,6 @@ def _forget_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_lock)
-
-
-def engine_of(engine: LocalEngine | None, settings: EngineSettings | None) -> LocalEngine:
-    """The engine given, or one started from the settings given.
-
-    Raises:
-        EngineError: not exactly one of them is given, or the engine does not start.
-    """
-    if (engine is None) == (settings is None):
-        raise EngineError(
-            "Give one of engine= (a running LocalEngine) and settings= (EngineSettings to start one from)."
-        )
-    return engine if engine is not None else LocalEngine(settings)
 
 
 def _raised(event: Delta | BaseException) -> Delta:

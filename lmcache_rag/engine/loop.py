@@ -18,6 +18,9 @@ from lmcache_rag.request import BlendOptions, ReuseReport
 if TYPE_CHECKING:
     from vllm import LLMEngine
     from vllm.outputs import RequestOutput
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from lmcache_rag.engine.tools import ToolReader
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Request:
     """One request, from submission to its last token.
 
     Attributes:
+        tools: reads the answer where it may be a call.
         deliver: called in the engine's thread with each piece of the answer, or with an exception that ends it.
         submitted_at, added_at, first_token_at: `time.perf_counter` at submission, when vLLM got it, at its first token.
     """
@@ -35,6 +39,7 @@ class Request:
     options: BlendOptions
     cache_salt: str | None
     deliver: Callable[[Delta | BaseException], Any]
+    tools: ToolReader | None = None
     core_id: str = ""
     submitted_at: float = field(default_factory=time.perf_counter)
     added_at: float | None = None
@@ -44,7 +49,7 @@ class Request:
     logprobs: list[dict[int, float]] = field(default_factory=list)
 
     def take(self, output: RequestOutput, now: float) -> str:
-        """Add what a step generated; returns the new text."""
+        """Add what a step generated; returns the new text for the user."""
         piece = output.outputs[0]
         if self.first_token_at is None:
             self.first_token_at = now
@@ -52,7 +57,7 @@ class Request:
         self.answer_ids.extend(piece.token_ids)
         for choices in piece.logprobs or ():
             self.logprobs.append({token: choice.logprob for token, choice in choices.items()})
-        return piece.text
+        return piece.text if self.tools is None else self.tools.shown(piece.text, list(piece.token_ids))
 
     def completion(self, finish_reason: str, reuse: ReuseReport, now: float) -> Completion:
         assert self.added_at is not None
@@ -60,15 +65,18 @@ class Request:
         ttft_s, phases_s = self.first_token_at - self.submitted_at, reuse.phases_s
         phases_s["queue"] = phases_s.get("queue", 0.0) + self.added_at - self.submitted_at
         phases_s["vllm"] = max(0.0, ttft_s - sum(phases_s.values()))
+        text, calls = (self.text, ()) if self.tools is None else self.tools.finish()
         return Completion(
-            text=self.text,
+            text=text,
             token_ids=tuple(self.answer_ids),
-            finish_reason=finish_reason,
+            finish_reason="tool_calls" if calls else finish_reason,
             reuse=reuse,
             ttft_s=ttft_s,
             total_s=now - self.submitted_at,
             prompt_tokens=len(self.token_ids),
+            answer_tokens=len(self.answer_ids),
             logprobs=tuple(self.logprobs),
+            tool_calls=calls,
         )
 
 
@@ -239,6 +247,8 @@ class EngineLoop:
                 ignore_eos=sampling.ignore_eos,
                 logprobs=sampling.logprobs,
                 detokenize=not sampling.forced_token_ids,
+                skip_special_tokens=request.tools is None,  # some models write calls with them
+                structured_outputs=_structure(request),
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={
                     "kv_transfer_params": request.options.to_params(),
@@ -255,11 +265,18 @@ class EngineLoop:
         if request is None:
             return
         now = time.perf_counter()
-        text, completion = request.take(output, now), None
+        completion = None
         if output.finished:
             del self._requests[output.request_id]
-            reason = output.outputs[0].finish_reason or "abort"
-            completion = request.completion(reason, _report_of(engine, request), now)
+        try:
+            text = request.take(output, now)
+            if output.finished:
+                reason = output.outputs[0].finish_reason or "abort"
+                completion = request.completion(reason, _report_of(engine, request), now)
+        except Exception as error:  # noqa: BLE001  # a parser's, of what the model wrote: nobody else's misfortune
+            _hand_over(request, EngineError(f"The answer cannot be read ({type(error).__name__}: {error})."))
+            self.abort(request.request_id)
+            return
         if not _hand_over(request, Delta(text, completion)):
             self.abort(request.request_id)
 
@@ -271,6 +288,21 @@ def _hand_over(request: Request, event: Delta | BaseException) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _structure(request: Request) -> StructuredOutputsParams | None:
+    """What the answer has to follow: a call where one is forced, else what is asked for."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structure = dict(request.sampling.structure)
+    forced = request.tools.json_schema if request.tools is not None else None
+    if forced is not None:
+        structure = {"json_schema": forced}
+    if "json_schema" in structure:
+        structure["json"] = structure.pop("json_schema")
+    if "choice" in structure:
+        structure["choice"] = list(structure["choice"])
+    return StructuredOutputsParams(**structure) if structure else None
 
 
 def _has_work(engine: LLMEngine) -> bool:

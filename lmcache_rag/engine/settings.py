@@ -1,11 +1,21 @@
-"""Settings of an engine and of one generation. Unknown or impossible values are errors that name the field."""
+"""Settings of engines and of one generation. Unknown or impossible values are errors that name the field."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lmcache_rag.blobs.throttled import Throttle
 from lmcache_rag.blobs.uri import StoreURI, TierURI
@@ -46,6 +56,7 @@ class EngineSettings(BaseSettings):
         ttl_s: chunks that were not used for so long are deleted; None keeps them.
         conversations_ttl_s: the same of stored conversations; a week.
         eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
+        tool_parser: name of vLLM's parser for the model's tool calls; None goes by the model's chat template.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and, in a transform codec, four fifths of the space; reuse loses more.
@@ -77,6 +88,7 @@ class EngineSettings(BaseSettings):
     ttl_s: float | None = Field(default=None, gt=0.0)
     conversations_ttl_s: float | None = Field(default=7.0 * DAY_S, gt=0.0)
     eviction: Annotated[str, AfterValidator(eviction_named)] = "lru"
+    tool_parser: str | None = None
     forced_answers: bool = False
     primed: bool = True
     prefix_caching: bool = True
@@ -85,6 +97,51 @@ class EngineSettings(BaseSettings):
 
     @classmethod
     def checked(cls, **values: Any) -> EngineSettings:
+        """Like the constructor, but raises `EngineError` with one sentence that names the field."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise EngineError(first_problem(error)) from None
+
+
+class RemoteSettings(BaseSettings):
+    """How servers are asked. Each field can be set by an environment variable, `LMCACHE_RAG_<FIELD>`.
+
+    Attributes:
+        base_url: of an OpenAI-compatible server, or of several of the same model, which are asked in turn:
+            `http://host:8000/v1`; in a string several are separated by commas.
+        model: its name at the servers; None takes the one that they serve.
+        api_key: the servers' key, where they ask for one.
+        ingest_key: shown where KV is to be stored; see `lmcache-rag serve --ingest-key`.
+        timeout_s: how long a server may say nothing before it is taken to have failed.
+        patience_s: how long a request is tried again, at another server where there is one, before it fails.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    base_url: Annotated[tuple[str, ...], NoDecode] = Field(min_length=1)
+    model: str | None = None
+    api_key: SecretStr | None = None
+    ingest_key: SecretStr | None = None
+    timeout_s: float = Field(default=600.0, gt=0.0)
+    patience_s: float = Field(default=30.0, ge=0.0)
+
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return tuple(url.strip() for url in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _with_version(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is no address of a server: give http://host:port/v1")
+        bare = [url.rstrip("/") for url in urls]
+        return tuple(url if url.endswith("/v1") else f"{url}/v1" for url in bare)
+
+    @classmethod
+    def checked(cls, **values: Any) -> RemoteSettings:
         """Like the constructor, but raises `EngineError` with one sentence that names the field."""
         try:
             return cls(**values)
@@ -102,6 +159,8 @@ class Sampling(BaseModel):
         forced_token_ids: what the answer's first tokens are, whatever the model would say, for teacher forcing. No text
             is made of such an answer. Takes an engine with `forced_answers`.
         logprobs: how many log-probabilities per generated token are returned; -1 for the whole vocabulary.
+        json_schema, regex, choice, grammar: at most one: what the answer has to follow: a JSON schema, a regular
+            expression, one of several strings, or a context-free grammar in EBNF.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,6 +173,22 @@ class Sampling(BaseModel):
     ignore_eos: bool = False
     forced_token_ids: tuple[int, ...] = ()
     logprobs: int | None = Field(default=None, ge=-1)
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1)
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Sampling:
+        if len(self.structure) > 1:
+            raise ValueError(f"give one of {', '.join(self.structure)}, not several")
+        return self
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """What the answer has to follow: one entry, or none."""
+        forms = {name: getattr(self, name) for name in ("json_schema", "regex", "choice", "grammar")}
+        return {name: form for name, form in forms.items() if form is not None}
 
     @classmethod
     def checked(cls, **values: Any) -> Sampling:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from lmcache_rag.chunk_kv import key_of
-from lmcache_rag.engine.base import PrecomputeReport
+from lmcache_rag.engine.base import Engine, PrecomputeReport
 from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import encode
 
-if TYPE_CHECKING:
-    from lmcache_rag.engine.local import LocalEngine
-
-_OWNER = "frameworks"
+FRAMEWORKS = "frameworks"
 """Owns what frameworks had stored, so that no index on the same store deletes it when it lets go of the same text."""
 
 
-def chunks_of(engine: LocalEngine, texts: Sequence[str]) -> tuple[dict[int, list[int]], dict[int, str]]:
+def chunks_of(engine: Engine, texts: Sequence[str]) -> tuple[dict[int, list[int]], dict[int, str]]:
     """Token ids of texts, without the space around them, by their numbers; blank ones are left out. And why texts are
     none."""
     chunks: dict[int, list[int]] = {}
@@ -33,24 +28,21 @@ def chunks_of(engine: LocalEngine, texts: Sequence[str]) -> tuple[dict[int, list
     return chunks, unreadable
 
 
-def prefetch_texts(engine: LocalEngine, texts: Sequence[str]) -> int:
-    """Have what is stored of texts brought from a slow store into its caches, in the background, since a prompt that
-    holds them in this order is about to come. Returns how many objects that is; it waits for none.
+def prefetch_texts(engine: Engine, texts: Sequence[str]) -> int:
+    """`Engine.prefetch` of texts."""
+    return engine.prefetch(list(chunks_of(engine, texts)[0].values()))
+
+
+def release_texts(engine: Engine, texts: Sequence[str]) -> None:
+    """`Engine.release` of texts that were precomputed: of a document that was changed or deleted.
 
     Raises:
-        StoreError: the store could not be read lately.
+        StoreError: the store cannot be read or written to.
     """
-    store = engine.chunk_store(wait=False)
-    names = []
-    for place, chunk in enumerate(chunks_of(engine, texts)[0].values()):
-        forms = store.variants(key_of(chunk))
-        primed = [variant for variant in forms if "-" in variant]
-        wanted = [forms[variant].name for variant in (primed if primed and place else forms)]
-        names += [each for name in wanted for each in store.names_for(name)]
-    return store.store.prefetch(names)
+    engine.release(FRAMEWORKS, list(chunks_of(engine, texts)[0].values()))
 
 
-def precompute_texts(engine: LocalEngine, preamble: Sequence[int], texts: Sequence[str]) -> PrecomputeReport:
+def precompute_texts(engine: Engine, preamble: Sequence[int], texts: Sequence[str]) -> PrecomputeReport:
     """`Engine.precompute` of texts, without the space around them; blank ones are left out. The numbers in the report's
     `errors` are those of the texts given.
 
@@ -60,8 +52,7 @@ def precompute_texts(engine: LocalEngine, preamble: Sequence[int], texts: Sequen
     chunks, unreadable = chunks_of(engine, texts)
     report = engine.precompute(preamble, list(chunks.values()))
     numbers = list(chunks)
-    stored = [key_of(chunk) for place, chunk in enumerate(chunks.values()) if place not in report.errors]
-    engine.chunk_store().own(_OWNER, stored)
+    engine.own(FRAMEWORKS, [chunk for place, chunk in enumerate(chunks.values()) if place not in report.errors])
     report.errors = unreadable | {numbers[place]: why for place, why in report.errors.items()}
     return report
 

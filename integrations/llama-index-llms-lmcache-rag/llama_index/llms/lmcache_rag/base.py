@@ -76,7 +76,7 @@ class LmcacheRag(CustomLLM):
         default=False, description="Whether prompts are written in the model's own chat template, or as plain text."
     )
 
-    _engine: LocalEngine = PrivateAttr()
+    _engine: Engine = PrivateAttr()
     _last_reuse: ReuseReport | None = PrivateAttr(default=None)
 
     def __init__(
