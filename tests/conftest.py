@@ -12,7 +12,8 @@ import pytest
 
 from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.engine import EngineSettings, LocalEngine
-from tests.servers import FaultyProxy
+from lmcache_rag.model import DEFAULT_MODEL
+from tests.servers import FaultyProxy, RagServer
 
 os.environ.setdefault("LMCACHE_RAG_CODEC", "raw")  # exact; tests of other codecs name them
 os.environ.setdefault(
@@ -105,6 +106,19 @@ def no_engine(engines: Engines) -> None:
     engines.close()
 
 
+@pytest.fixture(scope="session")
+def smollm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RagServer]:
+    """SmolLM2 on a server whose clients may store KV."""
+    server = RagServer(
+        tmp_path_factory.mktemp("smollm-server"),
+        DEFAULT_MODEL,
+        ["--clients-precompute", "--", "--kv-cache-memory-bytes", str(512 << 20), "--max-model-len", "4096"],
+    )
+    server.wait()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def data_folder() -> Path:
     if not DATA.is_dir():
@@ -156,6 +170,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return 1 + TINY_NAMES.index("llama")
         if "smollm" in names:
             return 10
+        if "smollm_server" in names:
+            return 30
         return 20 if {"no_engine", "engine"} & set(names) else 0
 
     items.sort(key=engine_of)

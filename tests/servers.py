@@ -1,11 +1,74 @@
-"""Real servers for tests: an S3 API, Redis, and an HTTP server that fails as it is told."""
+"""Real servers for tests: `lmcache-rag serve`, and an HTTP server that fails as it is told."""
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from lmcache_rag.corpus import Manifest
+from lmcache_rag.prompt import completion_format
+
+
+class RagServer:
+    """`lmcache-rag serve` over an empty index of a model, in another process.
+
+    Args:
+        model: folder or name.
+        arguments: of `serve`; behind a `--` those of vLLM.
+
+    Attributes:
+        url: without `/v1`.
+    """
+
+    def __init__(self, folder: Path, model: str, arguments: Sequence[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        index = folder / "index"
+        index.mkdir(parents=True)
+        Manifest(
+            model=model, model_fingerprint="", dtype="float32", tokenizer_fingerprint="", namespace="default",
+            store="kv", codec="raw", prompt=completion_format(), chunk_tokens=512, overlap_tokens=0,
+            embedding_model="none",
+        ).write(index)  # fmt: skip
+        command = [
+            sys.executable, "-c", "from lmcache_rag.cli import main; main()", "serve", "--index", str(index),
+            "--port", str(port), *arguments,
+        ]  # fmt: skip
+        self.log = folder / "log"
+        with self.log.open("w") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        self.url = f"http://127.0.0.1:{port}"
+
+    def wait(self) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + 500
+        while True:
+            assert self._process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns its exit code."""
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(timeout=60)
 
 
 class FaultyProxy:
