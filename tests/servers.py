@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -55,11 +56,9 @@ class RagServer:
         while True:
             assert self._process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
-            except OSError:
-                time.sleep(1)
+            time.sleep(1)
 
     def kill(self) -> None:
         self._process.kill()
