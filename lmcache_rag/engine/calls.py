@@ -34,12 +34,13 @@ class Call:
     text: str
 
 
-def call_of(prompt: Prompt, sampling: Sampling, options: BlendOptions, cache_salt: str | None) -> Call:
+def call_of(prompt: Prompt, sampling: Sampling | None, options: BlendOptions | None, cache_salt: str | None) -> Call:
     """A streamed request.
 
     Raises:
         PromptError: the prompt is empty or no text, or something is asked for that only an engine in this process does.
     """
+    sampling, options = sampling or Sampling(), options or BlendOptions()
     if sampling.forced_token_ids or sampling.logprobs is not None:
         raise PromptError("A server gives neither forced answers nor log-probabilities: use a LocalEngine for these.")
     if isinstance(prompt, MarkedPrompt) and options.segments is None:
@@ -62,7 +63,9 @@ def _asked(prompt: Prompt) -> tuple[dict[str, Any], str]:
         messages = [dict(message) for message in prompt.messages]
         asked: dict[str, Any] = {"messages": messages}
         if prompt.tools:
-            asked |= {"tools": [dict(tool) for tool in prompt.tools], "tool_choice": _choice(prompt.tool_choice)}
+            asked["tools"] = [dict(tool) for tool in prompt.tools]
+            asked["tool_choice"] = _choice(prompt.tool_choice)
+            asked["parallel_tool_calls"] = prompt.parallel
         text = "\n".join(json.dumps(message, sort_keys=True, default=str) for message in messages)
         check_text(text)
         return asked, text

@@ -33,11 +33,13 @@ class Chat:
     Attributes:
         tools: functions, as `{"type": "function", "function": {"name", "description", "parameters"}}`.
         tool_choice: `auto`, `none`, `required` (at least one call), or the name of the one to be called.
+        parallel: whether the answer may hold several calls.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str = "auto"
+    parallel: bool = True
 
     def __post_init__(self) -> None:
         if not self.messages:

@@ -99,7 +99,7 @@ class RemoteEngine:
         cache_salt: str | None = None,
     ) -> Completion:
         """See `LocalEngine.generate`."""
-        for delta in self.stream(prompt, sampling, options, cache_salt=cache_salt):
+        for delta in self._stream(call_of(prompt, sampling, options, cache_salt), handed_on=False):
             completion = delta.completion
         assert completion is not None
         return completion
@@ -113,7 +113,10 @@ class RemoteEngine:
         cache_salt: str | None = None,
     ) -> Iterator[Delta]:
         """See `LocalEngine.stream`. Leaving the iterator early ends the request at the server."""
-        call = call_of(prompt, sampling or Sampling(), options or BlendOptions(), cache_salt)
+        yield from self._stream(call_of(prompt, sampling, options, cache_salt), handed_on=True)
+
+    def _stream(self, call: Call, *, handed_on: bool) -> Iterator[Delta]:
+        """The answer's pieces; where they are not handed on to the caller, one that ends early is asked for again."""
         submitted_at = time.perf_counter()
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
@@ -127,7 +130,7 @@ class RemoteEngine:
                     for chunk in chunks:
                         text = answer.take(chunk)
                         if text:
-                            answer.begun = True
+                            answer.begun = handed_on
                             yield Delta(text)
                 completion = answer.completion()
             if attempts.done:
@@ -142,7 +145,7 @@ class RemoteEngine:
         *,
         cache_salt: str | None = None,
     ) -> Completion:
-        async for delta in self.astream(prompt, sampling, options, cache_salt=cache_salt):
+        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt), handed_on=False):
             completion = delta.completion
         assert completion is not None
         return completion
@@ -155,7 +158,11 @@ class RemoteEngine:
         *,
         cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
-        call = call_of(prompt, sampling or Sampling(), options or BlendOptions(), cache_salt)
+        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt), handed_on=True):
+            yield delta
+
+    async def _astream(self, call: Call, *, handed_on: bool) -> AsyncIterator[Delta]:
+        """See `_stream`."""
         submitted_at = time.perf_counter()
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
@@ -169,7 +176,7 @@ class RemoteEngine:
                     async for chunk in chunks:
                         text = answer.take(chunk)
                         if text:
-                            answer.begun = True
+                            answer.begun = handed_on
                             yield Delta(text)
                 completion = answer.completion()
             if attempts.done:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _CPU_KV_CACHE_BYTES = 2 << 30
 _CPU_BLOCK_TOKENS = 32
+_STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""JSON without whitespace: small models, where it is allowed, write nothing else to the end."""
 
 
 def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LLMEngine:
@@ -34,7 +36,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     on_cpu = runs_on_cpu()
     import torch
     from vllm import EngineArgs, LLMEngine
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVTransferConfig, StructuredOutputsConfig
 
     set_num_threads = torch.set_num_threads
     if on_cpu:
@@ -43,6 +45,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     connector = {"clients_choose_namespace": True, "clients_precompute": True, "match_unit_tokens": 1}
     arguments = engine_arguments(settings, model_folder, connector, on_cpu=on_cpu)
     arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
+    arguments["structured_outputs_config"] = StructuredOutputsConfig(**arguments["structured_outputs_config"])
     try:
         return LLMEngine.from_engine_args(
             EngineArgs(
@@ -90,6 +93,7 @@ def engine_arguments(
         "enforce_eager": on_cpu,
         "enable_prefix_caching": settings.prefix_caching,
         "seed": settings.seed,
+        "structured_outputs_config": _STRUCTURED_OUTPUTS,
         "worker_cls": "lmcache_rag.vllm.worker.BlendWorker",
         "kv_transfer_config": {
             "kv_connector": "BlendConnector",

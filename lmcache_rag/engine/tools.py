@@ -73,7 +73,7 @@ class ToolReader:
         from vllm.tool_parsers.utils import get_json_schema_from_tools
 
         schema = get_json_schema_from_tools(
-            tool_choice=self._request.tool_choice, tools=self._request.tools, parallel_tool_calls=True
+            tool_choice=self._request.tool_choice, tools=self._request.tools, parallel_tool_calls=self._chat.parallel
         )
         assert isinstance(schema, dict) or not self._chat.forces_tools
         return schema if isinstance(schema, dict) else None
@@ -95,7 +95,8 @@ class ToolReader:
         if self._chat.forces_tools:
             return "", tuple(_forced(self._chat, self._text))
         found = self._parser.extract_tool_calls(self._text, self._request)
-        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in found.tool_calls)
+        made = found.tool_calls if self._chat.parallel else found.tool_calls[:1]
+        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in made)
         return found.content or "", calls
 
 

@@ -26,7 +26,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble_of
 
-from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
+from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Sampling, engine_of
 from lmcache_rag.prompt import encode
 from lmcache_rag.request import (
     DEFAULT_SELECTOR,
