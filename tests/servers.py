@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -47,7 +48,7 @@ class RagServer:
         ]  # fmt: skip
         self.log = folder / "log"
         with self.log.open("w") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         self.url = f"http://127.0.0.1:{port}"
 
     def wait(self) -> None:
@@ -61,7 +62,7 @@ class RagServer:
             time.sleep(1)
 
     def kill(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
         self._process.wait()
 
     def interrupt(self) -> int:

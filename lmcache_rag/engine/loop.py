@@ -256,7 +256,7 @@ class EngineLoop:
                 },
             )
             request.core_id = engine.add_request(request.request_id, prompt, params)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001  # vLLM's own kinds are not all ValueErrors; nothing has begun
             del self._requests[request.request_id]
             _hand_over(request, PromptError(f"vLLM refused the request: {error}"))
 
