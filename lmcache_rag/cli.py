@@ -37,7 +37,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(store_app, name="store")
 app.command()(calibrate)
-app.command()(serve)
+app.command(context_settings={"ignore_unknown_options": True})(serve)
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lmcache_rag.errors import PromptError
 
 PARAMS_KEY = "lmcache_rag"
+INGEST_HEADER = "X-LMCache-RAG-Ingest-Key"
+"""With it a client shows a server that it may store."""
+INGEST_KEY = "LMCACHE_RAG_INGEST_KEY"
+"""The environment variable that holds the key, of servers and of clients."""
 
 SelectorName = Literal["none", "all", "head", "cacheblend", "query"]
 DEFAULT_SELECTOR: SelectorName = "query"

@@ -18,7 +18,7 @@ from lmcache_rag.bench.servers import S3Server
 from lmcache_rag.cli import app, main
 from lmcache_rag.corpus import Manifest
 from lmcache_rag.errors import LmcacheRagError
-from lmcache_rag.serving import server_command
+from lmcache_rag.serving import server_command, settings_of
 from tests.corpus.test_corpus import text
 from tests.models import make_tiny
 
@@ -130,7 +130,7 @@ def test_a_store_in_a_bucket_with_a_cache(tmp_path: Path, model: Path, documents
     answered = run("ask", "w20 w30", *options, "--max-tokens", 5, "--json")
     reuse = json.loads(answered.stdout)["reuse"]
     assert reuse["mode"] == "blend" and reuse["missed_tokens"] == 0 and list((tmp_path / "cache").rglob("*.v3"))
-    command, _ = server_command(folder, tiers=[tier[1]])
+    command, _ = server_command(settings_of(folder, tiers=[tier[1]]))
     connector = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
     assert (connector["store"], connector["tiers"]) == (store, [tier[1]])
     assert "objects recorded" in run("store", "rebuild", store).output

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.corpus import Manifest
-from lmcache_rag.errors import CorpusError
+from lmcache_rag.errors import CorpusError, EngineError
+from lmcache_rag.model import chat_template
 from lmcache_rag.prompt import completion_format
-from lmcache_rag.serving import server_command
+from lmcache_rag.serving import _split, server_command, settings_of
 from lmcache_rag.vllm.config import ConnectorConfig
 from tests.models import make_tiny
 
@@ -36,7 +37,7 @@ def test_the_server_is_set_as_the_index_needs_it(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.delenv("LMCACHE_RAG_CODEC", raising=False)
     index = made_index(tmp_path)
-    command, environment = server_command(index, {"clients_precompute": True}, threads=1)
+    command, environment = server_command(settings_of(index, threads=1), {"clients_precompute": True})
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     flags = dict(pairwise(command))
     assert flags["--model"] == flags["--served-model-name"] == str(tmp_path / "model")
@@ -52,10 +53,44 @@ def test_the_server_is_set_as_the_index_needs_it(tmp_path: Path, monkeypatch: py
 
 def test_the_users_own_binding_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
-    _, environment = server_command(made_index(tmp_path))
+    _, environment = server_command(settings_of(made_index(tmp_path)))
     assert environment == {}
 
 
 def test_a_folder_without_an_index_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="There is no index in"):
-        server_command(tmp_path)
+    with pytest.raises(CorpusError, match=r"There is no index in .* or name a model"):
+        settings_of(tmp_path)
+    with pytest.raises(CorpusError, match="has a store of its own"):
+        settings_of(made_index(tmp_path), store="s3://other/kv")
+
+
+def test_a_model_is_served_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "cache"))
+    model = make_tiny("llama", tmp_path / "model")
+    assert settings_of(None, model=str(model)).store == str(tmp_path / "cache" / "kv")
+    settings = settings_of(None, model=str(model), store="redis://host:1/0", namespace="mine")
+    assert (settings.store, settings.namespace) == ("redis://host:1/0", "mine")
+    assert "--no-enable-auto-tool-choice" in server_command(settings)[0]
+    (model / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}")
+    command, _ = server_command(settings)
+    assert dict(pairwise(command))["--tool-call-parser"] == "hermes"
+    assert "--enable-auto-tool-choice" in command
+
+
+def test_options_of_vllm_are_passed_on_and_ours_are_not(tmp_path: Path) -> None:
+    assert _split(["org/model", "--max-model-len", "4096"]) == ("org/model", ["--max-model-len", "4096"])
+    assert _split(["--max-model-len", "4096"]) == (None, ["--max-model-len", "4096"])
+    for option in ("--kv-transfer-config={}", "--worker-cls", "--worker_cls"):
+        with pytest.raises(EngineError, match="leave it out"):
+            _split(["org/model", option, "{}"])
+
+
+def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
+    assert chat_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": [{"name": "default", "template": "a"}]}))
+    assert chat_template(tmp_path) == {"default": "a"}
+    config.write_text(json.dumps({"chat_template": "b"}))
+    assert chat_template(tmp_path) == "b"
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert chat_template(tmp_path) == "c"

@@ -339,7 +339,7 @@ class LocalEngine:
 
         engine = self._loop.engine
         self._tokenizer = engine.get_tokenizer()
-        self._tool_parser = self.settings.tool_parser or tool_parser_of(self._tokenizer)
+        self._tool_parser = self.settings.tool_parser or tool_parser_of(getattr(self._tokenizer, "chat_template", None))
         self._max_model_len = int(engine.model_config.max_model_len)
         self._vocabulary = int(engine.model_config.get_vocab_size())
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")

@@ -20,9 +20,7 @@ from lmcache_rag.engine.servers import Server, Servers
 from lmcache_rag.engine.settings import RemoteSettings, Sampling
 from lmcache_rag.errors import EngineError
 from lmcache_rag.learn.primer import default_primer, primer_ids
-from lmcache_rag.request import BlendOptions, ReuseReport
-
-_INGEST_HEADER = "X-LMCache-RAG-Ingest-Key"
+from lmcache_rag.request import INGEST_HEADER, BlendOptions, ReuseReport
 
 _CONNECT_S = 5.0
 
@@ -196,11 +194,13 @@ class RemoteEngine:
         if primer is None:
             primer = self._default_primer
         report, start = PrecomputeReport(), time.perf_counter()
-        lock = threading.Lock()
+        lock, missing = threading.Lock(), self._missing(preamble, primer, chunks)
 
         def compute(number: int) -> None:
             contexts: list[Sequence[int]] = [primer, ()] if len(primer) else [()]
-            reports = [self._precompute(preamble, behind, chunks[number], namespace) for behind in contexts]
+            reports = []
+            if number in missing:
+                reports = [self._precompute(preamble, behind, chunks[number], namespace) for behind in contexts]
             with lock:
                 _count(report, number, reports)
                 if progress is not None:
@@ -264,6 +264,11 @@ class RemoteEngine:
     @functools.cached_property
     def _default_primer(self) -> list[int]:
         return primer_ids(self._tokenizer, default_primer(), self.max_model_len // 4)
+
+    def _missing(self, preamble: Sequence[int], primer: Sequence[int], chunks: Sequence[Sequence[int]]) -> set[int]:
+        """Numbers of the chunks that are not stored."""
+        asked = {"preamble": list(preamble), "primer": list(primer), "chunks": [list(chunk) for chunk in chunks]}
+        return set(self.post("/lmcache-rag/missing", asked)["missing"])
 
     def _precompute(
         self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], namespace: str | None
@@ -355,7 +360,7 @@ class _Clients:
             "api_key": key.get_secret_value() if key is not None else "none",
             "timeout": _openai().Timeout(settings.timeout_s, connect=min(_CONNECT_S, settings.timeout_s)),
             "max_retries": 0,  # `Attempts` tries again, at other servers too
-            "default_headers": {_INGEST_HEADER: ingest_key.get_secret_value()} if ingest_key is not None else None,
+            "default_headers": {INGEST_HEADER: ingest_key.get_secret_value()} if ingest_key is not None else None,
         }
 
 

@@ -21,10 +21,9 @@ _PARSERS = (
 """What a chat template writes around a call -> vLLM's parser of that form; the first that is found."""
 
 
-def tool_parser_of(tokenizer: Any) -> str | None:
-    """The name of vLLM's parser for the calls of a model, by its chat template; None where it offers no tools, or in a
-    form that is not known here."""
-    template = getattr(tokenizer, "chat_template", None)
+def tool_parser_of(template: Any) -> str | None:
+    """The name of vLLM's parser for the calls of a model, by its chat template (or several, by name); None where that
+    offers no tools, or in a form that is not known here."""
     template = "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
     if "tools" not in template:
         return None

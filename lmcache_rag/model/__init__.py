@@ -3,10 +3,12 @@
 from lmcache_rag.model.default import DEFAULT_MODEL, prepare_default_model
 from lmcache_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from lmcache_rag.model.resolve import cache_folder, resolve_model
+from lmcache_rag.model.template import chat_template
 
 __all__ = [
     "DEFAULT_MODEL",
     "cache_folder",
+    "chat_template",
     "model_fingerprint",
     "prepare_default_model",
     "resolve_model",

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from lmcache_rag.blobs.tier import TierStats
 from lmcache_rag.vllm.metadata import Refined
+from lmcache_rag.vllm.reports import note
 
 _TOKENS = (
     "prompt",
@@ -34,13 +35,16 @@ _OF_TIERS = {
     "evictions": "Objects that had to make room in a cache.",
     "failures": "What a tier of the store could not do.",
 }
+_REPORTS, _ENDED = "reports", "ended"
+_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored", *_EVICTED)
 
 
 @dataclass
 class ReuseStats(KVConnectorStats):
     """Sums since they were last taken. Flat: counter name -> value; `requests:MODE`, `failures:KIND`,
-    `phase_seconds:PHASE`."""
+    `phase_seconds:PHASE`. Besides, reports by request, and which of these have ended."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -52,6 +56,10 @@ class ReuseStats(KVConnectorStats):
             added[f"failures:{report['failure']}"] = 1
         added |= {f"phase_seconds:{phase}": seconds for phase, seconds in report["phases_s"].items()}
         self._sum(added)
+
+    def tell(self, request_id: str, report: dict[str, Any], *, ended: bool = False) -> None:
+        """Have the API server know a request's report as it is now."""
+        self._sum({_REPORTS: {request_id: dict(report)}} | ({_ENDED: [request_id]} if ended else {}))
 
     def refined(self, tokens: int, refined: Refined) -> None:
         """Add what was done while the engine was idle: tokens whose exact KV is in the prefix cache now, bytes stored
@@ -85,14 +93,19 @@ class ReuseStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return dict(self.data)
+        return {name: value for name, value in self.data.items() if name not in (_REPORTS, _ENDED)}
 
     def is_empty(self) -> bool:
         return not self.data
 
     def _sum(self, added: dict[str, Any]) -> None:
         for name, value in added.items():
-            self.data[name] = self.data.get(name, 0) + value
+            if name == _REPORTS:
+                self.data[name] = self.data.get(name, {}) | value
+            elif name == _ENDED:
+                self.data[name] = self.data.get(name, []) + value
+            else:
+                self.data[name] = self.data.get(name, 0) + value
 
 
 class ReusePromMetrics(KVConnectorPromMetrics):
@@ -133,11 +146,34 @@ class ReusePromMetrics(KVConnectorPromMetrics):
             for name, said in _OF_TIERS.items()
         }
 
+        self._share = self._histogram_cls(
+            name="vllm:lmcache_rag_request_reused_share",
+            documentation="Share of a prompt's tokens that was neither computed nor recomputed.",
+            buckets=_SHARES,
+            labelnames=labelnames,
+        )
+        self._phases = self._histogram_cls(
+            name="vllm:lmcache_rag_request_phase_seconds",
+            documentation="Seconds that a request spent in a phase of blending.",
+            buckets=_SECONDS,
+            labelnames=[*labelnames, "phase"],
+        )
+
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
+        reports: dict[str, dict[str, Any]] = transfer_stats_data.get(_REPORTS, {})
+        note(reports)
+        for request_id in transfer_stats_data.get(_ENDED, ()):
+            self._observe_report(engine, reports[request_id])
         for name, value in transfer_stats_data.items():
             family, _, label = name.partition(":")
             if family in self._by_label:
                 self._by_label[family].labels(*engine, label).inc(value)
             elif name in self._plain:
                 self._plain[name].labels(*engine).inc(value)
+
+    def _observe_report(self, engine: list[object], report: dict[str, Any]) -> None:
+        known = report["reused_tokens"] + report["local_tokens"]
+        self._share.labels(*engine).observe(known / max(1, report["prompt_tokens"]))
+        for phase, seconds in report["phases_s"].items():
+            self._phases.labels(*engine, phase).observe(seconds)

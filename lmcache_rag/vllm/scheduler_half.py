@@ -214,6 +214,7 @@ class SchedulerHalf:
             self._taken_over = True
         elif not tracked.placed:
             self._report_local(request, tracked)
+            self.stats.tell(request.request_id, tracked.report)
         tracked.placed = True
 
     def _report_local(self, request: Request, tracked: _Tracked) -> None:
@@ -290,6 +291,7 @@ class SchedulerHalf:
             tracked.report.update(report)
             tracked.failed = figures["mode"] == "plain"
             _count_cached(tracked.request, report["reused_tokens"])
+            self.stats.tell(request_id, tracked.report)
 
     def finish(self, request: Request) -> dict[str, Any]:
         """The report for the response. Nothing but the report is kept of a request that has ended."""
@@ -299,6 +301,7 @@ class SchedulerHalf:
         if self._blending == request.request_id:
             self._drop(request.request_id)
         self.stats.add(tracked.report)
+        self.stats.tell(request.request_id, tracked.report, ended=True)
         try:
             self._remember(request, tracked)
         except Exception as error:  # noqa: BLE001  # the request is answered

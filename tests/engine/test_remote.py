@@ -84,6 +84,11 @@ def test_what_is_stored_through_a_server_is_reused(remote: RemoteEngine) -> None
     report.check()
     assert report.computed == 2
     assert sorted(told) == sorted(map(len, chunks))
+    assert remote.precompute(preamble, chunks, primer=()).present == 2
+    remote.own("tests", chunks)
+    remote.release("tests", chunks[1:])
+    again = remote.precompute(preamble, chunks, primer=())
+    assert (again.present, again.computed) == (1, 1)
     prompt = MarkedPrompt.assemble(preamble, chunks, remote.tokenizer.encode("\nQuestion: why?\nAnswer:"))
     reuse = remote.generate(prompt, Sampling(max_tokens=2)).reuse
     assert reuse.mode == "blend"

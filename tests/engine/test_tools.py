@@ -13,13 +13,6 @@ from lmcache_rag.errors import EngineError, PromptError
 from tests.engine.test_remote import GREET, MESSAGES, PERSON
 
 
-class Templated:
-    """A tokenizer's chat template."""
-
-    def __init__(self, template: object) -> None:
-        self.chat_template = template
-
-
 @pytest.mark.parametrize(
     ("template", "parser"),
     [
@@ -33,7 +26,7 @@ class Templated:
     ],
 )
 def test_the_template_tells_the_parser(template: object, parser: str | None) -> None:
-    assert tool_parser_of(Templated(template)) == parser
+    assert tool_parser_of(template) == parser
 
 
 def test_a_forced_tool_is_called(smollm: LocalEngine) -> None:

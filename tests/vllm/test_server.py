@@ -3,74 +3,60 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmcache_rag.corpus import Manifest
-from lmcache_rag.prompt import completion_format
 from tests.helpers import parts, random_plan
-from tests.models import make_tiny
+from tests.models import CONTEXT, make_tiny
+from tests.servers import RagServer
 
 pytestmark = pytest.mark.usefixtures("no_engine")
+
+
+KEY = "the-ingest-key"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     model = make_tiny("llama", folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    index = folder / "index"
-    index.mkdir()
-    Manifest(
-        model=str(model), model_fingerprint="", dtype="float32", tokenizer_fingerprint="", namespace="default",
-        store=Path("kv"), codec="raw", prompt=completion_format(), chunk_tokens=512, overlap_tokens=0,
-        embedding_model="none",
-    ).write(index)  # fmt: skip
-    command = [
-        sys.executable, "-c", "from lmcache_rag.cli import main; main()", "serve", "--index", str(index),
-        "--port", str(port), "--clients-precompute", "--",
-        "--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10", "--served-model-name", "tiny",
-    ]  # fmt: skip
-    log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 500
-    while True:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-            break
-        except OSError:
-            time.sleep(1)
-    yield address
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0, "Ctrl-C did not end the server cleanly"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LMCACHE_RAG_INGEST_KEY", KEY)
+        environment.setenv("VLLM_API_KEY", "")
+        started = RagServer(
+            folder, str(model),
+            ["--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10", "--served-model-name", "tiny"],
+        )  # fmt: skip
+        started.wait()
+    yield started.url
+    assert started.interrupt() == 0, "Ctrl-C did not end the server cleanly"
 
 
 def complete(server: str, token_ids: list[int], max_tokens: int = 1, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": token_ids, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{server}/v1/completions",
-        json.dumps(body | fields).encode(),
-        {"Content-Type": "application/json"},
-    )
+    return post(server, "/v1/completions", body | fields)
+
+
+def post(server: str, path: str, body: Any, key: str = KEY) -> Any:
+    """A JSON answer; of a stream the list of its chunks."""
+    headers = {"Content-Type": "application/json", "X-LMCache-RAG-Ingest-Key": key}
+    request = urllib.request.Request(f"{server}{path}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)
+        if not body.get("stream"):
+            return json.load(response)
+        events = [line[len(b"data: ") :].strip() for line in response if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def refused(server: str, path: str, body: Any, key: str = KEY) -> tuple[int, dict[str, Any]]:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(server, path, body, key)
+    return caught.value.code, json.load(caught.value)["error"]
 
 
 def reuse(answer: dict[str, Any]) -> dict[str, Any]:
@@ -98,10 +84,102 @@ def test_precompute_blend_and_automatic_matching_over_http(server: str) -> None:
     assert reuse(found)["mode"] == "blend" and reuse(found)["missed_tokens"] == 0
 
 
-def test_invalid_options_pass_through_and_say_so(server: str) -> None:
-    done = complete(server, list(range(5, 60)), kv_transfer_params={"lmcache_rag": {"ratio": 7}})
-    assert reuse(done)["mode"] == "plain"
-    assert "ratio" in reuse(done)["reason"]
+def stored_prompt(server: str, seed: int) -> tuple[list[int], list[list[int]], list[int]]:
+    """Preamble, chunks whose KV is stored, and a prompt of them."""
+    plan = random_plan(seed)
+    preamble, chunks, _ = parts(plan)
+    for chunk in chunks:
+        options = {"mode": "precompute", "segments": [[len(preamble), len(chunk)]]}
+        complete(server, [*preamble, *chunk], kv_transfer_params={"lmcache_rag": options})
+    return preamble, chunks, list(plan.token_ids)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"kv_transfer_params": {"lmcache_rag": {}}}, {"stream_options": {"include_usage": True}}]
+)
+def test_a_stream_ends_with_its_report(server: str, asked: dict[str, Any]) -> None:
+    _, _, prompt = stored_prompt(server, 51)
+    streamed = complete(server, prompt, 4, stream=True, cache_salt=str(asked), **asked)
+    assert reuse(streamed[-1])["mode"] == "blend"
+    assert reuse(streamed[-1])["missed_tokens"] == 0
+    assert streamed[-1]["id"] == streamed[0]["id"]
+    assert streamed[-1]["choices"] == []
+    assert sum(len(chunk["choices"]) for chunk in streamed) >= 4
+    if "stream_options" in asked:
+        cached = [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in streamed if chunk.get("usage")]
+        assert cached[-1] == reuse(streamed[-1])["reused_tokens"]
+
+
+def test_a_client_that_asks_for_nothing_gets_vllms_own_stream(server: str) -> None:
+    streamed = complete(server, [5, 6, 7], 3, stream=True)
+    assert all(chunk["choices"] and "kv_transfer_params" not in chunk for chunk in streamed)
+
+
+def test_an_answer_that_a_stop_string_ends_has_its_report(server: str) -> None:
+    _, _, prompt = stored_prompt(server, 52)
+    free = complete(server, prompt, 6, cache_salt="free")["choices"][0]["text"]
+    stop = free.split()[2]
+    for number, fields in enumerate(({}, {"stream": True, "kv_transfer_params": {"lmcache_rag": {}}})):
+        done = complete(server, prompt, 6, stop=[stop], cache_salt=f"stop {number}", **fields)
+        last = done[-1] if fields else done
+        assert reuse(last)["mode"] == "blend"
+        assert reuse(last)["prompt_tokens"] == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"ratio": 7}, "ratio"), ({"ratoi": 0.1}, "ratoi"), ({"segments": [[5, 5], [2, 2]]}, "segments")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_options_that_are_none_are_refused_by_name(server: str, options: dict, field: str, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": [5, 6], "stream": stream, "kv_transfer_params": {"lmcache_rag": options}}
+    status, error = refused(server, "/v1/completions", body)
+    assert status == 400
+    assert f"kv_transfer_params.lmcache_rag.{field}" in error["message"]
+    assert error["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize("key", ["", "another"])
+def test_storing_takes_the_ingest_key(server: str, key: str) -> None:
+    options = {"mode": "precompute", "segments": [[2, 3]]}
+    body = {"model": "tiny", "prompt": [5, 6, 7, 8, 9], "kv_transfer_params": {"lmcache_rag": options}}
+    status, error = refused(server, "/v1/completions", body, key)
+    assert status == 403
+    assert "ingest key" in error["message"]
+    for path in ("missing", "own", "release"):
+        assert refused(server, f"/lmcache-rag/{path}", {"chunks": [[1, 2]]}, key)[0] == 403
+    body["kv_transfer_params"]["lmcache_rag"] = {"mode": "off"}
+    assert post(server, "/v1/completions", body, key)["choices"]
+
+
+def status_of(server: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{server}/lmcache-rag/status", timeout=60) as response:
+        return json.load(response)
+
+
+def test_clients_that_may_store_keep_and_release_chunks(server: str) -> None:
+    preamble, chunks, _ = stored_prompt(server, 53)
+    other = [200] * 50
+    asked = {"preamble": preamble, "chunks": [*chunks, other]}
+    assert post(server, "/lmcache-rag/missing", asked) == {"missing": [len(chunks)]}
+    assert post(server, "/lmcache-rag/missing", {**asked, "primer": [9] * 20})["missing"] == list(
+        range(len(chunks) + 1)
+    )
+    held = status_of(server)["chunks"]
+    post(server, "/lmcache-rag/own", {"owner": "one", "chunks": chunks})
+    post(server, "/lmcache-rag/own", {"owner": "two", "chunks": chunks[:1]})
+    post(server, "/lmcache-rag/release", {"owner": "one", "chunks": chunks})
+    assert post(server, "/lmcache-rag/missing", asked)["missing"] == [*range(1, len(chunks) + 1)]
+    assert status_of(server)["chunks"] == held - (len(chunks) - 1)
+
+
+def test_the_status_says_what_is_served(server: str) -> None:
+    status = status_of(server)
+    assert status["model"] == "tiny"
+    assert (status["namespace"], status["may_store"], status["max_model_len"]) == ("default", False, CONTEXT)
+    assert KEY not in json.dumps(status)
+    assert refused(server, "/lmcache-rag/none-such", {})[0] == 404
+    assert refused(server, "/lmcache-rag/own", {"chunks": "all"})[1]["message"].startswith("chunks")
 
 
 def test_prompt_logprobs_pass_through_and_say_so(server: str) -> None:
@@ -132,3 +210,6 @@ def test_figures_are_on_the_metrics_endpoint(server: str) -> None:
     assert values["vllm:lmcache_rag_stored_tokens_total"] > 0
     modes = [line for line in lines if line.startswith("vllm:lmcache_rag_requests_total")]
     assert any('mode="blend"' in line for line in modes) and any('mode="off"' in line for line in modes)
+    counts = [line for line in ours if line.startswith("vllm:lmcache_rag_request_reused_share_count")]
+    assert float(counts[0].rsplit(" ", 1)[1]) > 0
+    assert any('phase="load"' in line for line in ours if "request_phase_seconds_count" in line)

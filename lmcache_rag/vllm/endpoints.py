@@ -1,0 +1,195 @@
+"""`/lmcache-rag/...` of a server: what is stored, and letting clients that may store keep and release chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import lmcache_rag
+from lmcache_rag.chunk_kv import key_of, variant_of
+from lmcache_rag.errors import StoreError
+from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.contents import figures
+from lmcache_rag.request import first_problem
+from lmcache_rag.vllm.admission import namespace_of_salt
+from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PREFIX = "/lmcache-rag/"
+
+
+class RefusedError(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: of HTTP.
+        param: the field that is wrong, if one is.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+class _Chunks(BaseModel):
+    """What is asked about chunks.
+
+    Attributes:
+        owner: who keeps or releases them.
+        preamble, primer: what they were computed behind.
+        cache_salt: of the client, where each salt has a namespace of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    chunks: list[list[int]] = Field(max_length=65536)
+    owner: str = Field(default="clients", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    preamble: list[int] = []
+    primer: list[int] = []
+    cache_salt: str | None = None
+
+
+class Endpoints:
+    """Of one server; opens its store when first asked.
+
+    - `GET /lmcache-rag/status`: what is served and stored.
+    - `POST /lmcache-rag/missing`: numbers of the chunks that are not stored behind a preamble and a primer.
+    - `POST /lmcache-rag/own`, `/lmcache-rag/release`: keep chunks until they are released.
+
+    The last three are for clients that may store.
+    """
+
+    def __init__(self) -> None:
+        self._server: _Server | None = None
+
+    async def answer(
+        self, scope: MutableMapping[str, Any], path: str, request: Mapping[str, Any], *, may_store: bool
+    ) -> dict[str, Any]:
+        """What an endpoint says. Raises `RefusedError`."""
+        _check_api_key(scope)
+        name, server = path.removeprefix(PREFIX), self._of(scope)
+        if name == "status":
+            return await asyncio.to_thread(_guarded, functools.partial(server.status, may_store=may_store))
+        does = {"missing": server.missing, "own": server.own, "release": server.release}.get(name)
+        if does is None:
+            raise RefusedError(404, f"There is no {path}.")
+        self.check_may_store(scope, may_store=may_store)
+        try:
+            chunks = _Chunks(**request)
+        except ValidationError as error:
+            raise RefusedError(400, first_problem(error)) from None
+        return await asyncio.to_thread(_guarded, functools.partial(does, chunks))
+
+    def check_may_store(self, scope: MutableMapping[str, Any], *, may_store: bool) -> None:
+        """Raises `RefusedError` where a client may not store KV."""
+        if not self._of(scope).config.clients_precompute:
+            raise RefusedError(
+                403, "Clients may not store KV here: start the server with --ingest-key or --clients-precompute."
+            )
+        if not may_store:
+            raise RefusedError(
+                403, "Storing KV takes the server's ingest key (X-LMCache-RAG-Ingest-Key), and it is not this."
+            )
+
+    def _of(self, scope: MutableMapping[str, Any]) -> _Server:
+        if self._server is None:
+            self._server = _Server(scope["app"].state.vllm_config)
+        return self._server
+
+
+class _Server:
+    """The served model and its store."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = ConnectorConfig.of(vllm_config)
+        self._model = vllm_config.model_config
+        self._vllm_config = vllm_config
+
+    @functools.cached_property
+    def _chunks(self) -> ChunkStores:
+        return ChunkStores(
+            self.config.open_store(), self._fingerprint, self.config.codec, extra=self.config.extra_codecs
+        )
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint_of(self._vllm_config)
+
+    def status(self, *, may_store: bool) -> dict[str, Any]:
+        """What is served and stored; of tenants' namespaces nothing."""
+        config = self.config
+        status = {
+            "version": lmcache_rag.__version__,
+            "model": self._model.served_model_name or self._model.model,
+            "max_model_len": self._model.max_model_len,
+            "fingerprint": self._fingerprint,
+            "codec": config.codec,
+            "may_store": config.clients_precompute and may_store,
+            "namespace_per_salt": config.namespace_per_salt,
+        }
+        if not config.namespace_per_salt:
+            chunks = self._chunks.of(config.namespace)
+            chunks.refresh()
+            found = figures(chunks.store, chunks.scope, chunks.records)
+            status |= {"store": config.store, "namespace": config.namespace}
+            status |= {name: found[name] for name in ("chunks", "tokens", "bytes")}
+        return status
+
+    def missing(self, asked: _Chunks) -> dict[str, Any]:
+        """Numbers of the chunks of which a variant is not stored."""
+        stored = self._stored(asked)
+        variants = {variant_of(asked.preamble)} | (
+            {variant_of(asked.preamble, asked.primer)} if asked.primer else set()
+        )
+        if asked.preamble and stored.lacks_preamble(asked.preamble):
+            return {"missing": list(range(len(asked.chunks)))}
+        return {"missing": [number for number, chunk in enumerate(asked.chunks) if _lacks(stored, chunk, variants)]}
+
+    def own(self, asked: _Chunks) -> dict[str, Any]:
+        self._stored(asked).own(asked.owner, map(key_of, asked.chunks))
+        return {}
+
+    def release(self, asked: _Chunks) -> dict[str, Any]:
+        self._stored(asked).release(asked.owner, map(key_of, asked.chunks))
+        return {}
+
+    def _stored(self, asked: _Chunks) -> ChunkStore:
+        namespace = self.config.namespace
+        if self.config.namespace_per_salt:
+            if not asked.cache_salt:
+                raise RefusedError(400, "cache_salt: each has a namespace of its own here; give yours.", "cache_salt")
+            namespace = namespace_of_salt(asked.cache_salt)
+        chunks = self._chunks.of(namespace)
+        chunks.refresh()
+        return chunks
+
+
+def _lacks(stored: ChunkStore, chunk: Sequence[int], variants: set[str]) -> bool:
+    return any(stored.missing(chunk, variant) for variant in variants)
+
+
+def _guarded(does: Any) -> Any:
+    """What is done with the store, its failures as refusals."""
+    try:
+        return does()
+    except StoreError as error:
+        raise RefusedError(503, str(error)) from error
+
+
+def _check_api_key(scope: MutableMapping[str, Any]) -> None:
+    """vLLM asks for its key under /v1 only. Raises `RefusedError`."""
+    from vllm import envs
+
+    keys = [key for key in (scope["app"].state.args.api_key or [envs.VLLM_API_KEY]) if key]
+    shown_key = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+    given = shown_key.removeprefix(b"Bearer ")
+    if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
+        raise RefusedError(401, "The server's key is needed: Authorization: Bearer KEY.")
