@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _OURS = ("--kv-transfer-config", "--worker-cls", "--model", "--host", "--port")
 _MIDDLEWARE = "lmcache_rag.vllm.http.ReuseMiddleware"
 _ANY_PARSER = "hermes"
-"""vLLM asks for a parser also where calls are forced, which every model can make."""
+"""vLLM takes no tools without a parser, not even forced calls, which every model can make."""
 
 
 def serve(
@@ -136,7 +136,7 @@ def server_command(
         "served_model_name": settings.model,
         "middleware": _MIDDLEWARE,
         "enable_prompt_tokens_details": True,
-        "enable_auto_tool_choice": parser is not None,
+        "enable_auto_tool_choice": True,
         "tool_call_parser": parser or _ANY_PARSER,
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

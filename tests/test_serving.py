@@ -70,11 +70,8 @@ def test_a_model_is_served_without_an_index(tmp_path: Path, monkeypatch: pytest.
     assert settings_of(None, model=str(model)).store == str(tmp_path / "cache" / "kv")
     settings = settings_of(None, model=str(model), store="redis://host:1/0", namespace="mine")
     assert (settings.store, settings.namespace) == ("redis://host:1/0", "mine")
-    assert "--no-enable-auto-tool-choice" in server_command(settings)[0]
-    (model / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}")
-    command, _ = server_command(settings)
-    assert dict(pairwise(command))["--tool-call-parser"] == "hermes"
-    assert "--enable-auto-tool-choice" in command
+    (model / "chat_template.jinja").write_text("{% if tools %}[TOOL_CALLS]{% endif %}")
+    assert dict(pairwise(server_command(settings)[0]))["--tool-call-parser"] == "mistral"
 
 
 def test_options_of_vllm_are_passed_on_and_ours_are_not(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_rag.engine import RemoteEngine, Sampling
 from tests.helpers import parts, random_plan
 from tests.models import CONTEXT, make_tiny
 from tests.servers import RagServer
@@ -213,3 +215,41 @@ def test_figures_are_on_the_metrics_endpoint(server: str) -> None:
     counts = [line for line in ours if line.startswith("vllm:lmcache_rag_request_reused_share_count")]
     assert float(counts[0].rsplit(" ", 1)[1]) > 0
     assert any('phase="load"' in line for line in ours if "request_phase_seconds_count" in line)
+
+
+def running(engine: RemoteEngine) -> float:
+    """How many requests the server computes or has waiting, when it has taken note of those that left."""
+    while True:
+        found = engine.get("/metrics")
+        lines = [line for line in str(found).splitlines() if line.startswith("vllm:num_requests_")]
+        count = sum(float(line.rpartition(" ")[2]) for line in lines)
+        if not count:
+            return count
+
+
+def test_a_thousand_streams_at_once_and_those_that_leave(server: str) -> None:
+    """None is lost, none is mixed up, and what is left early frees the engine."""
+    remote = RemoteEngine(server)
+
+    async def stream(number: int) -> str:
+        answer = ""
+        async for piece in remote.astream(
+            [4 + number % 350, 4 + number // 350, 9], Sampling(max_tokens=3, ignore_eos=True)
+        ):
+            answer += piece.text
+            if number % 10 == 9:
+                break
+            completion = piece.completion
+        else:
+            assert completion is not None
+            assert completion.text == answer
+        return answer
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(*(stream(number) for number in range(1000)))
+
+    answers = asyncio.run(all_of_them())
+    for number in (3, 400, 901):
+        alone = remote.generate([4 + number % 350, 4 + number // 350, 9], Sampling(max_tokens=3, ignore_eos=True)).text
+        assert answers[number] == alone
+    assert running(remote) == 0
