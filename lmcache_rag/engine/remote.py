@@ -22,7 +22,7 @@ from lmcache_rag.errors import EngineError
 from lmcache_rag.learn.primer import default_primer, primer_ids
 from lmcache_rag.request import INGEST_HEADER, BlendOptions, ReuseReport
 
-_CONNECT_S = 5.0
+_CONNECT_S = 20.0
 
 _INGESTING = 2
 """Chunks at a time for each server: one is computed while the next is on its way."""
