@@ -32,9 +32,6 @@ class RagServer:
     """
 
     def __init__(self, folder: Path, model: str, arguments: Sequence[str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         index = folder / "index"
         index.mkdir(parents=True)
         Manifest(
@@ -42,14 +39,27 @@ class RagServer:
             store="kv", codec="raw", prompt=completion_format(), chunk_tokens=512, overlap_tokens=0,
             embedding_model="none",
         ).write(index)  # fmt: skip
+        self._start(folder / "log", index, arguments)
+
+    @classmethod
+    def beside(cls, other: RagServer, log: Path) -> RagServer:
+        """Another server of the same index, and so on the same store."""
+        server = cls.__new__(cls)
+        server._start(log, other._index, other._arguments)
+        return server
+
+    def _start(self, log: Path, index: Path, arguments: Sequence[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.log, self._index, self._arguments = log, index, arguments
+        self.url = f"http://127.0.0.1:{port}"
         command = [
             sys.executable, "-c", "from lmcache_rag.cli import main; main()", "serve", "--index", str(index),
             "--port", str(port), *arguments,
         ]  # fmt: skip
-        self.log = folder / "log"
-        with self.log.open("w") as output:
+        with log.open("w") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        self.url = f"http://127.0.0.1:{port}"
 
     def wait(self) -> None:
         """Until it answers."""

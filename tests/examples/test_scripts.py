@@ -1,0 +1,59 @@
+"""The examples, as a reader would run them."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_rag.engine import RemoteEngine, precompute_texts
+from tests.servers import RagServer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a script prints."""
+    script: dict[str, Any] = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    script["main"](*arguments)
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_documents_that_change(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, last = run("reindex", capsys).splitlines()
+    assert first.startswith("3 added")
+    assert second.startswith("0 added, 1 changed, 1 removed")
+    figures = re.search(r"(\d+) passages computed, (\d+) present; (\d+) passages in the store", second)
+    assert figures is not None
+    computed, present, stored = map(int, figures.groups())
+    assert computed > 0 < present
+    assert stored < int(first.split()[-5]) + computed, "what is gone is still stored"
+    assert "spare key" in last
+
+
+def test_an_openai_client(smollm_server: RagServer, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [(EXAMPLES / "corpus" / name).read_text() for name in ("09-radio-and-network.md", "03-unpacking.md")]
+    engine = RemoteEngine(smollm_server.url)
+    precompute_texts(engine, engine.tokenizer.encode("Passages:\n\n"), texts).check()
+    found = re.search(
+        r"(\d+) prompt tokens: (\d+) reused, (\d+) recomputed", run("openai_client", capsys, f"{smollm_server.url}/v1")
+    )
+    assert found is not None
+    prompt_tokens, reused, recomputed = map(int, found.groups())
+    assert reused + recomputed > 0.9 * prompt_tokens
+
+
+def test_two_servers_on_one_store(smollm_server: RagServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    second = RagServer.beside(smollm_server, tmp_path / "log")
+    try:
+        second.wait()
+        out = run("two_servers", capsys, smollm_server.url, second.url)
+    finally:
+        second.kill()
+    reused = [int(count) for count in re.findall(r"(\d+) of \d+ tokens reused", out)]
+    assert len(reused) == 2
+    assert min(reused) > 500
