@@ -116,6 +116,25 @@ def bench_ttft_command(
     write_rows(rows, json_file)
 
 
+@bench_app.command("frameworks")
+def bench_frameworks_command(
+    chunk_tokens: Annotated[int, typer.Option(min=64, help="Tokens per passage, five in a prompt.")] = 300,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per application.")] = 3,
+    json_file: JsonOption = None,
+    model: ModelOption = None,
+    codec: CodecOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """TTFT of applications of LlamaIndex and LangChain, against the same with plain prefill."""
+    from lmcache_rag.bench.frameworks import bench_frameworks
+
+    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+        rows = bench_frameworks(engine, chunk_tokens=chunk_tokens, questions=questions, progress=progress)
+    show_rows(rows)
+    write_rows(rows, json_file)
+
+
 @bench_app.command("chat")
 def bench_chat_command(
     data: Annotated[
