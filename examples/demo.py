@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from lmcache_rag import BlendOptions, LmcacheRagError, Sampling
-from lmcache_rag.cli import describe
+from lmcache_rag.asking import describe
 from lmcache_rag.corpus import IndexSettings, open_corpus, updating
 from lmcache_rag.terminal import out
 

@@ -207,7 +207,12 @@ class Corpus:
     def prompt(self, question: str, hits: Sequence[Hit]) -> MarkedPrompt:
         """The prompt for a question over the passages found for it."""
         prompt = self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
-        return replace(prompt, primer=context_digest(self.primer) if self.primer else None)
+        return replace(prompt, primer=self.primer_digest)
+
+    @property
+    def primer_digest(self) -> str | None:
+        """What the index's passages are computed behind, as prompts name it."""
+        return context_digest(self.primer) if self.primer else None
 
     def _bounded(self, size_bytes: int) -> int:
         """What so many new bytes take at most: what goes over the store's limit is evicted."""

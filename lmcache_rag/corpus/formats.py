@@ -123,7 +123,7 @@ def _text_of_html(content: bytes | str) -> str:
 def _text_of_docx(content: bytes) -> str:
     import mammoth
 
-    without_pictures = mammoth.images.img_element(lambda image: {})
+    without_pictures = mammoth.images.img_element(lambda _: {})
     return _text_of_html(mammoth.convert_to_html(io.BytesIO(content), convert_image=without_pictures).value)
 
 

@@ -1,6 +1,6 @@
 """Codec tables that come with the package: those of the default model, so that its first index learns none.
 
-    make tables
+make tables
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.chunk_kv import NO_CONTEXT
-from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
-from lmcache_rag.corpus import formats
+from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, formats, updating
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine, precompute_texts
 from lmcache_rag.errors import CorpusError, PromptError
@@ -147,7 +146,9 @@ def test_a_file_that_cannot_be_read_is_named_every_time(
     for _ in range(2):
         report = update(corpus, documents)
         assert (report.unchanged, report.refused, len(report.faults)) == (3, [], 1)
-        assert "a.pdf" in report.faults[0] and "b.pdf" in report.faults[0] and "lmcache-rag[documents]" in report.faults[0]
+        assert (
+            "a.pdf" in report.faults[0] and "b.pdf" in report.faults[0] and "lmcache-rag[documents]" in report.faults[0]
+        )
 
 
 def test_an_interruption_keeps_the_documents_done(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:

@@ -28,7 +28,7 @@ JAPANESE = "これは日本語のテキストです。文字コードを調べ�
         (FRENCH, "latin-1"),
         ("The café is open.", "latin-1"),
         ("Keep it below 5 °C and away from heat.", "latin-1"),
-        ("“Quoted” – it’s fine…", "cp1252"),
+        ("“Quoted”, and then…", "cp1252"),
         (POLISH, "cp1250"),
         (RUSSIAN, "cp1251"),
         (JAPANESE, "shift_jis"),
@@ -60,7 +60,9 @@ def pdf(*pages: str, font: bool = True) -> bytes:
         written += f"{number} 0 obj\n{content}\nendobj\n"
     table = "".join(f"{place:010} 00000 n \n" for place in places)
     head = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}"
-    return f"{written}{head}trailer << /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(written)}\n%%EOF".encode()
+    return (
+        f"{written}{head}trailer << /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(written)}\n%%EOF".encode()
+    )
 
 
 def docx(body: str) -> bytes:
