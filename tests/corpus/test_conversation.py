@@ -59,7 +59,7 @@ def test_passages_are_not_repeated(corpus: Corpus, llama: LocalEngine) -> None:
 def test_the_oldest_turns_are_forgotten_where_a_prompt_gets_too_long(corpus: Corpus, llama: LocalEngine) -> None:
     conversation = Conversation(corpus, llama.tokenizer, 120, passages=2)
     for number in range(3):
-        prompt, hits = conversation.ask(text(number, 5))
+        prompt, _ = conversation.ask(text(number, 5))
         assert len(prompt.token_ids) <= 120
         conversation.answered("w7")
     assert len(conversation) < 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVShape
@@ -24,11 +25,10 @@ def test_they_are_the_default_models(tmp_path: Path) -> None:
 
 
 def test_nothing_is_learned_where_the_package_has_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "cache"))
-    tables = shipped_tables(folder := resolve_model(DEFAULT_MODEL))
+    folder = resolve_model(DEFAULT_MODEL)
+    tables = shipped_tables(folder)
     assert tables is not None
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(CodecLearning, "learn", lambda *_: pytest.fail("learned"))
     stored = TableStore(DiskStore(tmp_path / "kv"), "model")
     model = LearnedModel(DEFAULT_MODEL, folder, "model", None, 64, torch.float32, torch.device("cpu"), [])  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_nothing_is_learned_where_the_package_has_tables(tmp_path: Path, monkeyp
 def test_a_server_codes_with_them_where_neither_store_nor_machine_has_any(tmp_path: Path) -> None:
     tables = shipped_tables(resolve_model(DEFAULT_MODEL))
     assert tables is not None
-    store, shape = DiskStore(tmp_path), KVShape(30, 3, 64, "float32")
+    store, shape = DiskStore(tmp_path), KVShape(30, 3, 64, torch.float32)
     _, digest = ModelCodecs(store, "model", shape, None, lambda: tables).for_writing("balanced")
     assert digest == tables.digest
     assert ModelCodecs(store, "model", shape).for_reading("balanced", digest) is not None
