@@ -23,7 +23,7 @@ class Conversation:
 
     A turn's passages are those found for its question, without those that the conversation has already. The prompt's
     tokens are those of the prompt before, its answer, and what is new, so that KV of all earlier turns is used again.
-    Where a prompt would get too long, the oldest turns are forgotten.
+    Where a prompt would get too long, the oldest turns are forgotten, unless its question is too long by itself.
 
     Args:
         longest: so many tokens a prompt may have.
@@ -51,10 +51,11 @@ class Conversation:
         """
         hits = self._corpus.search(question, self._passages)
         self._turns.append(_Turn(question, hits))
-        prompt = self._prompt()
-        while len(prompt.token_ids) > self._longest and len(self._turns) > 1:
-            del self._turns[0]
-            prompt = self._prompt()
+        for first in range(len(self._turns)):
+            prompt = self._prompt(self._turns[first:])
+            if len(prompt.token_ids) <= self._longest:
+                del self._turns[:first]
+                break
         return prompt, hits
 
     def answered(self, text: str, token_ids: Sequence[int] = ()) -> None:
@@ -69,11 +70,11 @@ class Conversation:
         """Forget the last question."""
         del self._turns[-1]
 
-    def _prompt(self) -> MarkedPrompt:
+    def _prompt(self, turns: Sequence[_Turn]) -> MarkedPrompt:
         form, tokenizer = self._corpus.manifest.prompt, self._tokenizer
         whole = MarkedPrompt((), 0, ())
         told: set[str] = set()
-        for number, turn in enumerate(self._turns):
+        for number, turn in enumerate(turns):
             fresh = [text for text in dict.fromkeys(hit.text for hit in turn.hits) if text not in told]
             told.update(fresh)
             part = self._continued(fresh, turn.question) if number else form.plan(tokenizer, fresh, turn.question)

@@ -64,8 +64,11 @@ def test_the_oldest_turns_are_forgotten_where_a_prompt_gets_too_long(corpus: Cor
         conversation.answered("w7")
     assert len(conversation) < 3
     assert prompt.preamble_length == len(corpus.manifest.prompt.preamble_ids(llama.tokenizer))
-    alone, _ = Conversation(corpus, llama.tokenizer, 10, passages=2).ask("w20")
-    assert len(alone.token_ids) > 10  # the engine says what to do
+    remembered = len(conversation)
+    too_long, _ = conversation.ask(text(9, 200))
+    assert len(too_long.token_ids) > 120  # the engine says what to do
+    conversation.forget()
+    assert len(conversation) == remembered
 
 
 def test_a_question_without_an_answer_is_forgotten(corpus: Corpus, llama: LocalEngine) -> None:
