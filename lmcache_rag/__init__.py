@@ -4,6 +4,7 @@ Chunk KV caches are computed at ingest, stored, and blended into the prompt insi
 Importing this package imports neither torch nor vllm; `LocalEngine` does when it is first used.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.errors import LmcacheRagError
@@ -13,6 +14,9 @@ from lmcache_rag.request import BlendOptions, ReuseReport
 if TYPE_CHECKING:
     from lmcache_rag.corpus import Corpus
     from lmcache_rag.engine import EngineSettings, LocalEngine, Sampling
+
+# PyTorch reads this when it is loaded. vLLM prints a warning of NUMA binding through it that nothing else can stop.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"
 __all__ = [

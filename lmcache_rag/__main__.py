@@ -1,5 +1,14 @@
-"""`python -m lmcache_rag` is `lmcache-rag`."""
+"""`lmcache-rag`, and `python -m lmcache_rag`."""
 
-from lmcache_rag.cli import main
+from lmcache_rag.interrupts import leaving_at_once
 
-main()
+
+def main() -> None:
+    """Entry point: the command line, which takes seconds to import."""
+    with leaving_at_once():
+        from lmcache_rag.cli import main as run
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,8 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from lmcache_rag.request import SelectorName
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, which could do anything to a terminal, and halves of surrogate pairs, which have no encoding."""
@@ -113,6 +116,17 @@ def _table(lines: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+DEFAULT_INDEX = Path(".lmcache-rag")
+IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
+PassagesOption = Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")]
+SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]
+TargetKLOption = Annotated[
+    float, typer.Option(help="How far from full prefill answers may be: mean KL divergence, as calibrated.")
+]
+RatioOption = Annotated[
+    Optional[float], typer.Option(help="Share of the passages' tokens to recompute, 0 to 1, instead of a target.")
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 TiersOption = Annotated[
     Optional[list[str]],
     typer.Option(

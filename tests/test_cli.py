@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from lmcache_rag.asking import NOTHING
 from lmcache_rag.bench.commands import write_rows
 from lmcache_rag.bench.servers import S3Server
 from lmcache_rag.cli import app, main
-from lmcache_rag.corpus import Manifest
+from lmcache_rag.corpus import Manifest, formats
+from lmcache_rag.engine import Delta, LocalEngine
 from lmcache_rag.errors import LmcacheRagError
+from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.serving import server_command, settings_of
-from tests.corpus.test_corpus import text
+from tests.corpus.test_corpus import BINARY, text
 from tests.models import make_tiny
 
 pytestmark = pytest.mark.usefixtures("no_engine")
@@ -39,8 +44,8 @@ def documents(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: object, typed: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed)
 
 
 def error_of(result: Result) -> str:
@@ -93,12 +98,45 @@ def test_index_then_ask(tmp_path: Path, model: Path, documents: Path) -> None:
     asked = run("ask", "w20 w30", "--index", folder, "--dtype", "float32", "--json", "--compare", "--max-tokens", 5)
     assert asked.exit_code == 0, asked.output
     result = json.loads(asked.stdout)
-    assert set(result) == {"answer", "sources", "reuse", "ttft_s", "plain"}
+    assert set(result) == {"answer", "answered", "sources", "reuse", "ttft_s", "plain"}
+    assert result["answered"] and result["answer"]
     assert {"path", "text"} <= set(result["sources"][0])
     assert result["reuse"]["mode"] == "blend" and result["reuse"]["missed_tokens"] == 0
     assert result["ttft_s"] > 0 and result["plain"]["ttft_s"] > 0
     shown = run("ask", "w20 w30", "--index", folder, "--dtype", "float32", "--max-tokens", 5)
     assert "0.txt" in shown.output and "reused" in shown.output and "TTFT" in shown.output
+
+
+def test_a_question_that_is_not_answered_says_so(tmp_path: Path, model: Path, documents: Path) -> None:
+    """The form's stop strings are those of what the tiny model writes at once."""
+    folder = tmp_path / "index"
+    options = ["--index", folder, "--dtype", "float32"]
+    run("index", documents, *options, "--model", model, "--chunk-tokens", 40)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["prompt"]["stop"] = ["w", "<"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    asked = run("ask", "w20 w30", *options, "--max-tokens", 5)
+    assert asked.exit_code == 0 and NOTHING in " ".join(asked.output.split()), asked.output
+    asked = run("ask", "w20 w30", *options, "--max-tokens", 5, "--json")
+    result = json.loads(asked.stdout)
+    assert asked.exit_code == 0 and (result["answer"], result["answered"]) == ("", False)
+
+
+def test_chat_remembers_what_was_said(tmp_path: Path, model: Path, documents: Path) -> None:
+    folder = tmp_path / "index"
+    options = ["--index", folder, "--dtype", "float32"]
+    run("index", documents, *options, "--model", model, "--chunk-tokens", 40)
+    lines = "w20 w30\n\nw40 [red]w50[/INST]\n" + " ".join(["w20"] * 1100) + "\nw60 \xe9\n"
+    told = run("chat", *options, "--max-tokens", 5, "--json", "-k", 2, typed=lines)
+    assert told.exit_code == 0, told.output
+    first, second, third = map(json.loads, told.stdout.splitlines())
+    assert [row["question"] for row in (first, second, third)] == ["w20 w30", "w40 [red]w50[/INST]", "w60 é"]
+    assert "use fewer or shorter passages" in " ".join(told.stderr.split())
+    lengths = [row["reuse"]["prompt_tokens"] for row in (first, second, third)]
+    assert lengths[0] < lengths[1] < lengths[2]
+    assert first["reuse"]["mode"] == "blend" and second["reuse"]["continued_tokens"] + second["reuse"]["local_tokens"]
+    shown = run("chat", *options, "--max-tokens", 5, typed="w20 w30\n")
+    assert shown.exit_code == 0 and "0.txt" in shown.output and "TTFT" in shown.output
 
 
 def test_an_index_of_another_model_or_store(tmp_path: Path, model: Path, documents: Path) -> None:
@@ -166,14 +204,30 @@ def test_an_error_is_shown_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch, 
     assert f"nowhere/{ascii(name)[1:-1]} is not there: name a file or a folder." in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_used_are_named_and_the_exit_code_says_so(
-    tmp_path: Path, model: Path, documents: Path
+def test_files_that_cannot_be_used_are_named_once(tmp_path: Path, model: Path, documents: Path) -> None:
+    (documents / "bad.md").write_bytes(BINARY)
+    (documents / "empty [red].txt").write_text("")
+    (documents / "umlaut.txt").write_text("w20 für w30", encoding="utf-16")
+    options = ["--index", tmp_path / "index", "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]
+    first = run("index", documents, *options)
+    shown = " ".join(first.output.split())
+    assert first.exit_code == 0, first.output
+    assert "3 added" in shown and "bad.md is a binary file" in shown and "empty [red].txt has no text in it" in shown
+    again = run("index", documents, *options)
+    assert again.exit_code == 0 and "3 unchanged" in " ".join(again.output.split())
+    assert "bad.md" not in again.output and "2 files are left out as they were before" in again.output
+
+
+def test_what_is_to_be_mended_is_an_error_every_time(
+    tmp_path: Path, model: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (documents / "bad.md").write_bytes(b"\xff\xff")
-    folder = tmp_path / "index"
-    result = run("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40, "--dtype", "float32")
-    assert result.exit_code == 1
-    assert "2 added" in result.output and "bad.md is not UTF-8 text" in " ".join(result.output.split())
+    monkeypatch.setattr(formats, "find_spec", lambda module: None)
+    (documents / "manual [v1].pdf").write_bytes(b"%PDF")
+    options = ["--index", tmp_path / "index", "--model", model, "--chunk-tokens", 40, "--dtype", "float32"]
+    for _ in range(2):
+        result = run("index", documents, *options)
+        assert result.exit_code == 1
+        assert "manual [v1].pdf: to read such files pypdf is needed" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +262,7 @@ def test_a_folder_whose_name_is_not_utf8(option: str, documents: Path, monkeypat
 
 def test_an_empty_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "No text or Markdown files" in error_of(run("index", tmp_path / "empty", "--index", tmp_path / "index"))
+    assert "No documents" in error_of(run("index", tmp_path / "empty", "--index", tmp_path / "index"))
     assert not (tmp_path / "index").exists()
 
 
@@ -297,6 +351,49 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_ctrl_c_while_vllm_starts(tmp_path: Path, model: Path, documents: Path) -> None:
+    folder = tmp_path / "index"
+    process = start("index", documents, "--index", folder, "--model", model, "--chunk-tokens", 40)
+    wait_for(folder / "lock", process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Interrupted" in errors and "Traceback" not in errors, errors
+    assert output == "" and not (folder / "manifest.json").exists()
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(
+    tmp_path: Path, model: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "index"
+    options = ["--index", folder, "--dtype", "float32"]
+    run("index", documents, *options, "--model", model, "--chunk-tokens", 40)
+    stream = LocalEngine.stream
+    questions = 0
+
+    def interrupted(self: LocalEngine, prompt: object, *arguments: object, **named: object) -> Iterator[Delta]:
+        nonlocal questions
+        questions += isinstance(prompt, MarkedPrompt)
+        for delta in stream(self, prompt, *arguments, **named):  # type: ignore[arg-type]
+            yield delta
+            if questions == 1 and isinstance(prompt, MarkedPrompt):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalEngine, "stream", interrupted)
+    told = run("chat", *options, "--max-tokens", 50, "--json", typed="w20\nw30\n")
+    assert told.exit_code == 0, told.output
+    assert [json.loads(line)["question"] for line in told.stdout.splitlines() if line.strip()] == ["w30"]
+
+
+def test_standard_error_is_quiet(tmp_path: Path, model: Path, documents: Path) -> None:
+    process = start("index", documents, "--index", tmp_path / "index", "--model", model, "--chunk-tokens", 40)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    shown = " ".join(errors.split())
+    assert re.fullmatch(
+        r"2 new or changed, [^:]*: 120 tokens to read, about \S+ GB of KV.* tokens \S+ 120/120 \S+", shown
+    ), errors
 
 
 def test_ctrl_c_and_a_second_process(tmp_path: Path, model: Path, documents: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from lmcache_rag.chunk_kv import context_digest, key_of, variant_of
 from lmcache_rag.corpus.database import Database, Passage
-from lmcache_rag.corpus.documents import Document, absolute, find_files, read_document
+from lmcache_rag.corpus.documents import Document, absolute, find_files, read_file
 from lmcache_rag.corpus.embedder import Embedder
+from lmcache_rag.corpus.formats import UnusableDocumentError, install_note, lacking
 from lmcache_rag.corpus.manifest import Manifest, PrimerSource
 from lmcache_rag.corpus.splitter import split
+from lmcache_rag.corpus.updates import Pending, UpdatePlan, UpdateReport
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
@@ -34,67 +36,6 @@ class Hit:
     path: str
     text: str
     score: float
-
-
-@dataclass
-class UpdateReport:
-    """What an update did.
-
-    Attributes:
-        restored: unchanged documents of which the store had lost some KV; counted as changed too.
-        reprimed: unchanged documents computed behind the primer that a grown index has chosen; counted as changed too.
-        evicted: objects deleted from the store to make room: its limit is too small for what is stored.
-        refused: the files that could not be used, with the reason.
-    """
-
-    added: int = 0
-    changed: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    restored: int = 0
-    reprimed: int = 0
-    refused: list[str] = field(default_factory=list)
-    chunks_computed: int = 0
-    chunks_present: int = 0
-    tokens_computed: int = 0
-    bytes_stored: int = 0
-    evicted: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A document to compute, split and tokenised."""
-
-    path: str
-    digest: str
-    texts: list[str]
-    token_ids: list[list[int]]
-
-
-@dataclass(frozen=True)
-class UpdatePlan:
-    """What an update is going to do.
-
-    Attributes:
-        pending: new and changed documents, and those to be restored or reprimed.
-        former_primer: what the index's passages were computed behind before it had grown; empty where that stays.
-        needed_bytes: so many at most are written to the store.
-        free_bytes: so many are free there.
-    """
-
-    pending: list[Pending]
-    removed: list[str]
-    former_primer: list[int]
-    report: UpdateReport
-    tokens: int
-    needed_bytes: int
-    free_bytes: int | None
-
-    @property
-    def texts(self) -> list[str]:
-        """The new passages."""
-        return [text for item in self.pending for text in item.texts]
 
 
 class Corpus:
@@ -137,25 +78,35 @@ class Corpus:
 
         Raises:
             StoreError: the store cannot be written to.
-            CorpusError: as `find_files`; a single file that cannot be used is listed in the report instead.
+            CorpusError: as `find_files`; a single file that cannot be read or used is listed in the report instead.
         """
         check_writable(self._engine.store)
         known, report = self._database.documents(), UpdateReport()
-        pending, seen, unchanged = [], set(), set()
-        for path in find_files(paths, known):
-            seen.add(str(path))
-            try:
-                document = read_document(path)
-                same = known.get(document.path) == document.digest
-                if same and self._is_stored(document.path):
-                    unchanged.add(document.path)
-                    continue
-                pending.append(self._split(document))
-                report.restored += same
-            except CorpusError as error:
-                report.refused.append(str(error))
+        files = find_files(paths, known)
         roots = [absolute(path) for path in paths]
+        seen = set(map(str, files))
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
+        refused = {path: digest for path, digest in self._database.refused().items() if Path(path).exists()}
+        pending, unchanged = [], set()
+        for path in self._readable(files, report):
+            try:
+                file = read_file(path)
+                if refused.get(file.path) == file.digest:
+                    report.refused_before += 1
+                    continue
+                same = known.get(file.path) == file.digest
+                if same and self._is_stored(file.path):
+                    unchanged.add(file.path)
+                    continue
+                refused.pop(file.path, None)
+                pending.append(self._split(file.document()))
+                report.restored += same
+            except UnusableDocumentError as error:
+                report.refused.append(str(error))
+                refused[file.path] = file.digest
+                gone += [file.path] if file.path in known else []
+            except CorpusError as error:
+                report.faults.append(str(error))
         former, others = self.primer, known.keys() - {item.path for item in pending} - set(gone)
         reprimed = self._settle_primer(pending, {path: known[path] for path in sorted(others)})
         fresh, again = _tokens(pending), _tokens(reprimed)
@@ -163,6 +114,7 @@ class Corpus:
         return UpdatePlan(
             pending=[*pending, *reprimed],
             removed=gone,
+            refused=refused,
             former_primer=former if self.primer != former else [],
             report=report,
             tokens=fresh + again,
@@ -222,6 +174,7 @@ class Corpus:
         for path in plan.removed:
             self._database.remove(path)
             report.removed += 1
+        self._database.set_refused(plan.refused)
         self._delete_unused_kv()
         return report
 
@@ -254,7 +207,12 @@ class Corpus:
     def prompt(self, question: str, hits: Sequence[Hit]) -> MarkedPrompt:
         """The prompt for a question over the passages found for it."""
         prompt = self.manifest.prompt.plan(self._engine.tokenizer, [hit.text for hit in hits], question)
-        return replace(prompt, primer=context_digest(self.primer) if self.primer else None)
+        return replace(prompt, primer=self.primer_digest)
+
+    @property
+    def primer_digest(self) -> str | None:
+        """What the index's passages are computed behind, as prompts name it."""
+        return context_digest(self.primer) if self.primer else None
 
     def _bounded(self, size_bytes: int) -> int:
         """What so many new bytes take at most: what goes over the store's limit is evicted."""
@@ -307,6 +265,13 @@ class Corpus:
             return False
         keys = map(bytes.fromhex, self._database.chunk_keys(path))
         return not any(chunks.missing_of(key, variant) for key in keys for variant in variants)
+
+    def _readable(self, files: Sequence[Path], report: UpdateReport) -> list[Path]:
+        """The files whose format can be read here; what is not installed for the others is a fault."""
+        missing = lacking(files)
+        for module in dict.fromkeys(missing.values()):
+            report.faults.append(install_note([path for path in missing if missing[path] == module], module))
+        return [path for path in files if path not in missing]
 
     def _split(self, document: Document) -> Pending:
         manifest = self.manifest

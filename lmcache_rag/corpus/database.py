@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS passages (
 CREATE INDEX IF NOT EXISTS passages_of_document ON passages (document);
 CREATE INDEX IF NOT EXISTS passages_of_chunk ON passages (chunk_key);
 CREATE TABLE IF NOT EXISTS unused_chunks (chunk_key TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS refused_files (path TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
 
 _UPGRADE = """
@@ -72,6 +73,17 @@ class Database:
         """path -> digest of every indexed document."""
         with self._failing():
             return dict(self._connection.execute("SELECT path, digest FROM documents"))
+
+    def refused(self) -> dict[str, str]:
+        """path -> digest of every file that cannot be used, as its user has been told."""
+        with self._failing():
+            return dict(self._connection.execute("SELECT path, digest FROM refused_files"))
+
+    def set_refused(self, files: Mapping[str, str]) -> None:
+        """Take these for all files (path -> digest) that cannot be used."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM refused_files")
+            connection.executemany("INSERT INTO refused_files (path, digest) VALUES (?, ?)", files.items())
 
     def replace(self, path: str, digest: str, passages: Sequence[Passage]) -> None:
         """Put a document in, in the place of what was there under its path."""

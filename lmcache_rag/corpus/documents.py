@@ -1,4 +1,4 @@
-"""Text and Markdown files from folders. Other formats come through the readers of LlamaIndex and LangChain."""
+"""Documents from files and folders. Formats that are not read here come through LlamaIndex' and LangChain's readers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmcache_rag.corpus.formats import SUFFIXES, format_of, text_of
 from lmcache_rag.errors import CorpusError
-
-SUFFIXES = (".txt", ".text", ".md", ".markdown")
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,24 @@ class Document:
 
     @property
     def is_markdown(self) -> bool:
-        return self.path.lower().endswith((".md", ".markdown"))
+        return format_of(self.path).is_markdown
+
+
+@dataclass(frozen=True)
+class File:
+    """What is in a file, and its digest."""
+
+    path: str
+    content: bytes
+    digest: str
+
+    def document(self) -> Document:
+        """Its text. Raises `UnusableDocumentError` where it has none."""
+        return Document(self.path, text_of(self.path, self.content), self.digest)
 
 
 def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
-    """The text and Markdown files in `paths` (files, or folders and all below them), hidden ones left out.
+    """The files in `paths` (files, or folders and all below them) that are documents, hidden ones left out.
 
     Args:
         known: paths of documents indexed before; where one lies in a path, that path may be gone or empty by now.
@@ -41,7 +53,7 @@ def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
     for path in named:
         if path.is_file():
             if path.suffix.lower() not in SUFFIXES:
-                raise CorpusError(f"{path} is no text or Markdown file ({', '.join(SUFFIXES)}): convert it first.")
+                raise CorpusError(f"{path} is of no format that is read ({', '.join(SUFFIXES)}): convert it first.")
             found.add(path)
         elif path.is_dir():
             found.update(_below(path))
@@ -49,17 +61,15 @@ def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
             raise CorpusError(f"{path} is not there: name a file or a folder.")
     if not found and not emptied:
         folders = ", ".join(map(str, named))
-        raise CorpusError(
-            f"No text or Markdown files ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some."
-        )
+        raise CorpusError(f"No documents ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some.")
     return sorted(found)
 
 
-def read_document(path: Path) -> Document:
-    """A file's text, decoded as UTF-8.
+def read_file(path: Path) -> File:
+    """What is in a file.
 
     Raises:
-        CorpusError: it cannot be read, is binary, has no text in it, or a name that cannot be written down.
+        CorpusError: it cannot be read, or has a name that cannot be written down.
     """
     if printed(path) != str(path):
         raise CorpusError(f"{printed(path)} has a name that is not UTF-8: rename it, or move it away.")
@@ -69,15 +79,16 @@ def read_document(path: Path) -> Document:
         raise CorpusError(
             f"{path} cannot be read ({error.strerror}): change its permissions, or move it away."
         ) from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or move it away.") from error
-    if "\0" in text:
-        raise CorpusError(f"{path} is a binary file: convert it to text, or move it away.")
-    if not text.strip():
-        raise CorpusError(f"{path} has no text in it: fill it, or move it away.")
-    return Document(str(path), text, hashlib.blake2b(content, digest_size=16).hexdigest())
+    return File(str(path), content, hashlib.blake2b(content, digest_size=16).hexdigest())
+
+
+def read_document(path: Path) -> Document:
+    """A file's text.
+
+    Raises:
+        CorpusError: as `read_file`, and `UnusableDocumentError` where what is in it cannot be used.
+    """
+    return read_file(path).document()
 
 
 def printed(path: Path | str) -> str:

@@ -125,7 +125,6 @@ def engine_arguments(
 def _quieten() -> None:
     """Keep vLLM's start-up notes off the user's terminal; errors still show. `VLLM_LOGGING_LEVEL=INFO` shows all."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import StoreError
+from lmcache_rag.learn.shipped import shipped_tables
 from lmcache_rag.learn.texts import built_in_texts, learning_prompts, mixed
 from lmcache_rag.library.tables import TableStore, machine_store
 from lmcache_rag.process import OwnProcess
@@ -65,8 +66,8 @@ class CodecLearning:
         self._ready = not self._needed
 
     def ensure(self, texts: Iterable[str] = (), progress: Callable[[str], Any] | None = None) -> None:
-        """Learn the tables where the codec needs some, and neither the store nor this machine has them: minutes of
-        computing, once per model.
+        """Learn the tables where the codec needs some, and neither the store, this machine, nor this package has them:
+        minutes of computing, once per model.
 
         Args:
             texts: to learn from, together with built-in ones; texts like those that will be stored make KV smaller.
@@ -83,6 +84,7 @@ class CodecLearning:
             if self.tables.last() is None:
                 own = machine_store()
                 tables = None if own is None else TableStore(own, self._model.fingerprint).last()
+                tables = tables or shipped_tables(self._model.folder)
                 if tables is None:
                     tables = self.learn(mixed(self.prompts(texts), self.prompts(built_in_texts())), progress)
                 self.keep(tables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.disk import DiskStore
@@ -84,11 +84,20 @@ class ModelCodecs:
 
     Args:
         own: this machine's; tables that the store lacks are copied from there.
+        shipped: finds those that come with the package, for a model of which neither has any.
     """
 
-    def __init__(self, store: Store, model: str, shape: KVShape, own: Store | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        model: str,
+        shape: KVShape,
+        own: Store | None = None,
+        shipped: Callable[[], CodecTables | None] = lambda: None,
+    ) -> None:
         self._tables = TableStore(store, model)
         self._own = TableStore(own, model) if own is not None else None
+        self._shipped = shipped
         self._shape = shape
         self._made: dict[tuple[str, str, bool], Codec] = {}
         self._known: dict[str, CodecTables] = {}
@@ -124,6 +133,8 @@ class ModelCodecs:
         tables = self._tables.last()
         if tables is None and self._own is not None:
             tables = self._copied(self._own.last())
+        if tables is None:
+            tables = self._copied(self._shipped())
         if tables is None:
             raise StoreError(
                 "This model's KV codec has no tables yet: run `lmcache-rag calibrate` with the same --model and "

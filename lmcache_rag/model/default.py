@@ -27,6 +27,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONTEXT_TOKENS = 8192
 _DONE = "prepared-by-lmcache-rag"
+_MADE_FROM = f"{_GGUF} {_GGUF_SHA256}\n"
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ def prepare_default_model(cache: Path) -> Path:
             "(about 1 GB is needed), or name another folder in LMCACHE_RAG_CACHE."
         ) from error
     return folder
+
+
+def is_default_model(folder: Path) -> bool:
+    """Whether the model in `folder` is the default one, prepared from the pinned file."""
+    try:
+        return (folder / _DONE).read_text() == _MADE_FROM
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _gguf_file(downloads: Path) -> Path:
@@ -111,7 +120,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
             raise ModelError(f"{gguf} was not read as expected: install the versions named in pyproject.toml.")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / _DONE).write_text(f"{_GGUF} {_GGUF_SHA256}\n")
+        (part / _DONE).write_text(_MADE_FROM)
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
@@ -104,7 +105,12 @@ def fingerprint_of(vllm_config: VllmConfig) -> str:
     """
     model = vllm_config.model_config
     changes = f"{model.quantization or ''}{model.hf_overrides or ''}"
-    return model_fingerprint(resolve_model(str(model.model), model.revision), f"{model.dtype}{changes}", cache_folder())
+    return model_fingerprint(model_folder(vllm_config), f"{model.dtype}{changes}", cache_folder())
+
+
+def model_folder(vllm_config: VllmConfig) -> Path:
+    """Where the model's files are. Raises `ModelError`."""
+    return resolve_model(str(vllm_config.model_config.model), vllm_config.model_config.revision)
 
 
 def unsupported_engine(vllm_config: VllmConfig) -> str:

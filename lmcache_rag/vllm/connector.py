@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.tier import TierStats
 from lmcache_rag.codec import LOSSLESS_CODEC
+from lmcache_rag.learn.shipped import shipped_tables
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.scopes import fingerprints_in
 from lmcache_rag.model import cache_folder
@@ -23,7 +25,7 @@ from lmcache_rag.plan.budget import Calibration
 from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import ReuseReport
-from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, unsupported_engine
+from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, model_folder, unsupported_engine
 from lmcache_rag.vllm.metadata import StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
 from lmcache_rag.vllm.scheduler_half import SchedulerHalf
@@ -101,6 +103,7 @@ class BlendConnector(KVConnectorBase_V1):
             self._config.codec,
             self._config.extra_codecs,
             self._config.limits,
+            functools.partial(shipped_tables, model_folder(self._vllm_config)),
             workspace_tokens=self._workspace_tokens,
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             hot_bytes=self._config.hot_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from lmcache_rag.blend.steps import Steps, next_of
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
+from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.conversation.refinement import PIECE_S, Refiner
 from lmcache_rag.errors import CorruptObjectError, StoreError
@@ -61,6 +62,7 @@ class WorkerHalf:
         codec: str,
         extra_codecs: Sequence[str],
         limits: Limits,
+        shipped: Callable[[], CodecTables | None],
         *,
         workspace_tokens: int,
         max_pass_tokens: int,
@@ -69,7 +71,7 @@ class WorkerHalf:
         never_slower: bool,
     ) -> None:
         self._model = model
-        codecs = ModelCodecs(store, fingerprint, model.shape, machine_store())
+        codecs = ModelCodecs(store, fingerprint, model.shape, machine_store(), shipped)
         self._rooms = Rooms(store, limits)
         self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs, self._rooms)
         self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs, rooms=self._rooms)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.chunk_kv import NO_CONTEXT
-from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, updating
+from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, formats, updating
 from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine import LocalEngine, precompute_texts
 from lmcache_rag.errors import CorpusError, PromptError
@@ -20,6 +20,7 @@ from lmcache_rag.prompt import PromptFormat, completion_format
 
 FORM = PromptFormat(preamble="w4 w5 w6 w7 ", chunk=" {text} ", question=" w8 {question} w9")
 EMBEDDER = SentenceEmbedder()
+BINARY = bytes(range(256))
 
 
 def text(seed: int, words: int = 60) -> str:
@@ -109,10 +110,45 @@ def test_search_and_prompt(corpus: Corpus, documents: Path, llama: LocalEngine) 
 
 
 def test_a_file_that_cannot_be_used_is_named_and_the_others_are_indexed(corpus: Corpus, documents: Path) -> None:
-    (documents / "bad.txt").write_bytes(b"\xff\xff")
+    (documents / "bad.txt").write_bytes(BINARY)
     report = update(corpus, documents)
     assert report.added == 3
-    assert len(report.refused) == 1 and "bad.txt" in report.refused[0]
+    assert len(report.refused) == 1 and "bad.txt is a binary file" in report.refused[0]
+
+
+def test_a_file_that_cannot_be_used_is_named_once_until_it_changes(corpus: Corpus, documents: Path) -> None:
+    bad = documents / "bad.txt"
+    bad.write_bytes(BINARY)
+    assert len(update(corpus, documents).refused) == 1
+    again = update(corpus, documents)
+    assert (again.refused, again.refused_before, again.unchanged) == ([], 1, 3)
+    bad.write_text(" ")
+    assert "has no text in it" in update(corpus, documents).refused[0]
+    bad.write_text(text(9))
+    assert update(corpus, documents).added == 1
+    bad.write_text(" ")
+    report = update(corpus, documents)
+    assert (len(report.refused), report.refused_before, report.removed) == (1, 0, 1)  # what it said is not kept
+    bad.unlink()
+    update(corpus, documents)
+    bad.write_text(" ")
+    assert len(update(corpus, documents).refused) == 1
+    assert len(corpus.search("w20", 100)) == 6
+
+
+def test_a_file_that_cannot_be_read_is_named_every_time(
+    corpus: Corpus, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(corpus, documents)
+    monkeypatch.setattr(formats, "find_spec", lambda module: None)
+    (documents / "a.pdf").write_bytes(b"%PDF")
+    (documents / "b.pdf").write_bytes(b"%PDF")
+    for _ in range(2):
+        report = update(corpus, documents)
+        assert (report.unchanged, report.refused, len(report.faults)) == (3, [], 1)
+        assert (
+            "a.pdf" in report.faults[0] and "b.pdf" in report.faults[0] and "lmcache-rag[documents]" in report.faults[0]
+        )
 
 
 def test_an_interruption_keeps_the_documents_done(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
@@ -350,7 +386,7 @@ def test_a_file_whose_name_is_not_utf8_is_named_and_the_others_are_indexed(corpu
     Path(bad).write_text(text(9))
     report = update(corpus, documents)
     assert report.added == 3
-    assert report.refused == [f"{documents}/bad-\\udcff.txt has a name that is not UTF-8: rename it, or move it away."]
+    assert report.faults == [f"{documents}/bad-\\udcff.txt has a name that is not UTF-8: rename it, or move it away."]
 
 
 def test_a_document_with_a_passage_that_does_not_fit_is_named_and_the_others_are_indexed(
@@ -363,8 +399,8 @@ def test_a_document_with_a_passage_that_does_not_fit_is_named_and_the_others_are
     corpus = Corpus(tmp_path / "index", llama, EMBEDDER, made)
     (documents / "long.txt").write_text(text(9, 1090))
     report = update(corpus, documents)
-    assert (report.added, len(report.refused)) == (3, 1)
-    assert "long.txt has a passage of 1090 tokens" in report.refused[0]
+    assert (report.added, len(report.faults)) == (3, 1)
+    assert "long.txt has a passage of 1090 tokens" in report.faults[0]
 
 
 def test_a_question_that_is_no_text_is_refused_in_words(corpus: Corpus) -> None:

@@ -11,7 +11,7 @@ from lmcache_rag.errors import CorpusError
 
 
 def test_text_and_markdown_files_below_folders(tmp_path: Path) -> None:
-    for name in ("a.md", "sub/b.txt", "sub/C.MD", "sub/d.pdf", ".hidden/e.md", "sub/.f.md"):
+    for name in ("a.md", "sub/b.txt", "sub/C.MD", "sub/d.png", ".hidden/e.md", "sub/.f.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     found = find_files([tmp_path, tmp_path / "a.md"])
@@ -21,9 +21,9 @@ def test_text_and_markdown_files_below_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda path: path.mkdir(), "No text or Markdown files"),
+        (lambda path: path.mkdir(), "No documents"),
         (lambda path: None, "is not there"),
-        (lambda path: path.write_bytes(b"x"), "is no text or Markdown file"),
+        (lambda path: path.write_bytes(b"x"), "is of no format that is read"),
     ],
     ids=["empty folder", "not there", "other format"],
 )
@@ -37,8 +37,9 @@ def test_nothing_to_find(tmp_path: Path, make, problem: str) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"\xff\xfe\x00\x01", "is not UTF-8 text"),
+        (bytes(range(256)), "is a binary file: convert it"),
         (b"text\0text", "binary"),
+        (b"\xff\xfea", "is no utf-16 text"),
         (b" \n\t ", "has no text"),
     ],
 )

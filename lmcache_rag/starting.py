@@ -1,0 +1,27 @@
+"""An index and its engine, as commands open them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.interrupts import leaving_at_once
+from lmcache_rag.terminal import err
+
+if TYPE_CHECKING:
+    from lmcache_rag.corpus import Corpus, IndexSettings
+    from lmcache_rag.engine import LocalEngine
+
+
+@contextmanager
+def started(folder: Path, settings: IndexSettings, **options: Any) -> Iterator[tuple[LocalEngine, Corpus]]:
+    """See `open_corpus`. A note is shown until the engine has started, and Ctrl-C ends the process at once."""
+    with leaving_at_once():
+        from lmcache_rag.corpus import open_corpus
+
+    with ExitStack() as stack:
+        with err.status("Starting vLLM"), leaving_at_once():
+            opened = stack.enter_context(open_corpus(folder, settings, **options))
+        yield opened
