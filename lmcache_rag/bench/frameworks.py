@@ -1,8 +1,9 @@
 """TTFT of applications of LlamaIndex and LangChain as their tutorials write them, against the same with plain prefill.
 
-Each application answers questions over five passages drawn from a pool; the retriever gives what it is told. The KV of the pool is computed behind the text that stands before the passages in the application's prompts, by
-the integration's own step. Each question is asked twice, by plain vLLM and by blending, in turn, under salts of their
-own. An application that asks the model several times (refine) counts them together. Medians over the questions.
+Each application answers questions over five passages drawn from a pool; the retriever gives what it is told. The KV of
+the pool is computed behind the text that stands before the passages in the application's prompts, by the integration's
+own step. Each question is asked twice, by plain vLLM and by blending, in turn, under salts of their own. An application
+that asks the model several times (refine) counts them together. Medians over the questions.
 """
 
 from __future__ import annotations
