@@ -29,6 +29,9 @@ Conversations = Literal["local", "stored"]
 Refine = Literal["idle", "off"]
 """When exact KV is computed of what was answered over blended KV."""
 
+Learn = Literal["idle", "off"]
+"""When text that recurs in prompts is computed and stored."""
+
 DEFAULT_NAMESPACE = "default"
 SECRET_INPUT = "secret_input"  # noqa: S105  # not one itself
 """The type of a validation error whose input no message repeats."""
@@ -115,6 +118,7 @@ class ReuseReport(BaseModel):
         exact_tokens: of the reused, those whose KV is full prefill's but for what the codec lost (the preamble, the
             first chunk behind it).
         foreign_tokens: of the reused and recomputed, those computed behind another preamble than the prompt's.
+        learned_tokens: of the reused and recomputed, those of text that was learned from earlier prompts.
         hot_tokens: of the reused and recomputed, those that were not read, since they were in memory.
         token_layers: what selecting and recomputing cost: layers run, summed over the tokens run; full prefill is all
             layers times `prompt_tokens`.
@@ -148,6 +152,7 @@ class ReuseReport(BaseModel):
     vllm_tokens: int = 0
     exact_tokens: int = 0
     foreign_tokens: int = 0
+    learned_tokens: int = 0
     hot_tokens: int = 0
     token_layers: int = 0
     stored_tokens: int = 0

@@ -22,6 +22,7 @@ from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.codec import CODECS
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.hot import HotChunks
+from lmcache_rag.library.names import is_learned
 from lmcache_rag.plan.budget import share_of
 from lmcache_rag.plan.cost import PROBE_TOKENS, Rates
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
@@ -256,6 +257,7 @@ class _Blend:
             tokens = max(0, segment.end - max(segment.start, local))
             report.exact_tokens += tokens if segment.exact else 0
             report.foreign_tokens += tokens if segment.foreign else 0
+            report.learned_tokens += tokens if is_learned(segment.name or "") else 0
 
     def _loaded(self, chunks: HotChunks) -> Steps[set[PlannedSegment]]:
         """Place all that is in memory or in the store; returns which segments that is."""

@@ -8,6 +8,7 @@ from lmcache_rag.chunk_kv import KVScope, codec_in
 from lmcache_rag.codec.container import FORMAT_VERSION
 
 _CHATS = ".chats"
+_LEARNED = ".learned"
 
 
 def object_name(scope: KVScope, key: bytes, form: str) -> str:
@@ -29,8 +30,13 @@ def codec_of(name: str) -> str:
 
 def chats_of(namespace: str, cache_salt: str | None) -> str:
     """The namespace of the conversations beside a namespace of chunks. No request can name it: it has a dot."""
-    salt = "" if cache_salt is None else f"-{hashlib.blake2b(cache_salt.encode(), digest_size=8).hexdigest()}"
-    return f"{namespace}{_CHATS}{salt}"
+    return f"{namespace}{_CHATS}{_of_salt(cache_salt)}"
+
+
+def learned_of(namespace: str, cache_salt: str | None) -> str:
+    """The namespace of text that recurred in a caller's prompts, beside a namespace of chunks. No request can name it,
+    and no other caller's prompts are matched with it."""
+    return f"{namespace}{_LEARNED}{_of_salt(cache_salt)}"
 
 
 def is_chats(namespace: str) -> bool:
@@ -38,6 +44,20 @@ def is_chats(namespace: str) -> bool:
     return _CHATS in namespace
 
 
+def is_learned(namespace: str) -> bool:
+    """Whether it is one of text that recurred in prompts."""
+    return _LEARNED in namespace
+
+
+def is_incidental(namespace: str) -> bool:
+    """Whether nobody asked for what it holds to be stored: conversations, and text that recurred."""
+    return is_chats(namespace) or is_learned(namespace)
+
+
 def beside(namespace: str) -> str:
-    """The namespace of chunks that one of conversations lies beside; any other is its own."""
-    return namespace.partition(_CHATS)[0]
+    """The namespace of chunks that one of conversations or learned text lies beside; any other is its own."""
+    return namespace.partition(".")[0]
+
+
+def _of_salt(cache_salt: str | None) -> str:
+    return "" if cache_salt is None else f"-{hashlib.blake2b(cache_salt.encode(), digest_size=8).hexdigest()}"

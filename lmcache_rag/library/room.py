@@ -17,7 +17,7 @@ from lmcache_rag.errors import StoreError
 from lmcache_rag.library.calendar import Calendar
 from lmcache_rag.library.chains import chained
 from lmcache_rag.library.eviction import EVICTION, Candidates
-from lmcache_rag.library.names import beside, is_chats, object_name
+from lmcache_rag.library.names import beside, is_chats, is_incidental, object_name
 from lmcache_rag.library.scopes import recorded_scopes
 from lmcache_rag.library.uses import INTERVAL_S
 from lmcache_rag.records.merge import Live
@@ -55,7 +55,7 @@ class Limits:
     Attributes:
         capacity_bytes: of all stored objects; None for no limit.
         ttl_s: chunks that were not used for so long are deleted; None for never.
-        conversations_ttl_s: the same of conversations.
+        conversations_ttl_s: the same of conversations, and of text that was learned from prompts.
         eviction: one of `eviction.EVICTION`.
     """
 
@@ -66,7 +66,7 @@ class Limits:
 
     def ttl_of(self, namespace: str) -> float | None:
         """What was not used for so long is deleted."""
-        return self.conversations_ttl_s if is_chats(namespace) else self.ttl_s
+        return self.conversations_ttl_s if is_incidental(namespace) else self.ttl_s
 
     def interval_of(self, namespace: str) -> float:
         """So often a use is recorded."""
@@ -149,8 +149,8 @@ class Room:
         return sum(records.size_bytes for records in self._records.values())
 
     def make(self, scope: KVScope, size_bytes: int) -> bool:
-        """Have so many bytes fit, which are then written at once. A conversation has none evicted but conversations:
-        False where that is not enough, and it is not to be stored.
+        """Have so many bytes fit, which are then written at once. A conversation or learned text has none evicted but
+        such: False where that is not enough, and it is not to be stored.
 
         Raises:
             StoreError: there is no room for a chunk, since the limit is too small for it, or for what is pinned.
@@ -168,10 +168,10 @@ class Room:
             wanted = size_bytes + min(size_bytes, limit // 50)  # as much again, which another process may be writing
             if self.size_bytes + wanted <= limit:
                 return True
-            self._evict(max(0, int(_LOW * limit) - wanted), only_chats=is_chats(scope.namespace))
+            self._evict(max(0, int(_LOW * limit) - wanted), only_incidental=is_incidental(scope.namespace))
             if self.size_bytes + size_bytes <= limit:
                 return True
-            if is_chats(scope.namespace):
+            if is_incidental(scope.namespace):
                 return False
             raise StoreError(
                 f"The limit of {limit} bytes leaves no room for {size_bytes} more: give a larger capacity, or unpin "
@@ -231,8 +231,8 @@ class Room:
         for records in self._records.values() if len(self._records) <= _OFTEN else [self._records[scope]]:
             records.refresh()
 
-    def _evict(self, target_bytes: int, *, only_chats: bool) -> None:
-        """Delete until no more than that is left: conversations first, then chunks."""
+    def _evict(self, target_bytes: int, *, only_incidental: bool) -> None:
+        """Delete until no more than that is left: conversations and learned text first, then chunks."""
         if not self._said:
             self._said = True
             _log.warning(
@@ -243,8 +243,8 @@ class Room:
                 self.limits.eviction,
             )
         self.look()
-        for of_chats in (True,) if only_chats else (True, False):
-            scopes = [scope for scope in self._records if is_chats(scope.namespace) == of_chats]
+        for incidental in (True,) if only_incidental else (True, False):
+            scopes = [scope for scope in self._records if is_incidental(scope.namespace) == incidental]
             self._evict_of([_Stored.of(scope, self._records[scope]) for scope in scopes], target_bytes)
 
     def _evict_of(self, several: Sequence[_Stored], target_bytes: int) -> None:
@@ -259,7 +259,7 @@ class Room:
         sizes, numbered = column(lambda stored: stored.live.size_bytes), np.concatenate(numbers)
         age_s = np.maximum(0, int(self._clock()) - column(lambda stored: stored.used_s))
         candidates = Candidates(column(lambda stored: stored.live.tokens[stored.live.chunk]), sizes, age_s)
-        policy = EVICTION["lru" if is_chats(several[0].scope.namespace) else self.limits.eviction]
+        policy = EVICTION["lru" if is_incidental(several[0].scope.namespace) else self.limits.eviction]
         order = np.lexsort((-column(lambda stored: stored.depth), policy(candidates)))
         for some in _batches(order, sizes[order], int(_AT_ONCE * (self.limits.capacity_bytes or 0))):
             if self.size_bytes <= target_bytes:
