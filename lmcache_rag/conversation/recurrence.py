@@ -67,6 +67,11 @@ class RecentPrompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def fingerprints(self) -> int:
+        """How many are remembered."""
+        return len(self._places)
+
     def add(self, token_ids: Sequence[int] | np.ndarray, caller: str) -> Recurring:
         """Remember a prompt, and say what of it recurs.
 
