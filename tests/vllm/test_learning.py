@@ -76,7 +76,7 @@ def app_chunks(engine: LocalEngine, app: App, salt: str | None) -> list[bytes]:
     """What is learned of an application's documents."""
     records = learned_chunks(engine, salt).records
     known = {triple for passage in app.passages for triple in _triples(passage)}
-    return [key for key in records.keys() if sum(t in known for t in _triples(records.tokens(key))) > 30]
+    return [key for key in list(records.keys()) if sum(t in known for t in _triples(records.tokens(key))) > 30]
 
 
 def _triples(token_ids: Sequence[int]) -> list[tuple[int, ...]]:
