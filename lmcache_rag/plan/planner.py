@@ -18,7 +18,7 @@ from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.plan.matching import NO_TOKEN, History, Matcher
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.sources import EVERY_RUN, Sources
-from lmcache_rag.plan.variants import Context, context_of, suited
+from lmcache_rag.plan.variants import MERGED, Context, context_of, suited
 from lmcache_rag.records.catalog import Match
 from lmcache_rag.request import BlendOptions, ReuseReport
 
@@ -287,7 +287,8 @@ def _context(
         if form is not None:
             matches.pop(0)
             return _preamble(first.length, form), Context(first.chunk)
-    before = prompt[: max(0, first.start - first.offset)]
+    inside = first.offset if first.offset <= MERGED else 0  # of a part of a chunk the chunk's beginning is not here
+    before = prompt[: max(0, first.start - inside)]
     context, length = context_of(before, forms, chunks)
     return _preamble(length, chunks.preamble(context.preamble)), context
 

@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from lmcache_rag.blend.steps import LEAST_TOKENS
 from lmcache_rag.conversation.answers import Answered, Answers
-from lmcache_rag.conversation.recurrence import RecentPrompts
+from lmcache_rag.conversation.recurrence import RecentPrompts, free_runs
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.plan.planner import Planner
@@ -334,7 +334,7 @@ class SchedulerHalf:
         if request.status not in _ANSWERED or not request.num_output_tokens:
             return
         if self._config.learn == "idle":
-            self._learn(request, tracked.names, options)
+            self._learn(request, tracked, options)
         approximate = choice.kept_blocks is not None and not tracked.failed
         chats = self._chooser.chats(options, tracked.names)
         if approximate:
@@ -343,15 +343,18 @@ class SchedulerHalf:
         if refines and self._refinements is not None and (approximate or chats):
             self._refinements.refine(request, tracked.names, chats)
 
-    def _learn(self, request: Request, names: BlockNames, options: BlendOptions) -> None:
+    def _learn(self, request: Request, tracked: _Tracked, options: BlendOptions) -> None:
         """Have what the prompt shares with earlier ones of its caller's stored when there is time."""
-        learned = self._chooser.learned(options, names)
+        learned = self._chooser.learned(options, tracked.names)
         assert request.prompt_token_ids is not None
         recurring = self._recent.add(request.prompt_token_ids, learned)
-        if recurring.runs and self._refinements is not None:
-            namespace = self._planner.namespace_of(options)
-            learning = Learning(namespace, learned, recurring.runs, recurring.preamble)
-            self._refinements.learn(request, names, learning)
+        reused = np.zeros(request.num_prompt_tokens, bool)
+        for segment in tracked.plan.known if tracked.plan is not None else ():
+            reused[segment.start : segment.end] = True
+        runs = free_runs(recurring.runs, reused)
+        if runs and self._refinements is not None:
+            learning = Learning(self._planner.namespace_of(options), learned, runs, recurring.preamble)
+            self._refinements.learn(request, tracked.names, learning)
 
     def _answered(self, request: Request, tracked: _Tracked, choice: Choice, options: BlendOptions) -> Answered:
         assert choice.kept_blocks is not None

@@ -91,6 +91,15 @@ def test_a_marked_chunk_that_is_not_stored_may_have_been_learned(chunks: ChunkSt
     assert plan is not None and [segment.length for segment in plan.segments] == [200, 100]
 
 
+def test_a_part_of_a_run_may_come_first(chunks: ChunkStores) -> None:
+    record(chunks, LEARNED, PREAMBLE, NO_CONTEXT)
+    record(chunks, LEARNED, [*tokens(9), *A], PRIMED)
+    record(chunks, LEARNED, B, PRIMED)
+    plan = planned(chunks)
+    assert plan is not None and [segment.offset for segment in plan.segments] == [100, 0]
+    assert plan.preamble.length == len(PREAMBLE) and not any(segment.foreign for segment in plan.segments)
+
+
 def test_all_forms_of_learned_text_are_known(chunks: ChunkStores) -> None:
     record(chunks, LEARNED, A, variant_of(PREAMBLE))
     record(chunks, LEARNED, B, PRIMED)
