@@ -21,6 +21,7 @@ os.environ.setdefault(
 )  # with tiny models and short prompts plain prefill mostly is faster
 os.environ.setdefault("LMCACHE_RAG_HOT_BYTES", "0")  # what is damaged in the store is to be read
 os.environ.setdefault("LMCACHE_RAG_REFINE", "off")  # no test is to depend on how long another was idle
+os.environ.setdefault("LMCACHE_RAG_LEARN", "off")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY_NAMES = ("llama", "llama3-rope", "qwen3", "gemma3")

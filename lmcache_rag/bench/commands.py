@@ -29,7 +29,7 @@ SelectorsOption = Annotated[str, typer.Option(help="Selectors, separated by comm
 
 _LEAST = 0.001
 """Of bandwidths and goals, which none may be zero."""
-_MEASURED = {"forced_answers": True, "never_slower": False, "refine": "off", "hot_bytes": 0}
+_MEASURED = {"forced_answers": True, "never_slower": False, "refine": "off", "learn": "off", "hot_bytes": 0}
 _AS_USED = {"never_slower": True, "refine": "idle"}
 
 

@@ -85,7 +85,7 @@ def _evict(store: Store, room: Room, first: int) -> None:
     for number in count(first):
         save(store, room, number)
         say("stored", number)
-        room._evict(room.size_bytes * 3 // 4, only_chats=False)
+        room._evict(room.size_bytes * 3 // 4, only_incidental=False)
         say("evicted")
 
 

@@ -22,7 +22,7 @@ from lmcache_rag.library.copying import copy_scope, copy_tables
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out, show_rows
 
 _TIERS = ("memory", "disk", "s3", "redis")
-_MEASURED = {"refine": "off", "never_slower": False, "hot_bytes": 0}
+_MEASURED = {"refine": "off", "learn": "off", "never_slower": False, "hot_bytes": 0}
 
 
 @bench_app.command("store")

@@ -25,7 +25,7 @@ from lmcache_rag.library.eviction import eviction_named
 from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.library.room import DAY_S
 from lmcache_rag.model import DEFAULT_MODEL
-from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine, first_problem
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Learn, Refine, first_problem
 
 
 class EngineSettings(BaseSettings):
@@ -49,12 +49,13 @@ class EngineSettings(BaseSettings):
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         refine: when the exact KV of what was answered over blended KV is computed: `idle`, while nothing is asked, or
             `off`.
+        learn: when text that recurs in prompts is computed and stored: `idle`, while nothing is asked, or `off`.
         conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
             that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
         capacity_bytes: so much at most is stored in a namespace, its conversations included (`10GiB`); what is worth
             least is deleted then. None for no limit. To be the same for all engines that store into it.
         ttl_s: chunks that were not used for so long are deleted; None keeps them.
-        conversations_ttl_s: the same of stored conversations; a week.
+        conversations_ttl_s: the same of stored conversations and learned text; a week.
         eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
         tool_parser: name of vLLM's parser for the model's tool calls; None goes by the model's chat template.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
@@ -83,6 +84,7 @@ class EngineSettings(BaseSettings):
     throttle: Throttle | None = None
     never_slower: bool = True
     refine: Refine = "idle"
+    learn: Learn = "idle"
     conversations: Conversations = "local"
     capacity_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
     ttl_s: float | None = Field(default=None, gt=0.0)

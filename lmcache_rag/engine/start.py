@@ -110,6 +110,7 @@ def engine_arguments(
                 "hot_bytes": settings.hot_bytes,
                 "never_slower": settings.never_slower,
                 "refine": settings.refine,
+                "learn": settings.learn,
                 "conversations": settings.conversations,
                 "capacity_bytes": settings.capacity_bytes,
                 "ttl_s": settings.ttl_s,

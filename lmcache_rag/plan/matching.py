@@ -14,6 +14,9 @@ from lmcache_rag.records.catalog import Found, Match, find
 from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.request import ReuseReport
 
+NO_TOKEN = -1
+"""Stands for what is not to be matched."""
+
 _MERGED = 4
 """Tokens at a chunk's ends that may be others in a prompt, where the whole is tokenised as one text."""
 

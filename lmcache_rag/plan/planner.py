@@ -15,15 +15,14 @@ from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.names import codec_of
 from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
-from lmcache_rag.plan.matching import History, Matcher
+from lmcache_rag.plan.matching import NO_TOKEN, History, Matcher
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
-from lmcache_rag.plan.variants import Context, context_of, suited
+from lmcache_rag.plan.sources import EVERY_RUN, Sources
+from lmcache_rag.plan.variants import MERGED, Context, context_of, suited
 from lmcache_rag.records.catalog import Match
 from lmcache_rag.request import BlendOptions, ReuseReport
 
 _CHEAPER = "cheaper to compute"
-
-_NO_TOKEN = -1
 
 _MOST = 0.75
 """Where more than this share of a chunk's tokens is wanted, all of it is read."""
@@ -73,6 +72,7 @@ class Planner:
         *,
         held_tokens: int = 0,
         history: History | None = None,
+        learned: str = "",
     ) -> BlendPlan | None:
         """The plan, or None for plain prefill; `report.reason` then says why. Misses that vLLM's own prefill is to
         compute are counted in `report`.
@@ -80,9 +80,10 @@ class Planner:
         Args:
             held_tokens: the prompt's first tokens that prefill need not compute, since they are in the prefix cache.
             history: of the conversation that the prompt may belong to.
+            learned: the namespace of text that was learned from the caller's prompts, where there is one.
         """
         try:
-            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens, history)
+            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens, history, learned)
         except StoreError as error:
             report.reason = f"store: {error}"
             return None
@@ -115,12 +116,15 @@ class Planner:
         report: ReuseReport,
         held_tokens: int,
         history: History | None,
+        learned: str,
     ) -> BlendPlan | None:
         chunks = self._chunks.of(self.namespace_of(options))
         chunks.follow()
         matches = self._matcher.matches(prompt, options.segments, chunks, report)
         if options.mode == "precompute" and matches:
             return self._precompute(prompt, matches, chunks, options, report)
+        sources = self._sources(chunks, learned)
+        matches = sources.matches(prompt, matches, self._matcher)
         if matches and (matches[-1].end > len(prompt) or matches[0].start < 0):
             report.reason = f"a segment ends at {matches[-1].end}, behind the prompt's {len(prompt)} tokens"
             return None
@@ -128,7 +132,7 @@ class Planner:
             history = None  # it has no forms to choose from
         preamble, segments = _preamble(0, None), list[PlannedSegment]()
         if matches:
-            preamble, segments = self._segments(prompt, matches, chunks, options)
+            preamble, segments = self._segments(prompt, matches, sources, options)
         begun: tuple[PlannedSegment, ...] = ()
         if history is not None and history.end > (preamble.end if preamble.name is not None else 0):
             begun, preamble = history.begun, _preamble(0, None)
@@ -155,6 +159,19 @@ class Planner:
             ttft_goal_s=options.ttft_goal_s,
         )
         return self._worthwhile(plan, chunks, report, held_tokens)
+
+    def is_stored(self, token_ids: Sequence[int] | np.ndarray, namespace: str, learned: str) -> np.ndarray:
+        """Which tokens of a prompt are stored ones, of chunks or learned: bool. Raises `StoreError`."""
+        chunks = self._chunks.of(namespace)
+        chunks.follow()
+        return self._sources(chunks, learned).taken(np.asarray(token_ids, dtype=np.int32), EVERY_RUN)
+
+    def _sources(self, chunks: ChunkStore, learned: str) -> Sources:
+        if not learned:
+            return Sources(chunks)
+        stored = self._chunks.of(learned)
+        stored.follow()
+        return Sources(chunks, stored)
 
     def _precompute(
         self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions, report: ReuseReport
@@ -188,7 +205,7 @@ class Planner:
         )
 
     def _segments(
-        self, prompt: np.ndarray, matches: list[Match], chunks: ChunkStore, options: BlendOptions
+        self, prompt: np.ndarray, matches: list[Match], chunks: Sources, options: BlendOptions
     ) -> tuple[PlannedSegment, list[PlannedSegment]]:
         """The preamble and the chunks of a prompt, with what is stored of them."""
         forms = {match.key: chunks.variants(match.key, match.stored) for match in matches}
@@ -203,9 +220,9 @@ class Planner:
     ) -> list[PlannedSegment]:
         """The chunks of a prompt, and what was said before where none of them is, from a position on."""
         free = prompt.copy()
-        free[:start] = _NO_TOKEN
+        free[:start] = NO_TOKEN
         for segment in segments:
-            free[segment.start : segment.end] = _NO_TOKEN
+            free[segment.start : segment.end] = NO_TOKEN
         said = []
         for match in self._matcher.find(free, history.chunks).matches:
             forms = history.chunks.variants(match.key, match.stored)
@@ -257,7 +274,7 @@ class Planner:
 
 
 def _context(
-    prompt: np.ndarray, matches: list[Match], forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: ChunkStore
+    prompt: np.ndarray, matches: list[Match], forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: Sources
 ) -> tuple[PlannedSegment, Context]:
     """The prompt's tokens before its first chunk as a segment, and what its chunks' own variants were computed behind.
 
@@ -270,7 +287,8 @@ def _context(
         if form is not None:
             matches.pop(0)
             return _preamble(first.length, form), Context(first.chunk)
-    before = prompt[: max(0, first.start - first.offset)]
+    inside = first.offset if first.offset <= MERGED else 0  # of a part of a chunk the chunk's beginning is not here
+    before = prompt[: max(0, first.start - inside)]
     context, length = context_of(before, forms, chunks)
     return _preamble(length, chunks.preamble(context.preamble)), context
 
@@ -313,7 +331,7 @@ def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
     return hashlib.blake2b(repr(shaped_by).encode(), digest_size=16).hexdigest()
 
 
-def _with_forms(segment: PlannedSegment, chunks: ChunkStore) -> PlannedSegment:
+def _with_forms(segment: PlannedSegment, chunks: Sources) -> PlannedSegment:
     return segment if segment.name is None else replace(segment, forms=tuple(chunks.forms(segment.name)))
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmcache_rag.chunk_kv import StoredForm, preamble_of, variant_of
-from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.plan.sources import Sources
 
-_MERGED = 4
+MERGED = 4
 """Where a prompt is tokenised as one text, so many of a preamble's last tokens may have merged with what follows."""
 
 
@@ -38,7 +38,7 @@ class Context:
 
 
 def context_of(
-    before: np.ndarray, forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: ChunkStore
+    before: np.ndarray, forms: Mapping[bytes, Mapping[str, StoredForm]], chunks: Sources
 ) -> tuple[Context, int]:
     """What the chunks of a prompt were computed behind, and how many of the prompt's first tokens are just that.
 
@@ -59,8 +59,8 @@ def context_of(
         if preamble is None:
             continue
         common = _common(before, preamble)
-        if common > agreed and len(preamble) - common <= _MERGED:
-            best, agreed = Context(preamble, merged=min(_MERGED, max(len(preamble), len(before)) - common)), common
+        if common > agreed and len(preamble) - common <= MERGED:
+            best, agreed = Context(preamble, merged=min(MERGED, max(len(preamble), len(before)) - common)), common
     return best, agreed or len(before)
 
 

@@ -11,7 +11,7 @@ from lmcache_rag.conversation.answers import Answered, Answers, Terms
 from lmcache_rag.conversation.prefixes import begun_segments
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStores
-from lmcache_rag.library.names import chats_of, codec_of
+from lmcache_rag.library.names import chats_of, codec_of, learned_of
 from lmcache_rag.plan.matching import History
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner, plan_digest
@@ -71,6 +71,7 @@ class Chooser:
         prefixes: None where the engine has no prefix cache.
         never_slower: whether what is held is preferred where it is faster; else stored chunks always are.
         chats: stored conversations, where they are used.
+        learns: whether text that recurs is stored, each caller's apart.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Chooser:
         *,
         never_slower: bool,
         chats: ChunkStores | None = None,
+        learns: bool = False,
     ) -> None:
         self.prefixes: PrefixCache | None = None
         self._planner = planner
@@ -88,6 +90,7 @@ class Chooser:
         self._block_tokens = block_tokens
         self._never_slower = never_slower
         self._chats = chats
+        self._learns = learns
 
     def terms(self, options: BlendOptions, names: BlockNames) -> Terms:
         """On which a request's KV may be inherited; `names` are those that vLLM gave its blocks."""
@@ -122,7 +125,10 @@ class Chooser:
         plan = None
         assert request.prompt_token_ids is not None
         if not there or request.num_prompt_tokens - there > SMALL_REST:
-            plan = self._planner.plan(request.prompt_token_ids, options, report, held_tokens=there, history=history)
+            learned = self.learned(options, names)
+            plan = self._planner.plan(
+                request.prompt_token_ids, options, report, held_tokens=there, history=history, learned=learned
+            )
         if plan is not None:
             return self._blended(request, names, held, plan)
         if there:
@@ -138,6 +144,10 @@ class Chooser:
         """The namespace of a request's conversation; empty where conversations are not stored."""
         namespace = self._planner.namespace_of(options)
         return "" if self._chats is None else chats_of(namespace, names.cache_salt)
+
+    def learned(self, options: BlendOptions, names: BlockNames) -> str:
+        """The namespace of what was learned from a caller's prompts; empty where nothing is."""
+        return learned_of(self._planner.namespace_of(options), names.cache_salt) if self._learns else ""
 
     def _history(self, request: Request, names: BlockNames, options: BlendOptions, held: Held) -> History | None:
         """What is stored of the request's conversation; None where that cannot help."""

@@ -16,7 +16,7 @@ from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.library.room import DAY_S, Limits
 from lmcache_rag.model import cache_folder, model_fingerprint, resolve_model
 from lmcache_rag.records.fingerprints import SHORTEST
-from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Refine
+from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Learn, Refine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,12 +42,14 @@ class ConnectorConfig(BaseModel):
         throttle: slows reading from the store down, to see what a slow one does.
         never_slower: whether stored KV is left alone where computing is estimated to be faster than loading.
         refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
+        learn: when text that recurs in prompts is computed and stored, for its caller's later prompts: while the engine
+            is idle, or never. Each `cache_salt` has its own; see docs/learning.md.
         conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
             that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
         capacity_bytes: so much at most is stored in a namespace, its conversations included (`10GiB`); what is worth
             least is deleted then. None for no limit. To be the same for all engines that store into it.
         ttl_s: chunks that were not used for so long are deleted; None keeps them.
-        conversations_ttl_s: the same of stored conversations; a week.
+        conversations_ttl_s: the same of stored conversations and learned text; a week.
         eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
         max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
@@ -69,6 +71,7 @@ class ConnectorConfig(BaseModel):
     throttle: Throttle | None = None
     never_slower: bool = True
     refine: Refine = "idle"
+    learn: Learn = "idle"
     conversations: Conversations = "local"
     capacity_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
     ttl_s: float | None = Field(default=None, gt=0.0)

@@ -22,22 +22,44 @@ class BlendJob:
     block_ids: tuple[int, ...]
 
 
+Step = Literal["compute", "write", "store", "learn"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What of a prompt recurs and is to be stored.
+
+    Attributes:
+        namespace: in which it is looked for.
+        learned: in which it is stored, where it is not there either.
+        runs: start and length of each, ascending.
+        preamble: so many of the prompt's first tokens are its preamble; what lies between it and a run primes the run.
+    """
+
+    namespace: str
+    learned: str
+    runs: tuple[tuple[int, int], ...]
+    preamble: int
+
+
 @dataclass(frozen=True)
 class RefineJob:
     """A piece of a prompt's exact KV that the worker half is to make in a step without requests.
 
     Attributes:
-        step: `compute` some more of it; `write` it to the paged cache from token `start` on; `store` some more of it.
+        step: `compute` some more of it; `write` it to the paged cache from token `start` on; `store` some more of it as
+            a conversation's; `learn`: store what recurs.
         block_ids: where to write it, from the block that holds `start`.
         chats: the namespace in which conversations are stored; empty where they are not.
         last: when this step is done nothing is left to do of any prompt.
     """
 
     token_ids: tuple[int, ...]
-    step: Literal["compute", "write", "store"]
+    step: Step
     block_ids: tuple[int, ...] = ()
     start: int = 0
     chats: str = ""
+    learning: Learning | None = None
     last: bool = False
 
 
@@ -65,12 +87,16 @@ class Refined:
         done: nothing of this step is left to do.
         failure: the type of the exception that ended it; the prompt is given up.
         stored_bytes: written to the store.
+        learned_tokens: of text that recurs, stored now.
+        is_full: there was no room for some of it.
         evicted: deleted from it to make room.
     """
 
     done: bool = False
     failure: str = ""
     stored_bytes: int = 0
+    learned_tokens: int = 0
+    is_full: bool = False
     evicted: Evicted = field(default_factory=Evicted)
 
 

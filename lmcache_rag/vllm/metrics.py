@@ -22,6 +22,7 @@ _TOKENS = (
     "vllm",
     "exact",
     "foreign",
+    "learned",
     "hot",
     "stored",
     "continued",
@@ -66,6 +67,7 @@ class ReuseStats(KVConnectorStats):
         and deleted, and what went wrong, if anything."""
         added = {
             "refined_tokens": tokens,
+            "learned_stored_tokens": refined.learned_tokens,
             "bytes_stored": refined.stored_bytes,
             "evicted_objects": refined.evicted.objects,
             "evicted_bytes": refined.evicted.size_bytes,
@@ -121,7 +123,7 @@ class ReusePromMetrics(KVConnectorPromMetrics):
             name: counter(
                 name=f"vllm:lmcache_rag_{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames
             )
-            for name in (*_COUNTED, "refined_tokens")
+            for name in (*_COUNTED, "refined_tokens", "learned_stored_tokens")
         }
         self._by_label: dict[str, Any] = {
             "requests": counter(

@@ -1,4 +1,5 @@
-"""Which answered prompts are to get exact KV, and which piece of that work is next."""
+"""Which answered prompts are to get exact KV, or hold text that is to be learned, and which piece of that work is
+next."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import copy
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from lmcache_rag.conversation.recurrence import free_runs
 from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
-from lmcache_rag.vllm.metadata import Refined, RefineJob
+from lmcache_rag.vllm.metadata import Learning, Refined, RefineJob, Step
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -24,54 +27,68 @@ _SETTLED_S = 0.5
 
 _PAUSE_S = 0.002
 
+_NO_ROOM_S = 60.0
+"""Where the store takes nothing more, or fails, nothing is learned for so long."""
+
 
 @dataclass(eq=False)
 class _Refinement:
-    """A prompt and its answer.
+    """A prompt and its answer, as far as it is computed.
 
     Attributes:
         names: of the blocks that are to hold their exact KV.
+        steps: what is to be done, the next or the one under way first.
         chats: the namespace in which it is stored; empty where it is not.
-        step: what is to be done next, or under way.
+        learning: what of it is stored as text that recurs, if anything.
         blocks: reserved for what is computed, from number `first` of the prompt's blocks on.
     """
 
     request: Request
     token_ids: tuple[int, ...]
     names: BlockNames
-    chats: str
-    step: Literal["compute", "write", "store"] = "compute"
+    steps: list[Step]
+    chats: str = ""
+    learning: Learning | None = None
     first: int = 0
     blocks: list[KVCacheBlock] = field(default_factory=list)
 
     @property
-    def last_step(self) -> str:
-        return "store" if self.chats else "write"
+    def whose(self) -> tuple[str, str | None]:
+        return self.chats, self.names.cache_salt
 
 
 class Refinements:
     """A queue; one of them is under way.
 
     Args:
+        prefixes: None where the engine has no prefix cache: then nothing is written.
         max_tokens: what is longer is not refined.
+        is_stored: which tokens of a prompt are stored in either of two namespaces: bool.
     """
 
     def __init__(
-        self, prefixes: PrefixCache, block_tokens: int, max_tokens: int, clock: Callable[[], float] = time.monotonic
+        self,
+        prefixes: PrefixCache | None,
+        block_tokens: int,
+        max_tokens: int,
+        is_stored: Callable[[tuple[int, ...], str, str], np.ndarray],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefixes = prefixes
         self._block_tokens = block_tokens
         self._max_tokens = max_tokens
+        self._is_stored = is_stored
         self._clock = clock
         self._queue: deque[_Refinement] = deque()
         self._under_way: _Refinement | None = None  # the worker half has a piece of it
         self._busy_at = -_SETTLED_S
+        self._no_room_at = -_NO_ROOM_S
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def add(self, request: Request, names: BlockNames, chats: str) -> None:
-        """Queue a prompt that was answered. What it continues need not be refined apart.
+    def refine(self, request: Request, names: BlockNames, chats: str) -> None:
+        """Queue a prompt that was answered, to get exact KV. What it continues need not be refined apart.
 
         Args:
             names: of the blocks that are to hold its exact KV.
@@ -81,12 +98,24 @@ class Refinements:
         tokens = len(names.hashes) * self._block_tokens
         if not 0 < tokens <= self._max_tokens:
             return
-        token_ids = tuple(request.all_token_ids[:tokens])
+        steps: list[Step] = ["compute", "write", "store"] if chats else ["compute", "write"]
+        refinement = _Refinement(copy.copy(request), tuple(request.all_token_ids[:tokens]), names, steps, chats)
         for earlier in list(self._queue):
-            alike = (earlier.chats, earlier.names.cache_salt) == (chats, names.cache_salt)
-            if alike and token_ids[: len(earlier.token_ids)] == earlier.token_ids:
+            continued = refinement.token_ids[: len(earlier.token_ids)] == earlier.token_ids
+            if continued and earlier.whose == refinement.whose and earlier.learning is None:
                 self._queue.remove(earlier)
-        self._queue.append(_Refinement(copy.copy(request), token_ids, names, chats))
+        self._add(refinement)
+
+    def learn(self, request: Request, names: BlockNames, learning: Learning) -> None:
+        """Queue a prompt that holds text that recurs."""
+        runs = tuple(run for run in learning.runs if sum(run) <= self._max_tokens)
+        if not runs or self._clock() - self._no_room_at < _NO_ROOM_S:
+            return
+        token_ids = tuple(request.all_token_ids[: sum(runs[-1])])
+        self._add(_Refinement(request, token_ids, names, ["compute", "learn"], learning=replace(learning, runs=runs)))
+
+    def _add(self, refinement: _Refinement) -> None:
+        self._queue.append(refinement)
         if len(self._queue) > _QUEUED:
             self._queue.popleft()
 
@@ -101,19 +130,34 @@ class Refinements:
         if self._clock() - self._busy_at < _SETTLED_S:
             time.sleep(_PAUSE_S)  # vLLM steps on meanwhile
             return None
-        refinement = self._under_way = self._queue[0]
-        if refinement.step == "write":
+        refinement = self._queue[0]
+        if refinement.learning is not None and not self._is_wanted(refinement, refinement.learning):
+            self._queue.popleft()
+            return None
+        self._under_way = refinement
+        if refinement.steps[0] == "write" and self._prefixes is not None:
             held = self._prefixes.held(refinement.request, refinement.names)
             refinement.first = held // self._block_tokens
             refinement.blocks = self._prefixes.reserve(len(refinement.names.hashes) - refinement.first)
         return RefineJob(
             refinement.token_ids,
-            refinement.step,
+            refinement.steps[0],
             tuple(block.block_id for block in refinement.blocks),
             refinement.first * self._block_tokens,
             refinement.chats,
-            last=len(self._queue) == 1 and refinement.step == refinement.last_step,
+            refinement.learning,
+            last=len(self._queue) == 1 and len(refinement.steps) == 1,
         )
+
+    def _is_wanted(self, refinement: _Refinement, learning: Learning) -> bool:
+        """Whether something of what recurs is not stored yet; only that is computed and learned."""
+        if refinement.steps[0] != "compute":
+            return True
+        runs = free_runs(learning.runs, self._is_stored(refinement.token_ids, learning.namespace, learning.learned))
+        if runs and runs != learning.runs:
+            refinement.learning = replace(learning, runs=runs)
+            refinement.token_ids = refinement.token_ids[: sum(runs[-1])]
+        return bool(runs)
 
     def drop(self) -> None:
         """Give up what is under way, or next."""
@@ -128,14 +172,17 @@ class Refinements:
         refinement, self._under_way = self._under_way, None
         assert refinement is not None
         blocks, refinement.blocks = refinement.blocks, []
-        try:
-            if blocks and refined.done:
-                self._prefixes.insert(refinement.request, refinement.names, blocks, refinement.first)
-        finally:
-            self._prefixes.release(blocks)
-        last = refinement.step == refinement.last_step
-        if (refined.failure or (refined.done and last)) and refinement in self._queue:
+        if blocks:
+            assert self._prefixes is not None
+            try:
+                if refined.done:
+                    self._prefixes.insert(refinement.request, refinement.names, blocks, refinement.first)
+            finally:
+                self._prefixes.release(blocks)
+        if refined.is_full or (refined.failure and refinement.steps[0] == "learn"):
+            self._no_room_at = self._clock()
+        if refined.done:
+            refinement.steps.pop(0)
+        if (refined.failure or not refinement.steps) and refinement in self._queue:
             self._queue.remove(refinement)
-        if refined.done and not last:
-            refinement.step = "write" if refinement.step == "compute" else "store"
         return len(blocks) * self._block_tokens if refined.done else 0

@@ -13,6 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from lmcache_rag.blend.steps import LEAST_TOKENS
 from lmcache_rag.conversation.answers import Answered, Answers
+from lmcache_rag.conversation.recurrence import RecentPrompts, free_runs
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.plan.planner import Planner
@@ -22,7 +23,7 @@ from lmcache_rag.vllm.choosing import SMALL_REST, Choice, Chooser
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
-from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepJobs, StepReports
+from lmcache_rag.vllm.metadata import BlendJob, Learning, Refined, RefineJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
 from lmcache_rag.vllm.refinements import Refinements
 
@@ -88,7 +89,7 @@ class SchedulerHalf:
     Args:
         unsupported: why no request of this engine is handled, or nothing.
         block_tokens: tokens per block of the prefix cache.
-        max_tokens: the longest prompt that is refined.
+        max_tokens: the longest prompt that is refined or learned from.
         step_tokens: how many tokens vLLM computes in a step at most.
         chats: stored conversations, where they are used.
     """
@@ -111,7 +112,15 @@ class SchedulerHalf:
         self._max_tokens = max_tokens
         self._step_tokens = step_tokens
         self._answers = Answers()
-        self._chooser = Chooser(planner, self._answers, block_tokens, never_slower=config.never_slower, chats=chats)
+        self._recent = RecentPrompts()
+        self._chooser = Chooser(
+            planner,
+            self._answers,
+            block_tokens,
+            never_slower=config.never_slower,
+            chats=chats,
+            learns=config.learn == "idle",
+        )
         self._refinements: Refinements | None = None
         self._failures = Failures()
         self._tracked: dict[str, _Tracked] = {}
@@ -124,11 +133,12 @@ class SchedulerHalf:
 
     def bind(self, manager: KVCacheManager) -> None:
         """Get to know vLLM's cache."""
-        if not manager.enable_caching:
-            return
-        self._chooser.prefixes = PrefixCache(manager, self._block_tokens)
-        if self._config.refine == "idle":
-            self._refinements = Refinements(self._chooser.prefixes, self._block_tokens, self._max_tokens)
+        if manager.enable_caching:
+            self._chooser.prefixes = PrefixCache(manager, self._block_tokens)
+        if "idle" in (self._config.refine, self._config.learn):
+            self._refinements = Refinements(
+                self._chooser.prefixes, self._block_tokens, self._max_tokens, self._planner.is_stored
+            )
 
     def has_idle_work(self) -> bool:
         """Whether there is something to do while there is no request."""
@@ -323,12 +333,28 @@ class SchedulerHalf:
             return
         if request.status not in _ANSWERED or not request.num_output_tokens:
             return
+        if self._config.learn == "idle":
+            self._learn(request, tracked, options)
         approximate = choice.kept_blocks is not None and not tracked.failed
         chats = self._chooser.chats(options, tracked.names)
         if approximate:
             self._answers.add(self._answered(request, tracked, choice, options))
-        if self._refinements is not None and (approximate or chats):
-            self._refinements.add(request, tracked.names, chats)
+        refines = self._config.refine == "idle" and self._chooser.prefixes is not None
+        if refines and self._refinements is not None and (approximate or chats):
+            self._refinements.refine(request, tracked.names, chats)
+
+    def _learn(self, request: Request, tracked: _Tracked, options: BlendOptions) -> None:
+        """Have what the prompt shares with earlier ones of its caller's stored when there is time."""
+        learned = self._chooser.learned(options, tracked.names)
+        assert request.prompt_token_ids is not None
+        recurring = self._recent.add(request.prompt_token_ids, learned)
+        reused = np.zeros(request.num_prompt_tokens, bool)
+        for segment in tracked.plan.known if tracked.plan is not None else ():
+            reused[segment.start : segment.end] = True
+        runs = free_runs(recurring.runs, reused)
+        if runs and self._refinements is not None:
+            learning = Learning(self._planner.namespace_of(options), learned, runs, recurring.preamble)
+            self._refinements.learn(request, tracked.names, learning)
 
     def _answered(self, request: Request, tracked: _Tracked, choice: Choice, options: BlendOptions) -> Answered:
         assert choice.kept_blocks is not None

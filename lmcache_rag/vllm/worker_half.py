@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,28 @@ from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
+from lmcache_rag.vllm.metadata import BlendJob, Learning, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 
 _PIECES = 8
 """So many pieces of a conversation are loaded, or handed on to be stored, in a step."""
 
+_WITHOUT_TABLES = "q8"
+"""Learned text is in this codec where the engine's own has no tables yet: nobody waits for them to be learned."""
+
 _PAUSE_S = 0.001
 
 _RECENT_BLENDS = 8
 """The least overhead of so many counts, so that what else the machine did in one of them does not."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a thread has stored, and whether there was no room for some of it."""
+
+    size_bytes: int = 0
+    tokens: int = 0
+    is_full: bool = False
 
 
 class WorkerHalf:
@@ -74,6 +86,8 @@ class WorkerHalf:
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store(), shipped)
         self._rooms = Rooms(store, limits)
         self._chunks = ChunkStores(store, fingerprint, codec, codecs, extra_codecs, self._rooms)
+        self._codecs, self._codec = codecs, codec
+        self._without_tables = ChunkStores(store, fingerprint, _WITHOUT_TABLES, codecs, rooms=self._rooms)
         self._chats = ChunkStores(store, fingerprint, LOSSLESS_CODEC, codecs, rooms=self._rooms)
         self._hot = HotChunks(self._chunks, hot_bytes, pinned=model.device.type == "cuda")
         self._block_tokens = block_tokens
@@ -85,7 +99,7 @@ class WorkerHalf:
         self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
         self._refined: Refined | None = None
         self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
-        self._saving: tuple[tuple[int, ...], Future[tuple[int, bool]]] | None = None  # of which prompt
+        self._saving: tuple[RefineJob, Future[_Saved]] | None = None
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
@@ -128,7 +142,7 @@ class WorkerHalf:
     def refine(self, job: RefineJob) -> None:
         """Do a piece of what is done while nothing is asked, and keep for the scheduler half how far that came."""
         try:
-            steps = {"compute": self._compute, "write": self._write, "store": self._store}
+            steps = {"compute": self._compute, "write": self._write, "store": self._store, "learn": self._learn_runs}
             self._refined = replace(steps[job.step](job), evicted=self._rooms.take_evicted())
             if job.last and self._refined.done:
                 self._refiner.forget()
@@ -184,16 +198,11 @@ class WorkerHalf:
     def _store(self, job: RefineJob) -> Refined:
         """Have some pieces stored by a thread, and see in later steps whether it is done: a store may take long, and no
         request is to wait for it."""
-        stored_bytes = 0
-        if self._saving is not None:
-            token_ids, saving = self._saving
-            if not saving.done():
-                time.sleep(_PAUSE_S)  # vLLM steps on meanwhile
-                return Refined()
-            self._saving = None
-            stored_bytes, is_full = saving.result()
-            if is_full and token_ids == job.token_ids:
-                return Refined(done=True, stored_bytes=stored_bytes)
+        if self._is_saving():
+            return Refined()
+        of, saved = self._take_saved()
+        if saved.is_full and of is not None and of.token_ids == job.token_ids:
+            return Refined(done=True, stored_bytes=saved.size_bytes)
         chunks = self._chats.of(job.chats)
         chunks.follow()
         missing = (piece for piece in pieces(job.token_ids) if chunks.missing(piece.token_ids, piece.variant))
@@ -202,8 +211,52 @@ class WorkerHalf:
             for piece in itertools.islice(missing, _PIECES)
         ]
         if wanted:
-            self._saving = job.token_ids, self._saver.submit(_saved, chunks, wanted)
-        return Refined(done=not wanted, stored_bytes=stored_bytes)
+            self._saving = job, self._saver.submit(_saved, chunks, wanted)
+        return Refined(done=not wanted, stored_bytes=saved.size_bytes)
+
+    def _learn_runs(self, job: RefineJob) -> Refined:
+        """Have the runs that recur stored by a thread, as chunks computed behind what precedes them in the prompt."""
+        if self._is_saving():
+            return Refined()
+        of, saved = self._take_saved()
+        if of is not None and (of.step, of.token_ids) == (job.step, job.token_ids):
+            return Refined(done=True, stored_bytes=saved.size_bytes, learned_tokens=saved.tokens, is_full=saved.is_full)
+        learning, token_ids = job.learning, np.array(job.token_ids, np.int32)
+        assert learning is not None
+
+        def kv(start: int, length: int) -> ChunkKV:
+            return ChunkKV(token_ids[start : start + length], self._refiner.taken(start, length))
+
+        preamble = learning.preamble
+        runs = [
+            (kv(start, length), variant_of(token_ids[:preamble], token_ids[preamble:start]))
+            for start, length in learning.runs
+        ]
+        self._saving = job, self._saver.submit(self._save_runs, learning, kv(0, preamble), runs)
+        return Refined(stored_bytes=saved.size_bytes)
+
+    def _save_runs(self, learning: Learning, preamble: ChunkKV, runs: Sequence[tuple[ChunkKV, str]]) -> _Saved:
+        try:
+            self._codecs.for_writing(self._codec)
+            chunks = self._chunks.of(learning.learned)
+        except StoreError:
+            chunks = self._without_tables.of(learning.learned)
+        chunks.refresh()
+        stored_bytes = chunks.save_preamble(preamble) if chunks.lacks_preamble(preamble.token_ids) else 0
+        saved = _saved(chunks, [run for run in runs if chunks.missing(run[0].token_ids, run[1])])
+        return replace(saved, size_bytes=saved.size_bytes + stored_bytes)
+
+    def _is_saving(self) -> bool:
+        """Whether a thread is still storing something."""
+        if self._saving is None or self._saving[1].done():
+            return False
+        time.sleep(_PAUSE_S)  # vLLM steps on meanwhile
+        return True
+
+    def _take_saved(self) -> tuple[RefineJob | None, _Saved]:
+        """What a thread has stored last, and for which job. Raises what it raised."""
+        saving, self._saving = self._saving, None
+        return (None, _Saved()) if saving is None else (saving[0], saving[1].result())
 
     def take_done(self) -> set[str]:
         """The requests whose blends ended since the last call, well or not."""
@@ -287,16 +340,15 @@ class WorkerHalf:
         return ChunkKV(token_ids, self._blender.workspace.take(start, length))
 
 
-def _saved(chunks: ChunkStore, wanted: Sequence[tuple[ChunkKV, str]]) -> tuple[int, bool]:
-    """Store pieces, in order; the bytes written, and whether there was no room: what follows a piece that is missing
-    is of no use."""
-    stored_bytes = 0
+def _saved(chunks: ChunkStore, wanted: Sequence[tuple[ChunkKV, str]]) -> _Saved:
+    """Store what is missing, in order, as far as there is room: what follows a piece that is missing is of no use."""
+    stored_bytes = tokens = 0
     for kv, variant in wanted:
         saved_bytes = chunks.save(kv, variant)
         if not saved_bytes:
-            return stored_bytes, True
-        stored_bytes += saved_bytes
-    return stored_bytes, False
+            return _Saved(stored_bytes, tokens, is_full=True)
+        stored_bytes, tokens = stored_bytes + saved_bytes, tokens + kv.tokens
+    return _Saved(stored_bytes, tokens)
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:

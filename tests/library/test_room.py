@@ -15,7 +15,7 @@ from lmcache_rag.library import chunks as module
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.eviction import EVICTION, Candidates
 from lmcache_rag.library.loaded import LoadedKV
-from lmcache_rag.library.names import chats_of
+from lmcache_rag.library.names import chats_of, learned_of
 from lmcache_rag.library.room import DAY_S, Limits, Rooms
 from lmcache_rag.library.tables import ModelCodecs
 from tests.stores import FailingStore, MemoryStore
@@ -211,6 +211,34 @@ def test_a_conversation_evicts_no_chunk(clock: Clock) -> None:
     converse(chats, 1, 5)
     assert kept(chunks, 7) == list(range(7))
     assert object_bytes(store) <= 8.5 * SIZE
+
+
+def test_learned_text_goes_before_chunks_and_evicts_none(clock: Clock) -> None:
+    store = MemoryStore()
+    rooms = Rooms(store, limits(8.5))  # type: ignore[arg-type]
+    chunks = opened(store, clock, limits(8.5), rooms=rooms)
+    learned = opened(store, clock, limits(8.5), learned_of("docs", "salt"), rooms)
+    for number in range(5):
+        chunks.save(chunk(number), VARIANT)
+    clock.now += 100
+    for number in range(10, 16):
+        learned.save(chunk(number), VARIANT)
+    assert kept(chunks, 5) == list(range(5)) and 0 < len(kept(learned, 16)) <= 3
+    for number in range(5, 8):
+        chunks.save(chunk(number), VARIANT)
+    assert kept(chunks, 8) == list(range(8)) and kept(learned, 16) == []
+    assert learned.save(chunk(20), VARIANT) == 0
+
+
+def test_learned_text_expires_as_conversations_do(clock: Clock) -> None:
+    store = MemoryStore()
+    chunks = opened(store, clock, Limits(conversations_ttl_s=100.0))
+    learned = opened(store, clock, Limits(conversations_ttl_s=100.0), learned_of("docs", None))
+    for each in (chunks, learned):
+        each.save(chunk(1), VARIANT)
+    clock.now += 200
+    expire(learned, by_clock=True)
+    assert (kept(chunks, 2), kept(learned, 2)) == ([1], [])
 
 
 def test_cost_weighs_bytes_against_computing() -> None:
