@@ -6,7 +6,7 @@ and the token ids are concatenated, so that a chunk has the same tokens in every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from lmcache_rag.errors import PromptError
 TEMPLATE_DATE = date(2024, 7, 26)
 """What a chat template that prints today's date is given, so that prompts begin alike on all days. It is the date that
 Llama 3's own template takes where it knows none."""
+
+_FIRST_WORDS = ("A", "The")
+"""Their first tokens differ, but in a tokenizer that knows neither."""
 
 
 class Tokenizer(Protocol):
@@ -34,6 +37,18 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) 
     """
     check_text(text)
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def opening_ids(encode: Callable[[str], Sequence[int]], text: str) -> list[int]:
+    """Token ids of a text that passages follow, as they are where the whole prompt is tokenised as one text: blank
+    lines at its end are other tokens there than at the end of a text, and a space merges with the passage's first word.
+
+    Args:
+        encode: gives a text's token ids.
+    """
+    one, other = (encode(text + word) for word in _FIRST_WORDS)
+    differ = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    return list(encode(text) if differ is None else one[:differ])
 
 
 def check_text(text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from datetime import date, datetime, tzinfo
 
 import pytest
@@ -19,6 +21,7 @@ from lmcache_rag.prompt import (
     completion_format,
     encode,
     model_format,
+    opening_ids,
 )
 from tests.models import make_tiny
 
@@ -187,3 +190,33 @@ def test_a_form_without_places_is_refused(values: dict[str, object]) -> None:
 def test_braces_in_passages_are_just_text() -> None:
     ids = completion_format().chunk_ids(Letters(), "f{question}{0}")
     assert "".join(map(chr, ids)) == "\nf{question}{0}\n"
+
+
+class Blanks:
+    """A tokenizer that merges blank lines at a text's end, and a space with the word behind it; it knows no words."""
+
+    def __init__(self, letters: bool = True) -> None:
+        self._letters = letters
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in re.findall(r"\n\n$|\n| ?\w+|.", text):
+            word = piece.strip(" ").isalnum()
+            ids.append(0 if word and not self._letters else zlib.crc32(piece.encode()))
+        return ids
+
+
+def test_an_opening_has_the_tokens_that_it_has_before_a_passage() -> None:
+    encode = Blanks()
+    for text in ("Read this:\n\n", "Context:\n"):
+        opening = opening_ids(encode, text)
+        assert encode(text + "Glass is made of sand")[: len(opening)] == opening
+        assert len(opening) == len(encode(text + "Glass")) - 1
+    assert opening_ids(encode, "Read this:\n\n") != encode("Read this:\n\n")
+    assert opening_ids(encode, "Context: ") == encode("Context:")
+    assert opening_ids(encode, "") == []
+
+
+def test_an_opening_of_a_tokenizer_that_knows_no_word_is_tokenised_as_it_is() -> None:
+    encode = Blanks(letters=False)
+    assert opening_ids(encode, "Read this:\n") == encode("Read this:\n")

@@ -23,7 +23,7 @@ from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
-from lmcache_rag.plan.budget import FOREIGN_BUDGET_FACTOR
+from lmcache_rag.plan.budget import ratio_of_foreign
 from lmcache_rag.prompt import MarkedPrompt, PromptFormat
 from lmcache_rag.request import BlendOptions
 
@@ -66,7 +66,7 @@ def ways(selectors: Sequence[str], ratios: Sequence[float]) -> list[Tried]:
     tried += [Tried(BlendOptions.checked(selector=name, ratio=ratio), ratio) for name in selectors for ratio in ratios]
     if "cacheblend" in selectors:
         tried += [
-            Tried(BlendOptions(selector="cacheblend", ratio=ratio / FOREIGN_BUDGET_FACTOR, namespace=_ALONE), ratio)
+            Tried(BlendOptions(selector="cacheblend", ratio=ratio_of_foreign(ratio), namespace=_ALONE), ratio)
             for ratio in ratios
         ]
     return tried

@@ -15,13 +15,22 @@ from lmcache_rag.errors import ModelError
 
 _FOLDER = "calibrations"
 
-FOREIGN_BUDGET_FACTOR = 2.0
-"""KV computed behind another preamble is further from the truth, so it gets this many times the recompute ratio."""
+_SURCHARGE = 0.08
+"""KV computed behind another preamble is as near to full prefill as KV behind the prompt's own when so much more of it
+is recomputed (docs/blending.md)."""
+
+_MOST_TIMES = 2.0
+"""Who wants little recomputed does not want several times as much."""
 
 
 def share_of(ratio: float, *, foreign: bool) -> float:
     """Which share of a chunk's tokens is recomputed."""
-    return min(1.0, ratio * (FOREIGN_BUDGET_FACTOR if foreign else 1.0))
+    return min(1.0, _MOST_TIMES * ratio, ratio + _SURCHARGE) if foreign else ratio
+
+
+def ratio_of_foreign(share: float) -> float:
+    """The ratio at which this share of the tokens of a chunk behind another preamble is recomputed."""
+    return max(share / _MOST_TIMES, share - _SURCHARGE)
 
 
 _log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.plan.continuing import continued
 from lmcache_rag.plan.plan import PlannedSegment
 from lmcache_rag.records.catalog import Found, Match, find
 from lmcache_rag.records.fingerprints import SHORTEST
@@ -81,7 +82,7 @@ class Matcher:
         """The chunks, or parts of them, that a prompt holds."""
         found = find(chunks.records, prompt, self.min_tokens)
         if self.unit_tokens == 1:
-            return found
+            return replace(found, matches=continued(prompt, found.matches))
         trimmed = (self._in_units(match) for match in found.matches)
         return replace(found, matches=[match for match in trimmed if match.length >= self.min_tokens])
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from lmcache_rag.errors import ModelError
-from lmcache_rag.plan.budget import ASSUMED, Calibration, calibration_of
+from lmcache_rag.plan.budget import ASSUMED, Calibration, calibration_of, ratio_of_foreign, share_of
 
 CURVE = Calibration(points=((0.0, 0.2), (0.1, 0.1), (0.2, 0.04)), questions=9)
 
@@ -55,3 +55,11 @@ def test_a_model_whose_distributions_are_no_numbers_is_not_calibrated() -> None:
     with pytest.raises(ModelError, match="cannot be calibrated"):
         calibration_of([(0.0, float("nan"))], 3)
     assert calibration_of([(0.0, -1e-9)], 3).points == ((0.0, 0.0),)
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.0, 0.0), (0.05, 0.1), (0.08, 0.16), (0.15, 0.23), (0.95, 1.0)])
+def test_what_stands_behind_another_preamble_costs_a_little_more(ratio: float, share: float) -> None:
+    assert share_of(ratio, foreign=True) == pytest.approx(share)
+    assert share_of(ratio, foreign=False) == ratio
+    if share < 1:
+        assert ratio_of_foreign(share) == pytest.approx(ratio)

@@ -18,6 +18,7 @@ from langchain_lmcache_rag.chat_models import ChatLmcacheRag
 from langchain_lmcache_rag.prompts import preamble_of
 from lmcache_rag.conversation.order import PassageOrder
 from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts, prefetch_texts
+from lmcache_rag.prompt import opening_ids
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class KVRetriever(BaseRetriever):
         is longer than the model's context, is named in a warning, once, and in the report's `errors`.
         """
         texts = [self.text_of(document) for document in documents]
-        report = precompute_texts(self.llm.engine, self.llm.get_token_ids(self.preamble), texts)
+        report = precompute_texts(self.llm.engine, opening_ids(self.llm.get_token_ids, self.preamble), texts)
         if report.errors:
             names = [_name(document, text) for document, text in zip(documents, texts, strict=True)]
             self._warn(f"The KV of {len(report.errors)} documents is not stored: {failures(report, names)}")

@@ -16,6 +16,7 @@ from llama_index.llms.lmcache_rag.base import LmcacheRag
 
 from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts
 from lmcache_rag.errors import EngineError
+from lmcache_rag.prompt import opening_ids
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class KVPrecompute(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
-        self._last_report = report = precompute_texts(self._llm.engine, self._llm.token_ids(self.preamble), texts)
+        preamble = opening_ids(self._llm.token_ids, self.preamble)
+        self._last_report = report = precompute_texts(self._llm.engine, preamble, texts)
         if report.errors:
             names = [f"node {node.node_id}" for node in nodes]
             _log.warning("The KV of %d nodes is not stored: %s", len(report.errors), failures(report, names))
