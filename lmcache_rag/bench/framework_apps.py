@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_lmcache_rag import ChatLmcacheRag, KVRetriever
+from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import ContextChatEngine
@@ -22,6 +24,7 @@ from llama_index.core.prompts.default_prompt_selectors import (
 )
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.query_engine.citation_query_engine import CITATION_QA_TEMPLATE
+from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.llms.lmcache_rag import KVPrecompute, LmcacheRag
 
@@ -67,13 +70,18 @@ class _Given(BaseRetriever):
 def _of_llama_index(llm: LmcacheRag, form: str) -> Iterator[App]:
     retriever = _Given()
 
-    def queried(mode: Mode, question: str, texts: Sequence[str], engine: Any) -> None:
+    def queried(engine: BaseQueryEngine, mode: Mode, question: str, texts: Sequence[str]) -> None:
         llm.mode, retriever.texts = mode, texts
         str(engine.query(question))
 
-    engines = {
-        mode: RetrieverQueryEngine.from_args(retriever, llm=llm, response_mode=mode)
-        for mode in ("compact", "refine", "tree_summarize", "simple_summarize")
+    engines: dict[str, BaseQueryEngine] = {
+        mode.value: RetrieverQueryEngine.from_args(retriever, llm=llm, response_mode=mode)
+        for mode in (
+            ResponseMode.COMPACT,
+            ResponseMode.REFINE,
+            ResponseMode.TREE_SUMMARIZE,
+            ResponseMode.SIMPLE_SUMMARIZE,
+        )
     }
     templates: dict[str, Any] = dict.fromkeys(engines, DEFAULT_TEXT_QA_PROMPT_SEL)
     templates["tree_summarize"] = DEFAULT_TREE_SUMMARIZE_PROMPT_SEL
@@ -84,7 +92,7 @@ def _of_llama_index(llm: LmcacheRag, form: str) -> Iterator[App]:
             "llama_index",
             f"{name}{form}",
             _computed(llm, templates[name]),
-            lambda mode, question, texts, engine=engine: queried(mode, question, texts, engine),
+            functools.partial(queried, engine),
         )
 
     def chatted(mode: Mode, question: str, texts: Sequence[str]) -> None:
@@ -109,7 +117,7 @@ def _of_langchain(llm: ChatLmcacheRag, form: str) -> Iterator[App]:
         )
 
 
-def _chain(llm: ChatLmcacheRag, name: str, template: BasePromptTemplate[Any]) -> App:
+def _chain(llm: ChatLmcacheRag, name: str, template: ChatPromptTemplate | PromptTemplate) -> App:
     """LangChain's usual chain: retrieved documents, joined by blank lines, in a prompt."""
     found: list[Document] = []
     retriever = KVRetriever(retriever=RunnableLambda(lambda _: found), llm=llm, prompt=template)

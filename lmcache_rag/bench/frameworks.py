@@ -102,7 +102,7 @@ def bench_frameworks(
 
 def _measured(app: App, recorder: Recorder, pool: Sequence[str], questions: int) -> Row:
     draw = random.Random(0)  # noqa: S311  # to choose passages
-    plain_s, blend_s, answers = [], [], list[Completion]()
+    plain_s, blend_s, answers = list[float](), list[float](), list[Completion]()
     for number in range(questions + 1):  # the first warms up and is not counted
         passages = draw.sample(list(pool), _PASSAGES)
         for mode, seconds in (("off", plain_s), ("blend", blend_s)):
