@@ -235,7 +235,9 @@ def test_objects_are_streamed_as_they_grow() -> None:
 
     for objects in (list(llm.stream_structured_predict(Person, ASK, hint="")), asyncio.run(streamed())):
         assert objects[-1] == Person(name="Ada", age=36)
-        assert [(each.name, each.age) for each in objects[:-1]] == [("A", None), ("Ada", None), ("Ada", 36)]
+        seen = [(each.name, each.age) for each in objects]
+        assert (seen[0], seen[-2]) == (("Ad", None), ("Ada", 36))
+        assert ("Ada", None) in seen
 
 
 def test_a_structured_answer_that_is_cut_off_is_an_error() -> None:

@@ -232,16 +232,15 @@ def test_windows_are_stored_where_they_are_prompted(engine: StubEngine, llm: Lmc
 
 def test_a_pipeline_with_workers_stores_over_a_server(server: StubServer) -> None:
     precompute = KVPrecompute(LmcacheRag(base_url=server.url))
-    pipeline = IngestionPipeline(transformations=[SentenceSplitter(chunk_size=1024), precompute])
-    documents = [Document(text=words(name)) for name in "abcd"]
-    nodes = pipeline.run(documents=documents, num_workers=2)
-    assert [each.get_content() for each in nodes] == [document.text for document in documents]
+    pipeline = IngestionPipeline(transformations=[precompute])
+    nodes = [node(name) for name in "abcd"]
+    assert pipeline.run(nodes=nodes, num_workers=2) == nodes
     owned = {tuple(chunk) for body in server.bodies("/lmcache-rag/own") for chunk in body["chunks"]}
     assert owned == passages(*"abcd")
     computed = [tuple(body["prompt"][-40:]) for body in server.bodies("/v1/completions")]
     assert set(computed) == owned
     posts = len(server.bodies("/v1/completions"))
-    assert pipeline.run(documents=documents) is not None  # the workers' cache has come back
+    pipeline.run(nodes=nodes[:2])  # a worker's share: its cache has come back
     assert len(server.bodies("/v1/completions")) == posts
 
 

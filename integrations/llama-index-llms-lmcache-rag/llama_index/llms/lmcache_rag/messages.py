@@ -68,10 +68,12 @@ def tool_choice_of(tool_choice: str | dict[str, Any] | None, *, required: bool) 
 
 
 def answer_message(completion: Completion) -> ChatMessage:
-    """A whole answer: its text, and the calls that the model asks for."""
-    blocks: list[ContentBlock] = [TextBlock(text=completion.text)] if completion.text else []
-    blocks += [_block(call) for call in completion.tool_calls]
-    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+    """A whole answer: its text, and the calls that the model asks for, as blocks and, where parts of LlamaIndex look
+    for them still, in OpenAI's form."""
+    calls = [_block(call) for call in completion.tool_calls]
+    text: list[ContentBlock] = [TextBlock(text=completion.text)] if completion.text else []
+    older = {"tool_calls": [_call(block) for block in calls]} if calls else {}
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=[*text, *calls], additional_kwargs=older)
 
 
 def calls_in(message: ChatMessage) -> list[ToolCallBlock]:
