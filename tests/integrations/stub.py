@@ -144,10 +144,10 @@ class StubServer:
             def log_message(self, *arguments: object) -> None:
                 return
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self._say({"data": [{"id": "some-model", "max_model_len": 4096}]})
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.posted.append((self.path, body))
                 self._say(stub.answer(self.path, body))

@@ -160,7 +160,7 @@ def test_streamed_calls_come_with_the_last_response() -> None:
 
 def test_an_answer_without_a_call_is_an_error_where_one_is_needed() -> None:
     llm = model(StubEngine(answer("Blue."), answer("", finish_reason="length")))
-    with pytest.raises(ValueError, match="calls no tool .got 'Blue.'"):
+    with pytest.raises(ValueError, match=r"calls no tool .got 'Blue\."):
         llm.get_tool_calls_from_response(llm.chat([user("Hello")]))
     with pytest.raises(ValueError, match="max_tokens=256: raise it"):
         llm.predict_and_call([GREET], "Hello")
@@ -310,7 +310,7 @@ def test_answers_for_a_parser_follow_its_form() -> None:
 class Recorder(BaseEventHandler):
     """Keeps all events."""
 
-    events: list[BaseEvent] = []
+    events: list[BaseEvent] = Field(default_factory=list)
 
     @classmethod
     def class_name(cls) -> str:
@@ -323,7 +323,7 @@ class Recorder(BaseEventHandler):
 class Spans(BaseSpanHandler[BaseSpan]):
     """Keeps the spans that were entered."""
 
-    entered: list[str] = []
+    entered: list[str] = Field(default_factory=list)
 
     @classmethod
     def class_name(cls) -> str:
