@@ -19,8 +19,9 @@ from pydantic_core import from_json
 if TYPE_CHECKING:
     from llama_index.llms.lmcache_rag.base import LmcacheRag
 
-_MOST_QUESTIONS = 8
-"""Into which a question is split: without a limit, small models go on to the end of the answer's length."""
+_MOST_QUESTIONS = 5
+_SENTENCE = {"type": "string", "maxLength": 200}
+"""Limits on what LlamaIndex leaves open: without, small models go on to the end of the answer's length."""
 
 
 class StructuredProgram(BasePydanticProgram[Model]):
@@ -143,12 +144,12 @@ def answer_schema(prompt: BasePromptTemplate, variables: dict[str, Any]) -> dict
         if "num_choices" in variables:
             choice["maximum"] = variables["num_choices"]
         most = 1 if single else variables.get("max_outputs") or variables.get("num_choices")
-        return _list_of({"choice": choice, "reason": {"type": "string"}}, most)
+        return _list_of({"choice": choice, "reason": _SENTENCE}, most)
     if isinstance(parser, SubQuestionOutputParser):
         name: dict[str, Any] = {"type": "string"}
         if "tools_str" in variables:
             name["enum"] = list(json.loads(variables["tools_str"]))
-        questions = _list_of({"sub_question": {"type": "string"}, "tool_name": name}, _MOST_QUESTIONS)
+        questions = _list_of({"sub_question": _SENTENCE, "tool_name": name}, _MOST_QUESTIONS)
         return _object({"items": questions})
     return None
 
