@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict
@@ -175,6 +176,15 @@ class ChunkStore:
     def owned(self, owner: str) -> list[bytes]:
         """The chunks that somebody owns."""
         return self.records.keys_of(owner_number(owner))
+
+    def state(self, owner: str) -> str:
+        """Digest of which chunks that somebody owns are stored: another one where one comes or goes, and the same
+        whatever is used meanwhile. Walks all that is known."""
+        live = self.records.live()
+        held = live.held_chunk[live.owner == np.uint64(owner_number(owner))]
+        stored = np.intersect1d(live.chunk, held)
+        keys = np.stack([live.key_high[stored], live.key_low[stored]])
+        return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
 
     def release(self, owner: str, keys: Iterable[bytes]) -> None:
         """Own chunks no longer; those that nobody owns any more are deleted. Raises `StoreError`."""

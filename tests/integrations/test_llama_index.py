@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import pickle
 import re
 from typing import Any
@@ -21,7 +22,8 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
 from llama_index.core.schema import BaseNode, Document, MetadataMode, NodeWithScore, TextNode
-from llama_index.llms.lmcache_rag import KeepOrder, KVPrecompute, LmcacheRag
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.llms.lmcache_rag import KeepOrder, KVPrecompute, KVVectorStore, LmcacheRag
 from pydantic import ValidationError
 
 from lmcache_rag.engine import LocalEngine
@@ -73,7 +75,9 @@ def assert_mostly_reused(reuse: ReuseReport | None) -> None:
 
 
 def test_all() -> None:
-    assert sorted(package.__all__) == ["KVPrecompute", "KVPrefetch", "KeepOrder", "LmcacheRag"]
+    assert sorted(package.__all__) == [
+        "KVPrecompute", "KVPrefetch", "KVReuseEvent", "KVVectorStore", "KeepOrder", "LmcacheRag", "StructuredProgram",
+    ]  # fmt: skip
     assert all(hasattr(package, name) for name in package.__all__)
 
 
@@ -200,9 +204,26 @@ def test_unusable_templates_are_refused(llm: LmcacheRag, template: str, complain
         KVPrecompute(llm, PromptTemplate(template))
 
 
-def test_precompute_stays_in_its_process(llm: LmcacheRag) -> None:
-    with pytest.raises(EngineError, match="num_workers"):
-        pickle.dumps(KVPrecompute(llm))
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy])
+def test_an_engine_stays_in_its_process(llm: LmcacheRag, copied: Any) -> None:
+    for whole in (llm, KVPrecompute(llm), KVVectorStore(SimpleVectorStore(), KVPrecompute(llm))):
+        with pytest.raises(EngineError, match="base_url="):
+            copied(whole)
+
+
+def test_the_pipelines_cache_does_not_mind_what_is_used(
+    llm: LmcacheRag, documents: list[Document], question: str
+) -> None:
+    precompute = KVPrecompute(llm)
+    index = index_of(ingest(precompute, documents))
+    known = precompute.to_dict()
+    stored = llm.engine.chunk_store()  # type: ignore[attr-defined]
+    position = stored.records.position
+    for key in stored.records.keys():  # noqa: SIM118  # no mapping
+        stored.records.use({(key, form): int(row.used_s) + 1000 for form, row in stored.records.variants(key).items()})
+    index.as_query_engine(similarity_top_k=3).query(question)
+    assert llm.engine.chunk_store().records.position != position  # type: ignore[attr-defined]
+    assert precompute.to_dict() == known
 
 
 def test_responses_carry_the_report(llm: LmcacheRag) -> None:

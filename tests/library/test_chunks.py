@@ -60,6 +60,25 @@ def test_objects_of_the_version_before_are_a_miss(chunks: ChunkStore) -> None:
     assert chunks.missing(TOKENS, OWN) == ["raw"]  # and so it is computed again
 
 
+def test_the_state_of_an_owners_chunks_changes_where_one_comes_or_goes_and_not_where_one_is_used(
+    chunks: ChunkStore,
+) -> None:
+    key = key_of(TOKENS)
+    none = chunks.state("me")
+    chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
+    chunks.own("somebody else", [key])
+    assert chunks.state("me") == none
+    chunks.own("me", [key])
+    stored, position = chunks.state("me"), chunks.records.position
+    assert stored != none
+    ((form, row),) = chunks.records.variants(key).items()
+    chunks.records.use({(key, form): int(row.used_s) + 1000})
+    assert chunks.records.position != position
+    assert chunks.state("me") == stored
+    chunks.delete([key])
+    assert chunks.state("me") == none
+
+
 def test_absent(chunks: ChunkStore) -> None:
     assert chunks.load(chunks.name(TOKENS, OWN), SHAPE) == "absent"
 

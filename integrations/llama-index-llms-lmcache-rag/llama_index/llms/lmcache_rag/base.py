@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import inspect
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, Literal, NamedTuple
 
-from llama_index.core.base.llms.generic_utils import (
-    astream_completion_response_to_chat_response,
-    completion_response_to_chat_response,
-)
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
     ChatResponseAsyncGen,
+    ChatResponseGen,
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
@@ -21,12 +19,30 @@ from llama_index.core.base.llms.types import (
     MessageRole,
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
+from llama_index.core.instrumentation.span import active_span_id
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import LLM, ToolSelection
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.llms.lmcache_rag.prompts import chat_form, plain_text, preamble_of
+from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.llms.lmcache_rag.copies import Copyable
+from llama_index.llms.lmcache_rag.events import KVReuseEvent, figures_of
+from llama_index.llms.lmcache_rag.messages import (
+    answer_message,
+    calls_in,
+    chat_of,
+    plain_text,
+    tool_choice_of,
+    tool_form,
+)
+from llama_index.llms.lmcache_rag.prompts import preamble_of
+from llama_index.llms.lmcache_rag.structured import StructuredProgram, answer_schema
 
-from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Sampling, engine_of
+from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Prompt, Sampling, engine_of
+from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import encode
 from lmcache_rag.request import (
     DEFAULT_SELECTOR,
@@ -36,27 +52,46 @@ from lmcache_rag.request import (
     SelectorName,
 )
 
-if TYPE_CHECKING:
-    from lmcache_rag.engine import LocalEngine
-
 _BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "stop")
 
+_dispatcher = get_dispatcher(__name__)
+_predict, _apredict = inspect.unwrap(LLM.predict), inspect.unwrap(LLM.apredict)
+"""LlamaIndex's own, without their spans: the methods that override them have some."""
 
-class LmcacheRag(CustomLLM):
+
+class _Call(NamedTuple):
+    """One request to the engine.
+
+    Attributes:
+        span_id: of the call that asks for it.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    options: BlendOptions
+    span_id: str | None
+
+
+class LmcacheRag(Copyable, FunctionCallingLLM):
     """A language model that takes the KV of stored chunks from a store instead of reading them again.
 
     Stored chunks are found in each prompt by their tokens, so every LlamaIndex query engine works unchanged;
-    `KVPrecompute` stores the chunks. Each response's `raw` says under `reuse` what was reused.
+    `KVPrecompute` and `KVVectorStore` store the chunks. Each response's `raw` says under `reuse` what was reused, and
+    so does a `KVReuseEvent`. Structured predictions follow a grammar, with every model; tools are called where the
+    model's chat template offers them.
 
     Args:
         engine: a running engine; it stays the caller's to close.
         settings: instead of `engine`: the engine to start. Close it with `llm.engine.close()`.
+        base_url: instead of both: of a server, or of several of the same model (`http://host:8000/v1`).
         values: the fields below, and those of every LlamaIndex LLM (`system_prompt`, `messages_to_prompt`, ...).
 
     Raises:
-        EngineError: not exactly one of `engine` and `settings` is given, or the engine does not start.
-        PromptError: when called: the prompt does not fit the model, or an argument is unknown.
+        EngineError: not exactly one of `engine`, `settings` and `base_url` is given, or the engine does not start. When
+            copied or pickled: the engine runs in this process.
+        PromptError: `messages_to_prompt` is given with `chat_template`. When called: the prompt does not fit the model,
+            an argument is unknown, or a structured answer is cut off by `max_tokens`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,92 +112,196 @@ class LmcacheRag(CustomLLM):
     )
 
     _engine: Engine = PrivateAttr()
-    _last_reuse: ReuseReport | None = PrivateAttr(default=None)
+    _reports: deque[ReuseReport] = PrivateAttr(default_factory=lambda: deque(maxlen=1))
+    _json_schema: dict[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
         *,
-        engine: LocalEngine | None = None,
+        engine: Engine | None = None,
         settings: EngineSettings | None = None,
+        base_url: str | Sequence[str] | None = None,
         messages_to_prompt: Callable[[Sequence[ChatMessage]], str] | None = None,
         **values: Any,
     ) -> None:
         super().__init__(messages_to_prompt=messages_to_prompt or plain_text, **values)
-        self._engine = engine_of(engine, settings)
-        if self.chat_template and messages_to_prompt is None:
-            self.messages_to_prompt = functools.partial(chat_form, self._engine.tokenizer)
+        if messages_to_prompt is not None and self.chat_template:
+            raise PromptError("messages_to_prompt writes the plain form: leave it out, or chat_template=True.")
+        self._engine = engine_of(engine, settings, base_url)
 
     @classmethod
     def class_name(cls) -> str:
         return "LmcacheRag"
 
     @property
-    def engine(self) -> LocalEngine:
+    def engine(self) -> Engine:
         """The engine that answers."""
         return self._engine
 
     @property
     def last_reuse(self) -> ReuseReport | None:
         """What was reused for the answer that was finished last; None before the first."""
-        return self._last_reuse
+        return self._reports[-1] if self._reports else None
 
     @property
     def metadata(self) -> LLMMetadata:
         return LLMMetadata(
             context_window=self._engine.max_model_len,
             num_output=self.max_tokens,
-            model_name=self._engine.settings.model,
+            model_name=self._engine.model_name,
             is_chat_model=self.chat_template,
+            is_function_calling_model=self.chat_template and self._engine.calls_tools,
         )
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and some of `BlendOptions`: see the class."""
-        sampling, options = self._request(kwargs)
-        return self._finished(self._engine.generate(self._prompt_ids(prompt, formatted), sampling, options))
+        call = self._completion(prompt, kwargs, formatted=formatted)
+        return self._text_response(call, self._engine.generate(*call[:3]))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """See `complete`; leaving the generator early ends the request. The last response carries `raw`."""
-        sampling, options = self._request(kwargs)
-        text = ""
-        for delta in self._engine.stream(self._prompt_ids(prompt, formatted), sampling, options):
-            text += delta.text
-            if delta.text or delta.completion is not None:
-                yield self._piece(text, delta)
+        call = self._completion(prompt, kwargs, formatted=formatted)
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            for delta in self._engine.stream(*call[:3]):
+                text += delta.text
+                yield from self._text_pieces(call, text, delta)
+
+        return pieces()
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """See `complete`."""
-        sampling, options = self._request(kwargs)
-        return self._finished(await self._engine.agenerate(self._prompt_ids(prompt, formatted), sampling, options))
+        call = self._completion(prompt, kwargs, formatted=formatted)
+        return self._text_response(call, await self._engine.agenerate(*call[:3]))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """See `stream_complete`."""
-        sampling, options = self._request(kwargs)
-        deltas = self._engine.astream(self._prompt_ids(prompt, formatted), sampling, options)
+        call = self._completion(prompt, kwargs, formatted=formatted)
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
-            async for delta in deltas:
+            async for delta in self._engine.astream(*call[:3]):
                 text += delta.text
-                if delta.text or delta.completion is not None:
-                    yield self._piece(text, delta)
+                for piece in self._text_pieces(call, text, delta):
+                    yield piece
+
+        return pieces()
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """See `complete`. With `chat_template` also `tools` (in OpenAI's form), `tool_choice` (`auto`, `none`,
+        `required` or a tool's name) and `allow_parallel_tool_calls` may be given."""
+        call = self._conversation(messages, kwargs)
+        return self._chat_response(call, self._engine.generate(*call[:3]))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """See `chat` and `stream_complete`; tool calls come with the last response."""
+        call = self._conversation(messages, kwargs)
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            for delta in self._engine.stream(*call[:3]):
+                text += delta.text
+                yield from self._chat_pieces(call, text, delta)
 
         return pieces()
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """See `complete`; `messages` are written as text by `messages_to_prompt`."""
-        response = await self.acomplete(self._text(messages), formatted=True, **kwargs)
-        return completion_response_to_chat_response(response)
+        """See `chat`."""
+        call = self._conversation(messages, kwargs)
+        return self._chat_response(call, await self._engine.agenerate(*call[:3]))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """See `stream_complete`."""
-        responses = await self.astream_complete(self._text(messages), formatted=True, **kwargs)
-        return astream_completion_response_to_chat_response(responses)
+        """See `stream_chat`."""
+        call = self._conversation(messages, kwargs)
+
+        async def pieces() -> ChatResponseAsyncGen:
+            text = ""
+            async for delta in self._engine.astream(*call[:3]):
+                text += delta.text
+                for piece in self._chat_pieces(call, text, delta):
+                    yield piece
+
+        return pieces()
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The tools that the model asks to be called.
+
+        Raises:
+            ValueError: there are none, and `error_on_no_tool_call`.
+        """
+        calls = calls_in(response.message)
+        if not calls and error_on_no_tool_call:
+            cut = isinstance(response.raw, dict) and response.raw.get("finish_reason") == "length"
+            why = f"was cut off after max_tokens={self.max_tokens}: raise it" if cut else "calls no tool"
+            raise ValueError(f"The answer {why} (got {response.message.content!r}).")
+        return [
+            ToolSelection.model_validate(
+                {"tool_id": call.tool_call_id or "", "tool_name": call.tool_name, "tool_kwargs": call.tool_kwargs}
+            )
+            for call in calls
+        ]
+
+    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """See `LLM.predict`. Where a parser of LlamaIndex is to read the answer, it follows a grammar."""
+        schema = answer_schema(prompt, prompt_args)
+        return str(_predict(self if schema is None else self.following(schema), prompt, **prompt_args))
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """See `predict`."""
+        schema = answer_schema(prompt, prompt_args)
+        return str(await _apredict(self if schema is None else self.following(schema), prompt, **prompt_args))
+
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """See `LLM.structured_predict`. The answer follows the schema of `output_cls` by a grammar.
+
+        Raises:
+            PromptError: it is cut off by `max_tokens`.
+        """
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        _structured_begins(output_cls, prompt, prompt_args)
+        output = StructuredProgram(output_cls, self, prompt)(llm_kwargs=llm_kwargs, **prompt_args)
+        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
+        return output
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """See `structured_predict`."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        _structured_begins(output_cls, prompt, prompt_args)
+        output = await StructuredProgram(output_cls, self, prompt).acall(llm_kwargs=llm_kwargs, **prompt_args)
+        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
+        return output
+
+    def following(self, json_schema: dict[str, Any]) -> LmcacheRag:
+        """The same model, whose answers are JSON of this schema. One that is cut off by `max_tokens` is a
+        `PromptError`; `stop` does not hold."""
+        following = self.model_copy()
+        following._json_schema = json_schema
+        return following
 
     def preamble(self, template: BasePromptTemplate) -> str:
         """All text before `{context_str}` in the prompts that this model is given for `template`.
@@ -172,8 +311,8 @@ class LmcacheRag(CustomLLM):
         """
 
         def render(**variables: str) -> str:
-            if self.metadata.is_chat_model:
-                return self._text(self._get_messages(template, **variables))
+            if self.chat_template:
+                return self._engine.render(chat_of(self._get_messages(template, **variables)))
             return self._get_prompt(template, **variables)
 
         return preamble_of(template, render)
@@ -183,44 +322,112 @@ class LmcacheRag(CustomLLM):
         to plain text the tokenizer adds its own."""
         return encode(self._engine.tokenizer, text, add_special_tokens=not self.chat_template)
 
-    def _text(self, messages: Sequence[ChatMessage]) -> str:
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Any, None, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        return StructuredProgram(output_cls, self, prompt).stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        return await StructuredProgram(output_cls, self, prompt).astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or ())
+        if user_msg:
+            asked = ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg
+            messages.append(asked)
+        return {
+            "messages": messages,
+            "tools": [tool_form(tool) for tool in tools],
+            "tool_choice": tool_choice_of(tool_choice, required=tool_required and bool(tools)),
+            "allow_parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def _completion(self, prompt: str, kwargs: dict[str, Any], *, formatted: bool) -> _Call:
+        if self.chat_template:
+            whole: Prompt = (
+                self.token_ids(prompt) if formatted else chat_of([ChatMessage(role=MessageRole.USER, content=prompt)])
+            )
+            return self._call(whole, kwargs)
+        assert self.completion_to_prompt is not None
+        return self._call(prompt if formatted else self.completion_to_prompt(prompt), kwargs)
+
+    def _conversation(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> _Call:
+        tools, tool_choice = kwargs.pop("tools", None) or (), kwargs.pop("tool_choice", None)
+        parallel = kwargs.pop("allow_parallel_tool_calls", True)
+        if self.chat_template:
+            choice = tool_choice_of(tool_choice, required=False)
+            return self._call(chat_of(messages, tools, choice, parallel=parallel), kwargs)
+        if tools:
+            raise PromptError("Tools are offered in the model's chat template: LmcacheRag(..., chat_template=True).")
         assert self.messages_to_prompt is not None
-        return self.messages_to_prompt(messages)
+        return self._call(self.messages_to_prompt(messages), kwargs)
 
-    def _prompt_ids(self, prompt: str, formatted: bool) -> list[int]:
-        if not formatted and self.chat_template:
-            prompt = self._text([ChatMessage(role=MessageRole.USER, content=prompt)])
-        elif not formatted:
-            assert self.completion_to_prompt is not None
-            prompt = self.completion_to_prompt(prompt)
-        return self.token_ids(prompt)
-
-    def _request(self, kwargs: dict[str, Any]) -> tuple[Sampling, BlendOptions]:
+    def _call(self, prompt: Prompt, kwargs: dict[str, Any]) -> _Call:
         """What one call asks for: the fields, and the call's own arguments over them."""
-        values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)} | kwargs
+        values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)}
+        if self._json_schema is not None:
+            values |= {"json_schema": self._json_schema, "stop": ()}
+        values |= kwargs
         if "target_kl" in kwargs and "ratio" not in kwargs:
             values["ratio"] = None
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
-        return Sampling.checked(**values), BlendOptions.checked(**blend)
+        return _Call(prompt, Sampling.checked(**values), BlendOptions.checked(**blend), active_span_id.get())
 
-    def _piece(self, text: str, delta: Delta) -> CompletionResponse:
-        raw = None if delta.completion is None else self._report(delta.completion)
-        return CompletionResponse(text=text, delta=delta.text, raw=raw)
+    def _text_response(self, call: _Call, completion: Completion) -> CompletionResponse:
+        return CompletionResponse(text=completion.text, raw=self._ended(call, completion))
 
-    def _finished(self, completion: Completion) -> CompletionResponse:
-        return CompletionResponse(text=completion.text, raw=self._report(completion))
+    def _text_pieces(self, call: _Call, text: str, delta: Delta) -> CompletionResponseGen:
+        if delta.text or delta.completion is not None:
+            raw = None if delta.completion is None else self._ended(call, delta.completion)
+            yield CompletionResponse(text=text, delta=delta.text, raw=raw)
 
-    def _report(self, completion: Completion) -> dict[str, Any]:
-        self._last_reuse = completion.reuse
-        answer_tokens = len(completion.token_ids)
-        return {
-            "reuse": completion.reuse.model_dump(),
-            "ttft_s": completion.ttft_s,
-            "total_s": completion.total_s,
-            "finish_reason": completion.finish_reason,
-            "usage": {
-                "prompt_tokens": completion.prompt_tokens,
-                "completion_tokens": answer_tokens,
-                "total_tokens": completion.prompt_tokens + answer_tokens,
-            },
-        }
+    def _chat_response(self, call: _Call, completion: Completion, delta: str | None = None) -> ChatResponse:
+        return ChatResponse(message=answer_message(completion), delta=delta, raw=self._ended(call, completion))
+
+    def _chat_pieces(self, call: _Call, text: str, delta: Delta) -> ChatResponseGen:
+        if delta.completion is not None:
+            yield self._chat_response(call, delta.completion, delta.text)
+        elif delta.text:
+            message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+            yield ChatResponse(message=message, delta=delta.text)
+
+    def _ended(self, call: _Call, completion: Completion) -> dict[str, Any]:
+        """Report an answer; returns its `raw`. Raises `PromptError` where it was to be JSON, and is cut off."""
+        self._reports.append(completion.reuse)
+        _dispatcher.event(KVReuseEvent.of(completion, self._engine.model_name, call.span_id))
+        if self._json_schema is not None and completion.finish_reason == "length":
+            raise PromptError(
+                f"The structured answer was cut off after {completion.answer_tokens} tokens: raise max_tokens "
+                f"(got {call.sampling.max_tokens}), or bound the lengths in the schema."
+            )
+        return figures_of(completion)
+
+
+def _structured_begins(output_cls: type[Model], prompt: BasePromptTemplate, variables: dict[str, Any]) -> None:
+    event = LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=variables)
+    _dispatcher.event(event)

@@ -8,6 +8,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.lmcache_rag.base import LmcacheRag
+from llama_index.llms.lmcache_rag.copies import Copyable
 
 from lmcache_rag.engine import prefetch_texts
 from lmcache_rag.errors import StoreError
@@ -15,10 +16,10 @@ from lmcache_rag.errors import StoreError
 _log = logging.getLogger(__name__)
 
 
-class KVPrefetch(BaseNodePostprocessor):
+class KVPrefetch(Copyable, BaseNodePostprocessor):
     """Has what is stored of retrieved nodes read from a slow store into its caches, in the background, while the
-    prompt is still being made. Nodes pass unchanged. For stores in a bucket or in Redis with `tiers` before them; use
-    it as the last of an engine's `node_postprocessors`.
+    prompt is still being made. Nodes pass unchanged. For engines in this process on a store in a bucket or in Redis,
+    with `tiers` before it; a server sees to its own caches. Use it as the last of an engine's `node_postprocessors`.
 
     Args:
         llm: the model that will answer.
