@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,7 +128,7 @@ class Engine(Protocol):
         """
         ...
 
-    def prefetch(self, chunks: Sequence[Sequence[int]]) -> int:
+    def prefetch(self, chunks: Iterable[Sequence[int]]) -> int:
         """Have what is stored of chunks (token ids) brought from a slow store into its caches, in the background, since
         a prompt that holds them in this order is about to come. Returns how many objects that is; it waits for none.
 

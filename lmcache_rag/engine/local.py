@@ -10,8 +10,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NoReturn, Self
 
 from lmcache_rag.blobs.uri import open_store
 from lmcache_rag.chunk_kv import key_of, variant_of
@@ -75,6 +75,12 @@ class LocalEngine:
             self.close()
             raise
 
+    def __reduce__(self) -> NoReturn:
+        raise EngineError(
+            "An engine in this process cannot be copied or sent to another process: start `lmcache-rag serve` and use "
+            "base_url= instead."
+        )
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -131,7 +137,7 @@ class LocalEngine:
         (chunks.refresh if wait else chunks.follow)()
         return chunks
 
-    def prefetch(self, chunks: Sequence[Sequence[int]]) -> int:
+    def prefetch(self, chunks: Iterable[Sequence[int]]) -> int:
         """See `Engine.prefetch`."""
         stored = self.chunk_store(wait=False)
         names = []

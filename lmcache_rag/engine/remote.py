@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -216,7 +216,7 @@ class RemoteEngine:
         report.seconds = time.perf_counter() - start
         return report
 
-    def prefetch(self, chunks: Sequence[Sequence[int]]) -> int:
+    def prefetch(self, chunks: Iterable[Sequence[int]]) -> int:
         """See `Engine.prefetch`: a server's caches are its own affair."""
         return 0
 
