@@ -88,7 +88,7 @@ def assert_mostly_reused(answer: AIMessage) -> None:
 
 
 def test_all() -> None:
-    assert sorted(package.__all__) == ["ChatLmcacheRag", "KVRetriever", "KVVectorStore"]
+    assert sorted(package.__all__) == ["ChatLmcacheRag", "KVRetriever", "KVVectorStore", "LocalEmbeddings"]
     assert all(hasattr(package, name) for name in package.__all__)
 
 

@@ -5,7 +5,8 @@
 """
 
 from langchain_lmcache_rag.chat_models import ChatLmcacheRag
+from langchain_lmcache_rag.embeddings import LocalEmbeddings
 from langchain_lmcache_rag.retrievers import KVRetriever
 from langchain_lmcache_rag.vector_stores import KVVectorStore
 
-__all__ = ["ChatLmcacheRag", "KVRetriever", "KVVectorStore"]
+__all__ = ["ChatLmcacheRag", "KVRetriever", "KVVectorStore", "LocalEmbeddings"]
