@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Passage = TypeVar("Passage")
 
@@ -25,6 +25,12 @@ class PassageOrder:
         self._most_moved = most_moved
         self._orders: deque[tuple[Hashable, ...]] = deque(maxlen=remembered)
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def ordered(self, passages: Sequence[Passage], key: Callable[[Passage], Hashable]) -> list[Passage]:
         """The passages, which come by falling relevance, in their order for the prompt.

@@ -44,6 +44,15 @@ def release_texts(engine: Engine, texts: Sequence[str], owner: str = FRAMEWORKS)
     engine.release(owner, list(chunks_of(engine, texts)[0].values()))
 
 
+def own_texts(engine: Engine, texts: Sequence[str], owner: str) -> None:
+    """`Engine.own` of texts that were precomputed for somebody else.
+
+    Raises:
+        StoreError: the store cannot be read or written to.
+    """
+    engine.own(owner, list(chunks_of(engine, texts)[0].values()))
+
+
 def precompute_texts(
     engine: Engine,
     preamble: Sequence[int],

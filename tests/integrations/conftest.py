@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.engine import LocalEngine
+
 FOLDER = Path(__file__).parent
+HERMES = FOLDER / "hermes.jinja"
 CORPUS = FOLDER.parents[1] / "examples" / "corpus"
 
 
@@ -33,3 +36,12 @@ def corpus_texts() -> dict[str, str]:
 def question() -> str:
     """A question that one of the documents answers."""
     return "How long does the main battery run the station without sunlight?"
+
+
+@pytest.fixture
+def calling(smollm: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
+    """SmolLM2 with a chat template that tells it of tools, in the form of the Hermes models. It was not trained to
+    call them: tests force calls, or have a grammar write what a model that chooses to call would."""
+    monkeypatch.setattr(smollm.tokenizer, "chat_template", HERMES.read_text())
+    monkeypatch.setattr(smollm, "_tool_parser", "hermes")
+    return smollm

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
+import pickle
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ pytest.importorskip("langchain_core")
 import langchain_lmcache_rag as package
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, RemoveMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableLambda, RunnablePassthrough
@@ -84,7 +88,7 @@ def assert_mostly_reused(answer: AIMessage) -> None:
 
 
 def test_all() -> None:
-    assert sorted(package.__all__) == ["ChatLmcacheRag", "KVRetriever"]
+    assert sorted(package.__all__) == ["ChatLmcacheRag", "KVRetriever", "KVVectorStore", "LocalEmbeddings"]
     assert all(hasattr(package, name) for name in package.__all__)
 
 
@@ -233,9 +237,11 @@ def test_plain_text() -> None:
     ("message", "complaint"),
     [
         (HumanMessage([{"type": "image", "url": "https://example.org/a.png"}]), "image"),
-        (ToolMessage("4", tool_call_id="1"), "ToolMessage"),
+        (ToolMessage("4", tool_call_id="1"), "chat_template=True"),
+        (AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "1"}]), "chat_template=True"),
+        (RemoveMessage("1"), "not a RemoveMessage"),
     ],
-    ids=["image", "tool"],
+    ids=["image", "result", "call", "other"],
 )
 def test_only_text_is_read(llm: ChatLmcacheRag, message: Any, complaint: str) -> None:
     with pytest.raises(PromptError, match=complaint):
@@ -266,7 +272,7 @@ def test_configurable_fields(llm: ChatLmcacheRag) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [({"max_tokens": 0}, "max_tokens"), ({"tools": []}, "tools"), ({"selector": "best"}, "selector")],
+    [({"max_tokens": 0}, "max_tokens"), ({"tool": "x"}, "tool"), ({"selector": "best"}, "selector")],
     ids=["value", "unknown", "blend"],
 )
 def test_wrong_arguments_name_the_field(llm: ChatLmcacheRag, arguments: dict[str, Any], complaint: str) -> None:
@@ -279,6 +285,45 @@ def test_wrong_fields_are_refused(smollm: LocalEngine) -> None:
         ChatLmcacheRag(engine=smollm, max_token=5)
     with pytest.raises(EngineError, match="engine="):
         ChatLmcacheRag()
+
+
+def test_what_runs_in_this_process_is_not_copied(llm: ChatLmcacheRag) -> None:
+    for copied in (copy.deepcopy, pickle.dumps):
+        for part in (llm, retriever_of([], llm)):
+            with pytest.raises(EngineError, match="base_url="):
+                copied(part)
+
+
+def test_clients_of_servers_need_no_vllm_and_can_be_copied() -> None:
+    code = """
+import copy, pickle, sys
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_core.embeddings import FakeEmbeddings
+from langchain_lmcache_rag import ChatLmcacheRag, KVRetriever, KVVectorStore
+
+llm = ChatLmcacheRag(base_url="http://127.0.0.1:9", max_tokens=7)
+vectors = KVVectorStore(InMemoryVectorStore(FakeEmbeddings(size=4)), llm)
+retriever = KVRetriever(retriever=vectors.as_retriever(), llm=llm, prompt="Passages:\\n{context}", keep_order=True)
+for copied in (copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+    again = copied(retriever)
+    assert again.llm.max_tokens == 7 and again.preamble == retriever.preamble
+    assert again.llm.engine is not llm.engine and again.llm.engine.settings == llm.engine.settings
+    assert copied(llm).max_tokens == 7
+llm.with_structured_output({"title": "x", "type": "object", "properties": {}})
+print(sorted({"vllm", "torch"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_progress(llm: ChatLmcacheRag, documents: list[Document], capsys: pytest.CaptureFixture[str]) -> None:
+    retriever, told = retriever_of([], llm), []
+    given = [*documents[:2], Document(" ")]
+    retriever.precompute(given, progress=lambda done, total: told.append((done, total)), show_progress=True)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    report = asyncio.run(retriever.aprecompute(given, progress=lambda done, total: told.append((done, total))))
+    assert (report.present, told[3:]) == (2, [(1, 3), (2, 3), (3, 3)])
 
 
 def test_too_long_a_prompt(llm: ChatLmcacheRag) -> None:

@@ -22,10 +22,11 @@ class OnEngine:
     """What both suites are told: the model, and what it does not do."""
 
     engine: LocalEngine
+    chat_template = True
 
     @pytest.fixture(autouse=True)
-    def _started(self, smollm: LocalEngine) -> None:
-        self.engine = smollm
+    def _started(self, calling: LocalEngine) -> None:
+        self.engine = calling
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -33,19 +34,19 @@ class OnEngine:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine}
+        return {"engine": self.engine, "chat_template": self.chat_template}
 
     @property
     def has_tool_calling(self) -> bool:
-        return False
+        return self.chat_template
 
     @property
     def has_tool_choice(self) -> bool:
-        return False
+        return self.chat_template
 
     @property
-    def has_structured_output(self) -> bool:
-        return False
+    def supports_json_mode(self) -> bool:
+        return True
 
     @property
     def supports_model_override(self) -> bool:
@@ -61,15 +62,13 @@ class TestUnit(OnEngine, ChatModelUnitTests):
 
 @pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"], scope="class")
 class TestIntegration(OnEngine, ChatModelIntegrationTests):
-    chat_template: bool
-
     @pytest.fixture(autouse=True)
     def _form(self, chat_template: bool) -> None:
         self.chat_template = chat_template
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine, "max_tokens": 8, "chat_template": self.chat_template}
+        return {"max_tokens": 80, **super().chat_model_params}
 
     @property
     def supported_usage_metadata_details(self) -> dict[str, list[str]]:  # type: ignore[override]

@@ -1,30 +1,22 @@
-"""What is summed for /metrics of the tiers of a store."""
+"""What is summed for /metrics, and told of single requests."""
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
+from lmcache_rag.request import ReuseReport
+from lmcache_rag.vllm import reports
 from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
 
 NAME = "default/model/ab/abcd/0000.raw.v3"
-
-
-class Counter:
-    """One of Prometheus' counters, as far as it is used."""
-
-    def __init__(self, sums: dict[tuple[str, ...], float], name: str, **_: Any) -> None:
-        self.sums, self.name, self.own = sums, name, ()
-
-    def labels(self, *labels: str) -> Counter:
-        labelled = Counter(self.sums, self.name)
-        labelled.own = labels
-        return labelled
-
-    def inc(self, value: float) -> None:
-        self.sums[self.name, *self.own] = self.sums.get((self.name, *self.own), 0) + value
 
 
 def test_each_tier_is_counted_since_it_was_last_told(tmp_path: Path) -> None:
@@ -42,11 +34,45 @@ def test_each_tier_is_counted_since_it_was_last_told(tmp_path: Path) -> None:
     told = stats.take().data
     assert told["tier_read_bytes:s3://bucket"] == 0 and told["tier_read_bytes:cache"] == 5
 
-    sums: dict[tuple[str, ...], float] = {}
-    metrics = ReusePromMetrics.__new__(ReusePromMetrics)
-    metrics._counter_cls = lambda **fields: Counter(sums, **fields)  # type: ignore[assignment]
-    metrics.per_engine_labelvalues = {0: ["model"]}
-    metrics._make(["model_name"])
-    metrics.observe(told)
-    assert sums["vllm:lmcache_rag_tier_read_bytes", "model", "cache"] == 5
-    assert ("vllm:lmcache_rag_tier_hits", "model", "s3://bucket") in sums
+    registry = CollectorRegistry()
+    observe(registry, told)
+    labels = {"engine": "0", "tier": "cache"}
+    assert registry.get_sample_value("vllm:lmcache_rag_tier_read_bytes_total", labels) == 5
+    assert registry.get_sample_value("vllm:lmcache_rag_tier_hits_total", {**labels, "tier": "s3://bucket"}) is not None
+
+
+def observe(registry: CollectorRegistry, told: dict[str, Any]) -> None:
+    kinds = {kind: functools.partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    config = type("Config", (), {"kv_transfer_config": None})
+    ReusePromMetrics(config, kinds, ["engine"], {0: ["0"]}).observe(told)
+
+
+def test_a_report_is_told_as_it_is_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop string may end the answer before vLLM says that it has ended."""
+    known: OrderedDict[str, dict[str, Any]] = OrderedDict()
+    monkeypatch.setattr(reports, "_reports", known)
+    registry, stats = CollectorRegistry(), ReuseStats()
+    early = ReuseReport(prompt_tokens=100).model_dump()
+    late = ReuseReport(prompt_tokens=100, reused_tokens=60, local_tokens=20, phases_s={"load": 0.02}).model_dump()
+    stats.tell("cmpl-1-0-0123abcd", early)
+    stats.tell("cmpl-1-0-0123abcd", late)
+    assert stats.reduce() == {}, "the log shows reports"
+    stats.tell("cmpl-2-0-0123abcd", late, ended=True)
+    observe(registry, stats.take().data)
+    assert reports.report_of("cmpl-1") == late
+    assert reports.report_of("cmpl-3") is None
+    share = "vllm:lmcache_rag_request_reused_share"
+    assert registry.get_sample_value(f"{share}_count", {"engine": "0"}) == 1
+    assert registry.get_sample_value(f"{share}_sum", {"engine": "0"}) == 0.8
+    assert (
+        registry.get_sample_value("vllm:lmcache_rag_request_phase_seconds_sum", {"engine": "0", "phase": "load"})
+        == 0.02
+    )
+
+
+def test_the_oldest_reports_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "_reports", OrderedDict())
+    monkeypatch.setattr(reports, "_KEPT", 2)
+    for number in range(3):
+        reports.note({f"cmpl-{number}-0-0123abcd": {"number": number}})
+    assert [reports.report_of(f"cmpl-{number}") for number in range(3)] == [None, {"number": 1}, {"number": 2}]

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, SkipValidation
 
 from langchain_lmcache_rag.prompts import plain_text, turns_of
-from lmcache_rag.engine import Completion, Delta, EngineSettings, Sampling, engine_of
-from lmcache_rag.prompt import chat_text, encode
+from langchain_lmcache_rag.structured import Method, structured
+from langchain_lmcache_rag.tools import call_chunks_of, calls_of, choice_of
+from lmcache_rag.engine import Chat, Completion, Delta, Engine, EngineSettings, Sampling, engine_of
+from lmcache_rag.errors import PromptError
+from lmcache_rag.prompt import encode
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, SelectorName
-
-if TYPE_CHECKING:
-    from lmcache_rag.engine import LocalEngine
 
 _BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "stop")
@@ -30,11 +33,12 @@ class ChatLmcacheRag(BaseChatModel):
 
     Stored chunks are found in each prompt by their tokens, so every chain works unchanged; `KVRetriever` stores the
     chunks. Each message's `response_metadata` says under `reuse` what was reused; its `usage_metadata` counts the
-    tokens that were not computed as `cache_read`.
+    tokens that were not computed as `cache_read`. Over a server it can be copied and pickled.
 
     Args:
         engine: a running engine; it stays the caller's to close.
         settings: instead of `engine`: the engine to start. Close it with `llm.engine.close()`.
+        base_url: instead of both: of a server, or of several of one model; neither vllm nor torch is imported then.
         values: the fields below, and those of every LangChain chat model. All but `chat_template` can also be given
             with a call, or bound (`llm.bind(mode="off")`).
 
@@ -50,7 +54,8 @@ class ChatLmcacheRag(BaseChatModel):
         streaming: whether `invoke` streams too, for callbacks that want each token.
 
     Raises:
-        EngineError: not exactly one of `engine` and `settings` is given, or the engine does not start.
+        EngineError: not exactly one of `engine`, `settings` and `base_url` is given, or the engine does not start.
+            When copied or pickled: the engine runs in this process.
         PromptError: when called: the prompt does not fit the model or is not text, or an argument is unknown.
     """
 
@@ -70,9 +75,14 @@ class ChatLmcacheRag(BaseChatModel):
     streaming: bool = False
 
     def __init__(
-        self, *, engine: LocalEngine | None = None, settings: EngineSettings | None = None, **values: Any
+        self,
+        *,
+        engine: Engine | None = None,
+        settings: EngineSettings | None = None,
+        base_url: str | Sequence[str] | None = None,
+        **values: Any,
     ) -> None:
-        running = engine_of(engine, settings)
+        running = engine_of(engine, settings, base_url)
         try:
             super().__init__(**{"engine": running, **values})
         except BaseException:
@@ -82,19 +92,71 @@ class ChatLmcacheRag(BaseChatModel):
 
     @property
     def model_name(self) -> str:
-        """The engine's model: Hugging Face id or folder."""
-        return str(self.engine.settings.model)
+        """The engine's model: Hugging Face id or folder, or its name at the server."""
+        return str(self.engine.model_name)
 
     def prompt_text(self, messages: Sequence[BaseMessage]) -> str:
-        """Messages as the model reads them. Raises `PromptError` for what is not text."""
+        """Messages as the model reads them, where no tools are bound. Raises `PromptError` for what is not text."""
         if self.chat_template:
-            return chat_text(self.engine.tokenizer, turns_of(messages))
+            return str(self.engine.render(Chat(turns_of(messages))))
         return plain_text(messages)
 
     def get_token_ids(self, text: str) -> list[int]:
         """The tokens of a whole prompt's text, or of its beginning. A chat template writes its special tokens itself;
         to plain text the tokenizer adds its own."""
         return encode(self.engine.tokenizer, text, add_special_tokens=not self.chat_template)
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """See `BaseChatModel.bind_tools`. Takes `chat_template=True`, and a model trained to call tools, unless a call
+        is forced: that is written by a grammar, so that every model can.
+
+        Args:
+            tools: functions, tools, classes, or OpenAI's dictionaries.
+            tool_choice: `auto` (the model chooses, also None), `none`, `any` or `required` or True (at least one call),
+                or the name of the one to be called.
+            strict: as in OpenAI's form of a tool.
+            kwargs: `parallel_tool_calls=False` for one call at most; others as with any call.
+
+        Raises:
+            PromptError: `tool_choice` names none of the tools.
+        """
+        given = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        choice = choice_of(tool_choice)
+        Chat([{"role": "user", "content": ""}], given, choice)
+        return self.bind(tools=given, tool_choice=choice, **kwargs)
+
+    def with_structured_output(  # type: ignore[override]
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """See `BaseChatModel.with_structured_output`. Answers are written by a grammar, so that every model's can be
+        read. The model is told nothing of the schema by `json_schema`: say in the prompt what is not plain from names.
+
+        Args:
+            schema: a pydantic class, a TypedDict class, a JSON schema, or OpenAI's form of a function.
+            method: `json_schema`; `function_calling`, a forced call, of which the model's chat template tells it, and
+                which takes `chat_template=True`; or `json_mode`, any JSON object.
+            include_raw: whether the message comes too: `{"raw", "parsed", "parsing_error"}`.
+            strict: as in OpenAI's form.
+            kwargs: arguments of all calls, such as `max_tokens`.
+
+        Raises:
+            PromptError: the schema is missing, or the method is unknown.
+            OutputParserException: when called: the answer was cut off by `max_tokens`, or the class refuses it.
+        """
+        return structured(self, schema, method, strict=strict, include_raw=include_raw, **kwargs)
 
     @property
     def _llm_type(self) -> str:
@@ -104,8 +166,7 @@ class ChatLmcacheRag(BaseChatModel):
     def _identifying_params(self) -> Mapping[str, Any]:
         return {
             "model_name": self.model_name,
-            "model_fingerprint": self.engine.model_fingerprint,
-            "namespace": self.engine.settings.namespace,
+            "scope": self.engine.scope,
             "chat_template": self.chat_template,
             **{name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)},
         }
@@ -155,21 +216,44 @@ class ChatLmcacheRag(BaseChatModel):
 
     def _request(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> tuple[list[int], Sampling, BlendOptions]:
+    ) -> tuple[Chat | str, Sampling, BlendOptions]:
         """What one call asks for: the fields, and the call's own arguments over them."""
         values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)} | kwargs
         values.pop("stream", None)  # LangChain's own: which of our methods it is to call
+        prompt = self._prompt(messages, values)
         if stop is not None:
             values["stop"] = stop
         if "target_kl" in kwargs and "ratio" not in kwargs:
             values["ratio"] = None
-        blend = {name: values.pop(name) for name in _BLEND_FIELDS}
-        options = BlendOptions.checked(**blend)
-        return self.get_token_ids(self.prompt_text(messages)), Sampling.checked(**values), options
+        options = BlendOptions.checked(**{name: values.pop(name) for name in _BLEND_FIELDS})
+        sampling = Sampling.checked(**values)
+        has_form = bool(sampling.structure) or (isinstance(prompt, Chat) and prompt.forces_tools)
+        if has_form and stop is None and "stop" not in kwargs:  # the fields' are for prose: within JSON they would cut
+            sampling = sampling.model_copy(update={"stop": ()})
+        return prompt, sampling, options
+
+    def _prompt(self, messages: list[BaseMessage], values: dict[str, Any]) -> Chat | str:
+        """The prompt of one call; takes from its arguments what concerns tools."""
+        tools = [convert_to_openai_tool(tool) for tool in values.pop("tools", None) or ()]
+        choice = choice_of(values.pop("tool_choice", None))
+        parallel = bool(values.pop("parallel_tool_calls", True))
+        if self.chat_template:
+            return Chat(turns_of(messages), tools, choice, parallel)
+        if tools and choice != "none":
+            raise PromptError(
+                "Plain prompts offer no tools: use ChatLmcacheRag(chat_template=True); structured output goes by "
+                'method="json_schema" too.'
+            )
+        return plain_text(messages)
 
     def _result(self, completion: Completion) -> ChatResult:
+        calls, invalid = calls_of(completion.tool_calls)
         message = AIMessage(
-            content=completion.text, response_metadata=self._report(completion), usage_metadata=_usage(completion)
+            content=completion.text,
+            tool_calls=calls,
+            invalid_tool_calls=invalid,
+            response_metadata=self._report(completion),
+            usage_metadata=_usage(completion),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -178,6 +262,7 @@ class ChatLmcacheRag(BaseChatModel):
             return ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
         message = AIMessageChunk(
             content=delta.text,
+            tool_call_chunks=call_chunks_of(delta.completion.tool_calls),
             response_metadata=self._report(delta.completion),
             usage_metadata=_usage(delta.completion),
             chunk_position="last",
@@ -195,11 +280,10 @@ class ChatLmcacheRag(BaseChatModel):
 
 
 def _usage(completion: Completion) -> UsageMetadata:
-    answer_tokens = len(completion.token_ids)
     reuse = completion.reuse
     return UsageMetadata(
         input_tokens=completion.prompt_tokens,
-        output_tokens=answer_tokens,
-        total_tokens=completion.prompt_tokens + answer_tokens,
+        output_tokens=completion.answer_tokens,
+        total_tokens=completion.prompt_tokens + completion.answer_tokens,
         input_token_details=InputTokenDetails(cache_read=reuse.local_tokens + reuse.reused_tokens),
     )

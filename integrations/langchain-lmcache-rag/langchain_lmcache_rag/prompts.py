@@ -1,25 +1,36 @@
-"""Messages and templates as the text that the model reads."""
+"""Messages and templates as the engine and the model take them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_openai_messages,
+)
 from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 
 from lmcache_rag.errors import PromptError
 
 _LABELS = {"user": "User: ", "assistant": "Assistant: "}
 
+_NOT_SAID = {"tool_use", "tool_call", "function_call", "invalid_tool_call", "reasoning", "thinking"}
+"""Blocks of AI messages that are no text: calls are in `tool_calls` too, and chat templates leave thoughts out."""
 
-def turns_of(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """Role (`system`, `user` or `assistant`) and text of each message.
+
+def turns_of(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form, as `Chat` takes them: role, text, calls and their results.
 
     Raises:
-        PromptError: a message holds more than text, or is none of a conversation's (such as a tool's result).
+        PromptError: a message holds more than text, or is none of a conversation's.
     """
-    return [{"role": _role(message), "content": _text(message)} for message in messages]
+    return [_turn(message) for message in messages]
 
 
 def plain_text(messages: Sequence[BaseMessage]) -> str:
@@ -30,9 +41,11 @@ def plain_text(messages: Sequence[BaseMessage]) -> str:
     and the text ends with `Assistant:`.
 
     Raises:
-        PromptError: see `turns_of`.
+        PromptError: see `turns_of`; or there are calls of tools, or their results.
     """
     turns = turns_of(messages)
+    if any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
+        raise PromptError("Plain prompts have no form for tool calls and ToolMessages: use chat_template=True.")
     if [turn["role"] for turn in turns if turn["role"] != "system"] == ["user"]:
         return "\n\n".join(turn["content"] for turn in turns)
     paragraphs = [_LABELS.get(turn["role"], "") + turn["content"] for turn in turns]
@@ -74,21 +87,22 @@ def _placeholders(template: BasePromptTemplate[Any]) -> set[str]:
     return {message.variable_name for message in template.messages if isinstance(message, MessagesPlaceholder)}
 
 
-def _role(message: BaseMessage) -> str:
-    if isinstance(message, SystemMessage):
-        return "system"
-    if isinstance(message, HumanMessage):
-        return "user"
-    if isinstance(message, AIMessage):
-        return "assistant"
-    if isinstance(message, ChatMessage) and message.role in ("system", "user", "assistant"):
-        return message.role
-    raise PromptError(f"The model takes system, human and AI messages, not a {type(message).__name__}: leave it out.")
+def _turn(message: BaseMessage) -> dict[str, Any]:
+    known = isinstance(message, SystemMessage | HumanMessage | AIMessage | ToolMessage)
+    if not known and not (isinstance(message, ChatMessage) and message.role in ("system", "user", "assistant")):
+        raise PromptError(
+            f"The model takes system, human, AI and tool messages, not a {type(message).__name__}: leave it out."
+        )
+    turn = convert_to_openai_messages(message.model_copy(update={"content": _text(message)}))
+    assert isinstance(turn, dict)
+    return turn
 
 
 def _text(message: BaseMessage) -> str:
     """A message's text, also where it is given as a list of text blocks."""
     blocks = [message.content] if isinstance(message.content, str) else message.content
+    if isinstance(message, AIMessage):
+        blocks = [block for block in blocks if isinstance(block, str) or block.get("type") not in _NOT_SAID]
     for block in blocks:
         if not isinstance(block, str) and block.get("type") != "text":
             raise PromptError(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
-from langchain_core.prompts import BaseChatPromptTemplate, PromptTemplate, StringPromptTemplate, format_document
+from langchain_core.prompts import BaseChatPromptTemplate, StringPromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable
 from pydantic import ConfigDict, PrivateAttr
 
 from langchain_lmcache_rag.chat_models import ChatLmcacheRag
-from langchain_lmcache_rag.prompts import preamble_of
+from langchain_lmcache_rag.documents import DocumentKV, Progress
 from lmcache_rag.conversation.order import PassageOrder
-from lmcache_rag.engine import PrecomputeReport, failures, precompute_texts, prefetch_texts
-from lmcache_rag.prompt import opening_ids
-
-_log = logging.getLogger(__name__)
+from lmcache_rag.engine import PrecomputeReport, prefetch_texts
 
 
 class KVRetriever(BaseRetriever):
@@ -54,47 +50,49 @@ class KVRetriever(BaseRetriever):
     keep_order: bool = False
 
     _order: PassageOrder = PrivateAttr(default_factory=PassageOrder)
-    _preamble: str = PrivateAttr()
-    _last_report: PrecomputeReport | None = PrivateAttr(default=None)
+    _kv: DocumentKV = PrivateAttr()
     _failed_queries: int = PrivateAttr(default=0)
-    _warnings: set[str] = PrivateAttr(default_factory=set)
 
     def model_post_init(self, context: Any, /) -> None:
         super().model_post_init(context)
-        self._preamble = preamble_of(self.prompt, self.context, self.llm.prompt_text)
+        self._kv = DocumentKV(self.llm, self.prompt, self.context, self.document_prompt)
 
     @property
     def preamble(self) -> str:
         """The text that KV is computed behind."""
-        return self._preamble
+        return self._kv.preamble
 
     @property
     def last_report(self) -> PrecomputeReport | None:
         """What became of the documents of the last query or `precompute`; None before the first."""
-        return self._last_report
+        return self._kv.last_report
 
     @property
     def failed_queries(self) -> int:
         """How many queries found documents that could not be stored at all; the log says why."""
         return self._failed_queries
 
-    def precompute(self, documents: Sequence[Document]) -> PrecomputeReport:
+    def precompute(
+        self, documents: Sequence[Document], *, progress: Progress | None = None, show_progress: bool = False
+    ) -> PrecomputeReport:
         """Compute and store the KV of each document; one that is stored costs nothing. One that cannot be stored, as it
         is longer than the model's context, is named in a warning, once, and in the report's `errors`.
+
+        Args:
+            progress: gets how many documents are done, and how many there are.
+            show_progress: a bar with an estimate.
         """
-        texts = [self.text_of(document) for document in documents]
-        report = precompute_texts(self.llm.engine, opening_ids(self.llm.get_token_ids, self.preamble), texts)
-        if report.errors:
-            names = [_name(document, text) for document, text in zip(documents, texts, strict=True)]
-            self._warn(f"The KV of {len(report.errors)} documents is not stored: {failures(report, names)}")
-        self._last_report = report
-        return report
+        return self._kv.precompute(documents, progress=progress, show_progress=show_progress)
+
+    async def aprecompute(
+        self, documents: Sequence[Document], *, progress: Progress | None = None, show_progress: bool = False
+    ) -> PrecomputeReport:
+        """See `precompute`; the event loop runs on meanwhile, and `progress` is called in another thread."""
+        return await asyncio.to_thread(self.precompute, documents, progress=progress, show_progress=show_progress)
 
     def text_of(self, document: Document) -> str:
         """A document as the chain prompts it; use it in the chain's `format_docs` too."""
-        if isinstance(self.document_prompt, str):
-            return str(format_document(document, PromptTemplate.from_template(self.document_prompt)))
-        return self.document_prompt(document)
+        return self._kv.text_of(document)
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()})
@@ -119,14 +117,6 @@ class KVRetriever(BaseRetriever):
             self.precompute(documents)
         except Exception as error:  # noqa: BLE001  # whatever it is: it is not what was asked for
             self._failed_queries += 1
-            self._warn(f"What queries find cannot be stored, and is read each time ({type(error).__name__}: {error}).")
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warnings:
-            self._warnings.add(message)
-            _log.warning("%s", message)
-
-
-def _name(document: Document, text: str) -> str:
-    source = document.id or document.metadata.get("source")
-    return f"document {source}" if source else f"document {text[:40]!a}"
+            self._kv.warn(
+                f"What queries find cannot be stored, and is read each time ({type(error).__name__}: {error})."
+            )
