@@ -10,7 +10,7 @@ import typer
 
 from lmcache_rag.errors import PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport
-from lmcache_rag.starting import started
+from lmcache_rag.starting import asked
 from lmcache_rag.terminal import (
     DEFAULT_INDEX,
     DtypeOption,
@@ -20,6 +20,7 @@ from lmcache_rag.terminal import (
     PassagesOption,
     RatioOption,
     SelectorOption,
+    ServerOption,
     TargetKLOption,
     ThreadsOption,
     TiersOption,
@@ -29,7 +30,7 @@ from lmcache_rag.terminal import (
 
 if TYPE_CHECKING:
     from lmcache_rag.corpus import Hit
-    from lmcache_rag.engine import Completion, LocalEngine
+    from lmcache_rag.engine import Completion, Engine
 
 NOTHING = "Nothing was answered: the passages found do not seem to say anything about it."
 
@@ -37,6 +38,7 @@ NOTHING = "Nothing was answered: the passages found do not seem to say anything 
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     folder: IndexOption = DEFAULT_INDEX,
+    server: ServerOption = None,
     model: ModelOption = None,
     passages: PassagesOption = 5,
     selector: SelectorOption = DEFAULT_SELECTOR,
@@ -58,7 +60,7 @@ def ask(
         raise PromptError("The question is empty.")
     options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, target_kl=target_kl, ratio=ratio)
     settings, engine_options = IndexSettings.checked(model=model), given(dtype=dtype, threads=threads, tiers=tiers)
-    with started(folder, settings, **engine_options) as (engine, corpus):
+    with asked(server, folder, settings, **engine_options) as (engine, corpus):
         hits = corpus.search(question, passages)
         prompt = corpus.prompt(question, hits)
         sampling = Sampling(max_tokens=max_tokens, stop=corpus.manifest.prompt.stop)
@@ -83,7 +85,7 @@ def ask(
         )
 
 
-def warm_up(engine: LocalEngine, token_ids: Sequence[int]) -> None:
+def warm_up(engine: Engine, token_ids: Sequence[int]) -> None:
     """Have the engine compute something, which takes longer the first time."""
     from lmcache_rag.engine import Sampling
 

@@ -13,7 +13,7 @@ import typer
 from lmcache_rag.asking import as_row, show_end, warm_up
 from lmcache_rag.errors import PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions
-from lmcache_rag.starting import started
+from lmcache_rag.starting import asked
 from lmcache_rag.terminal import (
     DEFAULT_INDEX,
     DtypeOption,
@@ -23,6 +23,7 @@ from lmcache_rag.terminal import (
     PassagesOption,
     RatioOption,
     SelectorOption,
+    ServerOption,
     TargetKLOption,
     ThreadsOption,
     TiersOption,
@@ -33,11 +34,12 @@ from lmcache_rag.terminal import (
 
 if TYPE_CHECKING:
     from lmcache_rag.corpus import Conversation
-    from lmcache_rag.engine import LocalEngine, Sampling
+    from lmcache_rag.engine import Engine, Sampling
 
 
 def chat(
     folder: IndexOption = DEFAULT_INDEX,
+    server: ServerOption = None,
     model: ModelOption = None,
     passages: PassagesOption = 5,
     selector: SelectorOption = DEFAULT_SELECTOR,
@@ -56,7 +58,7 @@ def chat(
 
     options = BlendOptions.checked(selector=selector, target_kl=target_kl, ratio=ratio)
     settings, engine_options = IndexSettings.checked(model=model), given(dtype=dtype, threads=threads, tiers=tiers)
-    with started(folder, settings, **engine_options) as (engine, corpus):
+    with asked(server, folder, settings, **engine_options) as (engine, corpus):
         form = corpus.manifest.prompt
         warm_up(engine, form.question_ids(engine.tokenizer, "What is this?"))
         sampling = Sampling(max_tokens=max_tokens, stop=form.stop)
@@ -90,7 +92,7 @@ def _questions() -> Iterator[str]:
 
 
 def _answer(
-    engine: LocalEngine,
+    engine: Engine,
     conversation: Conversation,
     question: str,
     sampling: Sampling,

@@ -12,7 +12,7 @@ from lmcache_rag.terminal import err
 
 if TYPE_CHECKING:
     from lmcache_rag.corpus import Corpus, IndexSettings
-    from lmcache_rag.engine import LocalEngine
+    from lmcache_rag.engine import Engine, LocalEngine
 
 
 @contextmanager
@@ -25,3 +25,16 @@ def started(folder: Path, settings: IndexSettings, **options: Any) -> Iterator[t
         with err.status("Starting vLLM"), leaving_at_once():
             opened = stack.enter_context(open_corpus(folder, settings, **options))
         yield opened
+
+
+@contextmanager
+def asked(server: str | None, folder: Path, settings: IndexSettings, **options: Any) -> Iterator[tuple[Engine, Corpus]]:
+    """An index to be asked, by an engine that is started for it, or by a server where one is named."""
+    if server is None:
+        with started(folder, settings, **options) as opened:
+            yield opened
+        return
+    with leaving_at_once():
+        from lmcache_rag.corpus import open_remotely
+    with open_remotely(folder, server) as remote:
+        yield remote

@@ -118,6 +118,10 @@ def _table(lines: Sequence[Sequence[str]]) -> Table:
 
 DEFAULT_INDEX = Path(".lmcache-rag")
 IndexOption = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
+ServerOption = Annotated[
+    Optional[str],
+    typer.Option(envvar="LMCACHE_RAG_BASE_URL", help="Ask a running server (`serve --index`), and start no engine."),
+]
 PassagesOption = Annotated[int, typer.Option("--passages", "-k", min=1, help="How many passages to answer from.")]
 SelectorOption = Annotated[str, typer.Option(help=f"Which tokens to recompute: {', '.join(get_args(SelectorName))}.")]
 TargetKLOption = Annotated[

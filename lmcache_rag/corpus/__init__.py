@@ -5,7 +5,7 @@ from lmcache_rag.corpus.corpus import Corpus, Hit, updating
 from lmcache_rag.corpus.documents import Document, find_files, read_document
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, Embedder, SentenceEmbedder
 from lmcache_rag.corpus.manifest import Manifest
-from lmcache_rag.corpus.opening import IndexSettings, open_corpus
+from lmcache_rag.corpus.opening import IndexSettings, open_corpus, open_remotely
 from lmcache_rag.corpus.updates import UpdatePlan, UpdateReport
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "UpdateReport",
     "find_files",
     "open_corpus",
+    "open_remotely",
     "read_document",
     "updating",
 ]

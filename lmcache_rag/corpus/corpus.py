@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from lmcache_rag.corpus.formats import UnusableDocumentError, install_note, lack
 from lmcache_rag.corpus.manifest import Manifest, PrimerSource
 from lmcache_rag.corpus.splitter import split
 from lmcache_rag.corpus.updates import Pending, UpdatePlan, UpdateReport
+from lmcache_rag.engine.base import Engine
 from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.engine.remote import RemoteEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
 from lmcache_rag.library.scopes import check_writable
@@ -51,7 +53,7 @@ class Corpus:
         CorpusError: the index was made with another model, preamble, or other settings, or cannot be used.
     """
 
-    def __init__(self, folder: Path, engine: LocalEngine, embedder: Embedder, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, engine: Engine, embedder: Embedder, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self._engine = engine
@@ -73,6 +75,13 @@ class Corpus:
     def close(self) -> None:
         self._database.close()
 
+    @property
+    def _local(self) -> LocalEngine:
+        """The engine, for what only one in this process can do. Raises `CorpusError`."""
+        if isinstance(self._engine, RemoteEngine):
+            raise CorpusError("A server answers from an index, but does not change it: open it without the server.")
+        return cast("LocalEngine", self._engine)
+
     def plan_update(self, paths: Sequence[Path]) -> UpdatePlan:
         """Read and split what is new or changed in `paths`. Documents that were below them and are gone are removed.
 
@@ -80,7 +89,7 @@ class Corpus:
             StoreError: the store cannot be written to.
             CorpusError: as `find_files`; a single file that cannot be read or used is listed in the report instead.
         """
-        check_writable(self._engine.store)
+        check_writable(self._local.store)
         known, report = self._database.documents(), UpdateReport()
         files = find_files(paths, known)
         roots = [absolute(path) for path in paths]
@@ -118,8 +127,8 @@ class Corpus:
             former_primer=former if self.primer != former else [],
             report=report,
             tokens=fresh + again,
-            needed_bytes=self._bounded((fresh * (2 if self.primer else 1) + again) * self._engine.kv_bytes_per_token),
-            free_bytes=self._engine.chunk_store().store.free_bytes(),
+            needed_bytes=self._bounded((fresh * (2 if self.primer else 1) + again) * self._local.kv_bytes_per_token),
+            free_bytes=self._local.chunk_store().store.free_bytes(),
         )
 
     def update(
@@ -144,19 +153,19 @@ class Corpus:
             )
         report, known = plan.report, self._database.documents()
         if plan.pending:
-            self._engine.codec.ensure(plan.texts, learning)
+            self._local.codec.ensure(plan.texts, learning)
             if learning is not None:
                 learning("tokens")
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
             self._forget_primed(item, plan.former_primer)
-            done = self._engine.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
+            done = self._local.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
             if done.errors:
                 raise CorpusError(f"The KV of {item.path} cannot be stored. {next(iter(done.errors.values()))}")
             vectors = self._embedder.embed(item.texts)
             keys = [key_of(ids) for ids in item.token_ids]
-            self._engine.chunk_store().own(self.manifest.owner, keys)
+            self._local.chunk_store().own(self.manifest.owner, keys)
             passages = [
                 Passage(text, key.hex(), vector) for text, key, vector in zip(item.texts, keys, vectors, strict=True)
             ]
@@ -216,7 +225,7 @@ class Corpus:
 
     def _bounded(self, size_bytes: int) -> int:
         """What so many new bytes take at most: what goes over the store's limit is evicted."""
-        capacity_bytes = self._engine.settings.capacity_bytes
+        capacity_bytes = self._local.settings.capacity_bytes
         return size_bytes if capacity_bytes is None else min(size_bytes, capacity_bytes)
 
     def _set_primer(self, text: str, room: int) -> None:
@@ -257,7 +266,7 @@ class Corpus:
 
     def _is_stored(self, path: str) -> bool:
         """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
-        chunks = self._engine.chunk_store()
+        chunks = self._local.chunk_store()
         variants = {variant_of(self._preamble)}
         if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
             variants.add(variant_of(self._preamble, self.primer))
@@ -299,11 +308,11 @@ class Corpus:
         are stored as residuals against what is computed behind the new one."""
         if former_primer and self.manifest.store == OWN_STORE:
             variant = variant_of(self._preamble, former_primer)
-            self._engine.chunk_store().delete(map(key_of, item.token_ids), variant)
+            self._local.chunk_store().delete(map(key_of, item.token_ids), variant)
 
     def _delete_unused_kv(self) -> None:
         """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
-        chunks, owner = self._engine.chunk_store(), self.manifest.owner
+        chunks, owner = self._local.chunk_store(), self.manifest.owner
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
@@ -348,7 +357,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_chunk_length(manifest: Manifest, engine: LocalEngine, preamble_tokens: int) -> None:
+def _check_chunk_length(manifest: Manifest, engine: Engine, preamble_tokens: int) -> None:
     frame = preamble_tokens + len(manifest.prompt.chunk_ids(engine.tokenizer, "")) + 1
     if manifest.chunk_tokens + frame > engine.max_model_len:
         raise CorpusError(

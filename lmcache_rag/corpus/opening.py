@@ -15,6 +15,7 @@ from lmcache_rag.corpus.documents import printed
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
 from lmcache_rag.corpus.manifest import Manifest
 from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.engine.remote import RemoteEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.library.scopes import check_writable
@@ -53,6 +54,31 @@ class IndexSettings(BaseModel):
 
 
 @contextmanager
+def open_remotely(folder: Path, base_url: str) -> Iterator[tuple[RemoteEngine, Corpus]]:
+    """Open the index in `folder` to ask a server of it (`lmcache-rag serve --index`).
+
+    Raises:
+        CorpusError: there is no index, or the server has another model.
+        EngineError: no server answers.
+    """
+    folder = Path(folder).expanduser()
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise _no_index(folder)
+    with RemoteEngine(base_url) as engine:
+        if engine.model_name != manifest.model:
+            raise CorpusError(
+                f"The server at {base_url} serves {engine.model_name}, but the index {folder} was made with "
+                f"{manifest.model}: start one with `lmcache-rag serve --index {folder}`."
+            )
+        corpus = Corpus(folder, engine, SentenceEmbedder(manifest.embedding_model), manifest)
+        try:
+            yield engine, corpus
+        finally:
+            corpus.close()
+
+
+@contextmanager
 def open_corpus(
     folder: Path, settings: IndexSettings | None = None, *, create: bool = False, **engine: Any
 ) -> Iterator[tuple[LocalEngine, Corpus]]:
@@ -70,7 +96,7 @@ def open_corpus(
     folder = Path(folder).expanduser()
     known = Manifest.read(folder)
     if known is None and not create:
-        raise CorpusError(f"There is no index in {folder}: run `lmcache-rag index PATH... --index {folder}` first.")
+        raise _no_index(folder)
     model = _model(settings.model) if settings.model else (known.model if known else EngineSettings().model)
     if known is not None and model != known.model:
         raise CorpusError(
@@ -116,6 +142,10 @@ def open_corpus(
             yield started, corpus
         finally:
             corpus.close()
+
+
+def _no_index(folder: Path) -> CorpusError:
+    return CorpusError(f"There is no index in {folder}: run `lmcache-rag index PATH... --index {folder}` first.")
 
 
 def _model(model: str) -> str:

@@ -145,18 +145,44 @@ class Engine(Protocol):
         """Let go of chunks: what no other owner has is deleted from the store."""
         ...
 
-    def generate(self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None) -> Completion: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        options: BlendOptions | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Completion:
+        """The whole answer. Requests with different `cache_salt` share nothing in vLLM's prefix cache."""
+        ...
 
     def stream(
-        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
-    ) -> Iterator[Delta]: ...
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        options: BlendOptions | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Iterator[Delta]:
+        """The answer piece by piece. Leaving the iterator early ends the request."""
+        ...
 
     async def agenerate(
-        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        options: BlendOptions | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> Completion: ...
 
     def astream(
-        self, prompt: Prompt, sampling: Sampling = ..., options: BlendOptions | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        options: BlendOptions | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]: ...
 
     def close(self) -> None: ...

@@ -314,6 +314,14 @@ class RemoteTokenizer:
         """Token ids of a text."""
         return list(self._known(text, add_special_tokens))
 
+    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
+        """The text of token ids, special ones included."""
+        return str(self._engine.post("/detokenize", {"tokens": list(token_ids)})["prompt"])
+
+    def apply_chat_template(self, turns: Sequence[dict[str, Any]], **_: Any) -> str:
+        """See `Engine.render`."""
+        return self._engine.render(Chat(turns))
+
     def _asked(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
         return tuple(self._engine.post("/tokenize", body)["tokens"])
