@@ -42,6 +42,10 @@ def question() -> str:
 def calling(smollm: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
     """SmolLM2 with a chat template that tells it of tools, in the form of the Hermes models. It was not trained to
     call them: tests force calls, or have a grammar write what a model that chooses to call would."""
-    monkeypatch.setattr(smollm.tokenizer, "chat_template", HERMES.read_text())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm.model_folder)
+    tokenizer.chat_template = HERMES.read_text()
+    monkeypatch.setattr(smollm, "_tokenizer", tokenizer)
     monkeypatch.setattr(smollm, "_tool_parser", "hermes")
     return smollm
