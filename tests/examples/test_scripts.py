@@ -35,6 +35,28 @@ def test_documents_that_change(capsys: pytest.CaptureFixture[str]) -> None:
     assert "spare key" in last
 
 
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize("name", ["llama_index_chat", "langchain_lcel"])
+def test_frameworks(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the store is made
+    out = run(name, capsys)
+    known = [(int(known), int(tokens)) for known, tokens in re.findall(r"(\d+) of (\d+) prompt tokens were known", out)]
+    assert len(known) >= 2
+    assert all(known > 0.6 * tokens for known, tokens in known), out
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_an_agent(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langgraph", reason="needs LangGraph")
+    monkeypatch.chdir(tmp_path)
+    out = run("langgraph_agent", capsys)
+    assert "look_up" in out
+    assert "Tool Message" in out
+    assert out.count("Ai Message") == 2
+
+
 def test_an_openai_client(smollm_server: RagServer, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [(EXAMPLES / "corpus" / name).read_text() for name in ("09-radio-and-network.md", "03-unpacking.md")]
     engine = RemoteEngine(smollm_server.url)
