@@ -4,8 +4,8 @@
     python examples/langgraph_agent.py                              # starts an engine
     python examples/langgraph_agent.py http://127.0.0.1:8000        # asks a server (`lmcache-rag serve MODEL`)
 
-The default model was never trained to call tools; forced to, it writes a call by a grammar. With a model that was, leave
-`tool_choice` out.
+The default model was never trained to call tools; forced to, it writes a call by a grammar. With a model that was,
+leave `tool_choice` out.
 """
 
 import sys
