@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import pytest
 
@@ -139,7 +139,7 @@ class Station(BaseModel):
 class Place(TypedDict):
     """A place."""
 
-    name: str
+    name: Literal["Halden", "Narvik"]
 
 
 TEXT = "The station Halden has one battery of 9 kWh. As JSON:"
@@ -159,8 +159,13 @@ def test_structured_output_is_the_class(llm: ChatLmcacheRag, method: Any) -> Non
     "schema",
     [
         Place,
-        {"title": "place", "type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
-        {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+        {
+            "title": "place",
+            "type": "object",
+            "properties": {"name": {"enum": ["Halden", "Narvik"]}},
+            "required": ["name"],
+        },
+        {"type": "object", "properties": {"name": {"enum": ["Halden", "Narvik"]}}, "required": ["name"]},
     ],
     ids=["typed-dict", "json-schema", "untitled"],
 )
