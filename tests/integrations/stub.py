@@ -172,7 +172,7 @@ class StubServer:
             choice = {"index": 0, "text": "", "finish_reason": "length"}
             return {"id": "1", "object": "text_completion", "created": 1, "model": "some-model", "choices": [choice],
                     "kv_transfer_params": {"lmcache_rag": stored}}  # fmt: skip
-        return {}
+        return {"missing": list(range(len(body["chunks"])))} if path == "/lmcache-rag/missing" else {}
 
     def bodies(self, path: str) -> list[Any]:
         return [body for posted, body in self.posted if posted == path]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from langchain_core.embeddings import Embeddings
 
-from lmcache_rag.corpus.embedder import SentenceEmbedder
+if TYPE_CHECKING:
+    from lmcache_rag.corpus import SentenceEmbedder
 
 
 class LocalEmbeddings(Embeddings):
@@ -24,4 +26,6 @@ class LocalEmbeddings(Embeddings):
 
     @cached_property
     def _embedder(self) -> SentenceEmbedder:
+        from lmcache_rag.corpus import SentenceEmbedder  # imports torch, which clients of servers do without
+
         return SentenceEmbedder()
