@@ -18,6 +18,10 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from lmcache_rag.engine import LocalEngine
 
 
+FORMS = ("tool", "structured", "json", "agent")
+"""In names of tests whose answers have a form, and are to be whole."""
+
+
 class OnEngine:
     """What both suites are told: the model, and what it does not do."""
 
@@ -62,13 +66,16 @@ class TestUnit(OnEngine, ChatModelUnitTests):
 
 @pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"], scope="class")
 class TestIntegration(OnEngine, ChatModelIntegrationTests):
+    max_tokens: int
+
     @pytest.fixture(autouse=True)
-    def _form(self, chat_template: bool) -> None:
+    def _form(self, chat_template: bool, request: pytest.FixtureRequest) -> None:
         self.chat_template = chat_template
+        self.max_tokens = 80 if any(word in request.node.name for word in FORMS) else 8
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"max_tokens": 80, **super().chat_model_params}
+        return {"max_tokens": self.max_tokens, **super().chat_model_params}
 
     @property
     def supported_usage_metadata_details(self) -> dict[str, list[str]]:  # type: ignore[override]
