@@ -140,15 +140,18 @@ def test_a_policy_that_fails_requests_is_warned_of(caplog: pytest.LogCaptureFixt
 def test_refinement_can_be_switched_off(tmp_path: Path) -> None:
     manager: Any = SimpleNamespace(enable_caching=True, block_pool=None)
     for refine, kept in (("idle", True), ("off", False)):
-        half = half_of(tmp_path, refine=refine)
+        half = half_of(tmp_path, refine=refine, learn="off")
         half.bind(manager)
         assert (half._refinements is not None) is kept and not half.has_idle_work()
 
 
 def test_without_a_prefix_cache_nothing_is_refined(tmp_path: Path) -> None:
-    half = half_of(tmp_path, refine="idle")
+    half = half_of(tmp_path, refine="idle", learn="idle")
     half.bind(SimpleNamespace(enable_caching=False))  # type: ignore[arg-type]
-    assert half._refinements is None and half._chooser.prefixes is None
+    assert half._refinements is not None and half._chooser.prefixes is None
+    half = half_of(tmp_path, refine="off", learn="off")
+    half.bind(SimpleNamespace(enable_caching=False))  # type: ignore[arg-type]
+    assert half._refinements is None
 
 
 def test_the_misses_of_a_blend_that_was_preempted_are_not_counted_twice(tmp_path: Path) -> None:
