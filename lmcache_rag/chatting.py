@@ -67,7 +67,6 @@ def chat(
             try:
                 _answer(engine, conversation, question, sampling, options, as_json=as_json)
             except PromptError as error:
-                conversation.forget()
                 err.problem("error:", str(error))
 
 
@@ -111,6 +110,9 @@ def _answer(
             if not as_json:
                 out.print(delta.text, end="")
             answer = delta.completion
+    except PromptError:
+        conversation.forget()
+        raise
     except KeyboardInterrupt:
         conversation.answered(text)
         out.print("\n")

@@ -6,6 +6,8 @@ out. This module imports neither vllm nor torch, so that a client of a server ca
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,10 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lmcache_rag.errors import PromptError
 
 PARAMS_KEY = "lmcache_rag"
+STORE_FAILED = 424
+"""HTTP status of a server whose store fails: it can still answer prompts."""
 INGEST_HEADER = "X-LMCache-RAG-Ingest-Key"
 """With it a client shows a server that it may store."""
 INGEST_KEY = "LMCACHE_RAG_INGEST_KEY"
 """The environment variable that holds the key, of servers and of clients."""
+
+
+def grant_of(ingest_key: str) -> str:
+    """What a server's middleware puts into a request whose client has shown the ingest key, for the engine to see."""
+    return hmac.new(ingest_key.encode(), b"lmcache-rag: may store", hashlib.sha256).hexdigest()
+
 
 SelectorName = Literal["none", "all", "head", "cacheblend", "query"]
 DEFAULT_SELECTOR: SelectorName = "query"
@@ -60,6 +70,7 @@ class BlendOptions(BaseModel):
         primer: digest (`chunk_kv.context_digest`) of the primer behind which the caller's chunks were computed: of
             several variants of a chunk, that one is preferred. None takes the last one made.
         namespace: KV of one namespace is never used for another; None stands for the engine's own.
+        grant: of a precompute request at a server with an ingest key: set by the server itself; see `grant_of`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +84,7 @@ class BlendOptions(BaseModel):
     primer_tokens: int = Field(default=0, ge=0)
     primer: str | None = None
     namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
+    grant: str | None = Field(default=None, repr=False)
 
     @field_validator("segments")
     @classmethod
@@ -97,7 +109,7 @@ class BlendOptions(BaseModel):
 
     def to_params(self) -> dict[str, Any]:
         """The value of vLLM's `kv_transfer_params`."""
-        return {PARAMS_KEY: self.model_dump(mode="json")}
+        return {PARAMS_KEY: self.model_dump(mode="json", exclude={"grant"})}
 
 
 class ReuseReport(BaseModel):

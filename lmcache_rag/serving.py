@@ -50,6 +50,13 @@ def serve(
     clients_choose_namespace: Annotated[
         bool, typer.Option("--clients-choose-namespace", help="Let clients name any namespace of the store.")
     ] = False,
+    learn_unsalted: Annotated[
+        bool,
+        typer.Option(
+            "--learn-unsalted",
+            help="Learn from requests without a cache_salt too: where all clients may know all prompts.",
+        ),
+    ] = False,
     tiers: TiersOption = None,
     capacity: CapacityOption = None,
     codec: CodecOption = None,
@@ -62,6 +69,7 @@ def serve(
         "clients_precompute": clients_precompute or bool(ingest_key),
         "clients_choose_namespace": clients_choose_namespace,
         "namespace_per_salt": namespace_per_salt,
+        "learn_unsalted": learn_unsalted,
     }
     engine = given(
         model=model, store=store, namespace=namespace, capacity_bytes=capacity, codec=codec, dtype=dtype,

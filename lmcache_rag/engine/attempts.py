@@ -10,7 +10,8 @@ from typing import Any
 
 from lmcache_rag.engine.calls import Answer
 from lmcache_rag.engine.servers import Server, Servers
-from lmcache_rag.errors import EngineError, LmcacheRagError, PromptError
+from lmcache_rag.errors import EngineError, LmcacheRagError, PromptError, StoreError
+from lmcache_rag.request import STORE_FAILED
 
 _OVERLOADED = 429
 _SERVER_ERRORS = 500
@@ -63,6 +64,7 @@ class Attempts:
         Raises:
             EngineError: it failed after a part of the answer was handed on, or refused the client.
             PromptError: it refused the request.
+            StoreError: its store failed.
         """
         try:
             yield
@@ -93,6 +95,8 @@ def _refusal(error: Exception) -> LmcacheRagError | None:
         return None
     body: Any = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
+    if status == STORE_FAILED:
+        return StoreError(f"The server's store failed: {said or error}")
     if status in _REFUSED:
         return EngineError(f"The server refused: {said or error}")
     return PromptError(f"The server refused the request: {said or error}")

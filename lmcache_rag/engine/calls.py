@@ -186,11 +186,13 @@ def report_of(params: Mapping[str, Any], prompt_tokens: int) -> ReuseReport:
     return ReuseReport(**{name: value for name, value in figures.items() if name in ReuseReport.model_fields})
 
 
-def precompute_call(context: Sequence[int], chunk: Sequence[int], options: BlendOptions) -> Call:
+def precompute_call(
+    context: Sequence[int], chunk: Sequence[int], options: BlendOptions, cache_salt: str | None
+) -> Call:
     """A request that has a chunk computed behind a context, and stored."""
     body = {
         "prompt": [*context, *chunk],
         "max_tokens": 1,
-        "extra_body": {"kv_transfer_params": options.to_params()},
+        "extra_body": _extra(Sampling(), options, cache_salt),
     }
     return Call(is_chat=False, body=body, text="")

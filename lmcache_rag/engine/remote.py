@@ -7,7 +7,6 @@ import functools
 import os
 import threading
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -18,11 +17,14 @@ from lmcache_rag.engine.calls import Answer, Call, call_of, precompute_call, rep
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.servers import Server, Servers
 from lmcache_rag.engine.settings import RemoteSettings, Sampling
-from lmcache_rag.errors import EngineError
+from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.learn.primer import default_primer, primer_ids
 from lmcache_rag.request import INGEST_HEADER, BlendOptions, ReuseReport
 
 _CONNECT_S = 20.0
+
+_BATCH = 1024
+"""Chunks that are asked about at a time."""
 
 _INGESTING = 2
 """Chunks at a time for each server: one is computed while the next is on its way."""
@@ -51,6 +53,8 @@ class RemoteEngine:
         self._clients = _Clients(self.settings)
         self._servers = Servers(self.settings.base_url)
         self._tokenizer = RemoteTokenizer(self)
+        salt = self.settings.cache_salt
+        self._salt = None if salt is None else salt.get_secret_value()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_settings, (self.settings,)
@@ -97,7 +101,7 @@ class RemoteEngine:
         cache_salt: str | None = None,
     ) -> Completion:
         """See `LocalEngine.generate`."""
-        for delta in self._stream(call_of(prompt, sampling, options, cache_salt), handed_on=False):
+        for delta in self._stream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=False):
             completion = delta.completion
         assert completion is not None
         return completion
@@ -111,7 +115,7 @@ class RemoteEngine:
         cache_salt: str | None = None,
     ) -> Iterator[Delta]:
         """See `LocalEngine.stream`. Leaving the iterator early ends the request at the server."""
-        yield from self._stream(call_of(prompt, sampling, options, cache_salt), handed_on=True)
+        yield from self._stream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=True)
 
     def _stream(self, call: Call, *, handed_on: bool) -> Iterator[Delta]:
         """The answer's pieces; where they are not handed on to the caller, one that ends early is asked for again."""
@@ -143,7 +147,7 @@ class RemoteEngine:
         *,
         cache_salt: str | None = None,
     ) -> Completion:
-        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt), handed_on=False):
+        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=False):
             completion = delta.completion
         assert completion is not None
         return completion
@@ -156,12 +160,13 @@ class RemoteEngine:
         *,
         cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
-        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt), handed_on=True):
+        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=True):
             yield delta
 
     async def _astream(self, call: Call, *, handed_on: bool) -> AsyncIterator[Delta]:
         """See `_stream`."""
         submitted_at = time.perf_counter()
+        await asyncio.to_thread(lambda: self.model_name)  # asked for once; the event loop runs on meanwhile
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
             server = attempts.next()
@@ -194,15 +199,20 @@ class RemoteEngine:
         if primer is None:
             primer = self._default_primer
         report, start = PrecomputeReport(), time.perf_counter()
-        lock, missing = threading.Lock(), self._missing(preamble, primer, chunks)
+        lock, missing = threading.Lock(), self._missing(preamble, primer, chunks, namespace)
 
         def compute(number: int) -> None:
-            contexts: list[Sequence[int]] = [primer, ()] if len(primer) else [()]
-            reports = []
-            if number in missing:
-                reports = [self._precompute(preamble, behind, chunks[number], namespace) for behind in contexts]
+            fits = len(preamble) + len(primer) + len(chunks[number]) < self.max_model_len
+            contexts: list[Sequence[int]] = [primer, ()] if len(primer) and fits else [()]
+            reports, refusal = list[ReuseReport](), ""
+            try:
+                if number in missing:
+                    reports = [self._precompute(preamble, behind, chunks[number], namespace) for behind in contexts]
+            except PromptError as error:
+                refusal = str(error)
             with lock:
-                _count(report, number, reports)
+                report.unprimed += not fits
+                _count(report, number, reports, refusal)
                 if progress is not None:
                     progress(len(chunks[number]))
 
@@ -222,11 +232,13 @@ class RemoteEngine:
 
     def own(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
         """See `Engine.own`."""
-        self.post("/lmcache-rag/own", {"owner": owner, "chunks": [list(chunk) for chunk in chunks]})
+        for asked in self._batches(chunks, owner=owner):
+            self.post("/lmcache-rag/own", asked)
 
     def release(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
         """See `Engine.release`."""
-        self.post("/lmcache-rag/release", {"owner": owner, "chunks": [list(chunk) for chunk in chunks]})
+        for asked in self._batches(chunks, owner=owner):
+            self.post("/lmcache-rag/release", asked)
 
     def close(self) -> None:
         """Close the connections."""
@@ -265,10 +277,21 @@ class RemoteEngine:
     def _default_primer(self) -> list[int]:
         return primer_ids(self._tokenizer, default_primer(), self.max_model_len // 4)
 
-    def _missing(self, preamble: Sequence[int], primer: Sequence[int], chunks: Sequence[Sequence[int]]) -> set[int]:
+    def _missing(
+        self, preamble: Sequence[int], primer: Sequence[int], chunks: Sequence[Sequence[int]], namespace: str | None
+    ) -> set[int]:
         """Numbers of the chunks that are not stored."""
-        asked = {"preamble": list(preamble), "primer": list(primer), "chunks": [list(chunk) for chunk in chunks]}
-        return set(self.post("/lmcache-rag/missing", asked)["missing"])
+        missing: set[int] = set()
+        batches = self._batches(chunks, preamble=list(preamble), primer=list(primer), namespace=namespace)
+        for first, asked in zip(range(0, len(chunks), _BATCH), batches, strict=True):
+            missing.update(first + number for number in self.post("/lmcache-rag/missing", asked)["missing"])
+        return missing
+
+    def _batches(self, chunks: Sequence[Sequence[int]], **fields: Any) -> Iterator[dict[str, Any]]:
+        """What is asked about chunks, some at a time."""
+        fields["cache_salt"] = self._salt
+        for first in range(0, len(chunks), _BATCH):
+            yield {**fields, "chunks": [list(map(int, chunk)) for chunk in chunks[first : first + _BATCH]]}
 
     def _precompute(
         self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], namespace: str | None
@@ -281,7 +304,7 @@ class RemoteEngine:
             primer_tokens=len(primer),
             namespace=namespace,
         )
-        call = precompute_call(context, chunk, options)
+        call = precompute_call(context, chunk, options, self._salt)
         answer = self._asked(lambda client, _: self._create(client, call))
         return report_of((answer.model_extra or {}).get("kv_transfer_params") or {}, len(context) + len(chunk))
 
@@ -336,7 +359,7 @@ class _Clients:
         self._settings = settings
         self._pid = os.getpid()
         self._sync: dict[str, Any] = {}
-        self._async: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._async: dict[asyncio.AbstractEventLoop, dict[str, Any]] = {}
 
     def sync(self, url: str) -> Any:
         self._forget_parents()
@@ -346,6 +369,7 @@ class _Clients:
 
     def of_loop(self, url: str) -> Any:
         self._forget_parents()
+        self._async = {loop: clients for loop, clients in self._async.items() if not loop.is_closed()}
         clients = self._async.setdefault(asyncio.get_running_loop(), {})
         if url not in clients:
             clients[url] = _openai().AsyncOpenAI(base_url=url, **self._arguments())
@@ -359,7 +383,7 @@ class _Clients:
 
     def _forget_parents(self) -> None:
         if os.getpid() != self._pid:
-            self._pid, self._sync, self._async = os.getpid(), {}, weakref.WeakKeyDictionary()
+            self._pid, self._sync, self._async = os.getpid(), {}, {}
 
     def _arguments(self) -> dict[str, Any]:
         settings = self._settings
@@ -384,8 +408,11 @@ def _from_settings(settings: RemoteSettings) -> RemoteEngine:
     return RemoteEngine(**{name: getattr(settings, name) for name in RemoteSettings.model_fields})
 
 
-def _count(report: PrecomputeReport, number: int, reports: Sequence[ReuseReport]) -> None:
+def _count(report: PrecomputeReport, number: int, reports: Sequence[ReuseReport], refusal: str) -> None:
     """Add what became of a chunk."""
+    if refusal:
+        report.errors[number] = refusal
+        return
     for each in reports:
         report.tokens += each.stored_tokens
         report.bytes_stored += each.bytes_stored

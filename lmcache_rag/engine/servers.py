@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -48,11 +49,15 @@ class Servers:
     def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.all = [Server(url) for url in urls]
         self._clock = clock
-        self._lock = threading.Lock()
+        self._pid, self._lock = os.getpid(), threading.Lock()
         self._answered: OrderedDict[str, Server] = OrderedDict()
 
     def take(self, text: str) -> Server | float:
         """The server for a prompt, counted as running; or for how many seconds to wait, since none can be asked."""
+        if os.getpid() != self._pid:  # a fork: the lock may be held by a thread that is not here
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            for server in self.all:
+                server.running = 0
         with self._lock:
             now = self._clock()
             ready = [server for server in self.all if server.out_until <= now]

@@ -114,6 +114,7 @@ class RemoteSettings(BaseSettings):
             `http://host:8000/v1`; in a string several are separated by commas.
         model: its name at the servers; None takes the one that they serve.
         api_key: the servers' key, where they ask for one.
+        cache_salt: of all requests that name none: what a tenant reads and stores by.
         ingest_key: shown where KV is to be stored; see `lmcache-rag serve --ingest-key`.
         timeout_s: how long a server may say nothing before it is taken to have failed.
         patience_s: how long a request is tried again, at another server where there is one, before it fails.
@@ -124,6 +125,7 @@ class RemoteSettings(BaseSettings):
     base_url: Annotated[tuple[str, ...], NoDecode] = Field(min_length=1)
     model: str | None = None
     api_key: SecretStr | None = None
+    cache_salt: SecretStr | None = None
     ingest_key: SecretStr | None = None
     timeout_s: float = Field(default=600.0, gt=0.0)
     patience_s: float = Field(default=30.0, ge=0.0)

@@ -42,7 +42,12 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
     if on_cpu:
         set_num_threads(threads)
     # Its only client is this process.
-    connector = {"clients_choose_namespace": True, "clients_precompute": True, "match_unit_tokens": 1}
+    connector = {
+        "clients_choose_namespace": True,
+        "clients_precompute": True,
+        "learn_unsalted": True,
+        "match_unit_tokens": 1,
+    }
     arguments = engine_arguments(settings, model_folder, connector, on_cpu=on_cpu)
     arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
     arguments["structured_outputs_config"] = StructuredOutputsConfig(**arguments["structured_outputs_config"])

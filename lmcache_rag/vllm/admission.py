@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lmcache_rag.request import PARAMS_KEY, BlendOptions, ReuseReport, first_problem
+from lmcache_rag.request import INGEST_KEY, PARAMS_KEY, BlendOptions, ReuseReport, first_problem, grant_of
 from lmcache_rag.vllm.config import ConnectorConfig
 
 if TYPE_CHECKING:
@@ -72,7 +74,16 @@ def _forbidden(request: Request, options: BlendOptions, config: ConnectorConfig)
         return "clients may not choose a namespace here: the connector's clients_choose_namespace allows it"
     if options.mode == "precompute" and not config.clients_precompute:
         return "clients may not store KV here: the connector's clients_precompute allows it"
+    if options.mode == "precompute" and not _is_granted(options):
+        return "storing KV takes the server's ingest key, shown at /v1/completions or /v1/chat/completions"
     return ""
+
+
+def _is_granted(options: BlendOptions) -> bool:
+    """Whether no ingest key is needed here, or the client has shown it to the server's middleware. That alone sees
+    headers, but not all of vLLM's endpoints; the engine sees all requests."""
+    key = os.environ.get(INGEST_KEY)
+    return not key or hmac.compare_digest(options.grant or "", grant_of(key))
 
 
 def _unhandled(request: Request) -> str:

@@ -72,6 +72,7 @@ class Chooser:
         never_slower: whether what is held is preferred where it is faster; else stored chunks always are.
         chats: stored conversations, where they are used.
         learns: whether text that recurs is stored, each caller's apart.
+        learns_unsalted: whether also that of callers without a `cache_salt`, who count as one.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Chooser:
         never_slower: bool,
         chats: ChunkStores | None = None,
         learns: bool = False,
+        learns_unsalted: bool = False,
     ) -> None:
         self.prefixes: PrefixCache | None = None
         self._planner = planner
@@ -91,6 +93,7 @@ class Chooser:
         self._never_slower = never_slower
         self._chats = chats
         self._learns = learns
+        self._learns_unsalted = learns_unsalted
 
     def terms(self, options: BlendOptions, names: BlockNames) -> Terms:
         """On which a request's KV may be inherited; `names` are those that vLLM gave its blocks."""
@@ -147,7 +150,8 @@ class Chooser:
 
     def learned(self, options: BlendOptions, names: BlockNames) -> str:
         """The namespace of what was learned from a caller's prompts; empty where nothing is."""
-        return learned_of(self._planner.namespace_of(options), names.cache_salt) if self._learns else ""
+        learns = self._learns and (names.cache_salt is not None or self._learns_unsalted)
+        return learned_of(self._planner.namespace_of(options), names.cache_salt) if learns else ""
 
     def _history(self, request: Request, names: BlockNames, options: BlendOptions, held: Held) -> History | None:
         """What is stored of the request's conversation; None where that cannot help."""

@@ -44,6 +44,8 @@ class ConnectorConfig(BaseModel):
         refine: when the exact KV of what was answered over blended KV is computed: while the engine is idle, or never.
         learn: when text that recurs in prompts is computed and stored, for its caller's later prompts: while the engine
             is idle, or never. Each `cache_salt` has its own; see docs/learning.md.
+        learn_unsalted: whether requests without a `cache_salt` are learned from too, all together: where they are of
+            clients that may know each other's prompts.
         conversations: `stored` keeps the exact KV of what was answered in the store, made while the engine is idle, so
             that other engines, and this one after a restart, go on from there; `local` keeps it in vLLM's cache alone.
         capacity_bytes: so much at most is stored in a namespace, its conversations included (`10GiB`); what is worth
@@ -72,6 +74,7 @@ class ConnectorConfig(BaseModel):
     never_slower: bool = True
     refine: Refine = "idle"
     learn: Learn = "idle"
+    learn_unsalted: bool = False
     conversations: Conversations = "local"
     capacity_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
     ttl_s: float | None = Field(default=None, gt=0.0)

@@ -15,7 +15,7 @@ from lmcache_rag.chunk_kv import key_of, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.contents import figures
-from lmcache_rag.request import first_problem
+from lmcache_rag.request import NAMESPACE_PATTERN, STORE_FAILED, first_problem
 from lmcache_rag.vllm.admission import namespace_of_salt
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of
 
@@ -46,15 +46,17 @@ class _Chunks(BaseModel):
         owner: who keeps or releases them.
         preamble, primer: what they were computed behind.
         cache_salt: of the client, where each salt has a namespace of its own.
+        namespace: another than the server's, where clients may choose.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     chunks: list[list[int]] = Field(max_length=65536)
-    owner: str = Field(default="clients", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    owner: str = Field(default="clients", min_length=1, max_length=1024)
     preamble: list[int] = []
     primer: list[int] = []
     cache_salt: str | None = None
+    namespace: str | None = Field(default=None, pattern=NAMESPACE_PATTERN)
 
 
 class Endpoints:
@@ -74,7 +76,6 @@ class Endpoints:
         self, scope: MutableMapping[str, Any], path: str, request: Mapping[str, Any], *, may_store: bool
     ) -> dict[str, Any]:
         """What an endpoint says. Raises `RefusedError`."""
-        _check_api_key(scope)
         name, server = path.removeprefix(PREFIX), self._of(scope)
         if name == "status":
             return await asyncio.to_thread(_guarded, functools.partial(server.status, may_store=may_store))
@@ -82,11 +83,7 @@ class Endpoints:
         if does is None:
             raise RefusedError(404, f"There is no {path}.")
         self.check_may_store(scope, may_store=may_store)
-        try:
-            chunks = _Chunks(**request)
-        except ValidationError as error:
-            raise RefusedError(400, first_problem(error)) from None
-        return await asyncio.to_thread(_guarded, functools.partial(does, chunks))
+        return await asyncio.to_thread(_guarded, lambda: does(_checked(request)))
 
     def check_may_store(self, scope: MutableMapping[str, Any], *, may_store: bool) -> None:
         """Raises `RefusedError` where a client may not store KV."""
@@ -167,6 +164,10 @@ class _Server:
             if not asked.cache_salt:
                 raise RefusedError(400, "cache_salt: each has a namespace of its own here; give yours.", "cache_salt")
             namespace = namespace_of_salt(asked.cache_salt)
+        elif asked.namespace not in (None, namespace):
+            if not self.config.clients_choose_namespace:
+                raise RefusedError(403, "Clients may not choose a namespace here.", "namespace")
+            namespace = str(asked.namespace)
         chunks = self._chunks.of(namespace)
         chunks.refresh()
         return chunks
@@ -181,15 +182,35 @@ def _guarded(does: Any) -> Any:
     try:
         return does()
     except StoreError as error:
-        raise RefusedError(503, str(error)) from error
+        raise RefusedError(STORE_FAILED, str(error)) from error
 
 
-def _check_api_key(scope: MutableMapping[str, Any]) -> None:
-    """vLLM asks for its key under /v1 only. Raises `RefusedError`."""
+def _checked(request: Mapping[str, Any]) -> _Chunks:
+    try:
+        return _Chunks(**request)
+    except ValidationError as error:
+        raise RefusedError(400, first_problem(error)) from None
+
+
+def check_request(scope: MutableMapping[str, Any], path: str) -> None:
+    """Before a request is read: who asks, and in which form. Raises `RefusedError`."""
+    if not has_api_key(scope):
+        raise RefusedError(401, "The server's key is needed: Authorization: Bearer KEY.")
+    if path == f"{PREFIX}status":
+        return
+    if scope["method"] != "POST" or header_of(scope, b"content-type").partition(b";")[0].strip() != b"application/json":
+        raise RefusedError(415, f"{path} takes JSON, by POST.")
+
+
+def has_api_key(scope: MutableMapping[str, Any]) -> bool:
+    """Whether the client has shown the server's key, or needs none. vLLM itself asks for it under /v1 only."""
     from vllm import envs
 
     keys = [key for key in (scope["app"].state.args.api_key or [envs.VLLM_API_KEY]) if key]
-    shown_key = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-    given = shown_key.removeprefix(b"Bearer ")
-    if keys and not any(hmac.compare_digest(given, key.encode()) for key in keys):
-        raise RefusedError(401, "The server's key is needed: Authorization: Bearer KEY.")
+    scheme, _, given = header_of(scope, b"authorization").partition(b" ")
+    return not keys or (scheme.lower() == b"bearer" and any(hmac.compare_digest(given, key.encode()) for key in keys))
+
+
+def header_of(scope: MutableMapping[str, Any], name: bytes) -> bytes:
+    """The value of a header, by its name in small letters; empty where it is not there."""
+    return next((bytes(value) for header, value in scope["headers"] if header.lower() == name), b"")

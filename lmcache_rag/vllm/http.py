@@ -13,9 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from pydantic import ValidationError
+from starlette._utils import get_route_path
 
-from lmcache_rag.request import INGEST_HEADER, INGEST_KEY, PARAMS_KEY, BlendOptions, first_problem
-from lmcache_rag.vllm.endpoints import PREFIX, Endpoints, RefusedError
+from lmcache_rag.request import INGEST_HEADER, INGEST_KEY, PARAMS_KEY, BlendOptions, first_problem, grant_of
+from lmcache_rag.vllm.endpoints import PREFIX, Endpoints, RefusedError, check_request, has_api_key, header_of
 from lmcache_rag.vllm.reports import report_of
 
 Scope = MutableMapping[str, Any]
@@ -23,11 +24,13 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_HEADER = INGEST_HEADER.lower().encode()
 _ANSWERING = ("/v1/completions", "/v1/chat/completions")
 _WAITS = 20
 _WAIT_S = 0.01
 """A report may come a moment after the answer that a stop string ended."""
 
+_LONG_BODY, _LONGEST_BODY = 1 << 20, 256 << 20
 _EVENT, _DONE = b"data: ", b"data: [DONE]"
 
 
@@ -47,50 +50,52 @@ class ReuseMiddleware:
         self._endpoints = Endpoints()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not (path in _ANSWERING or path.startswith(PREFIX)):
+        path = get_route_path(scope) if scope["type"] == "http" else ""
+        ours = path.startswith(PREFIX)
+        if not ours and (path not in _ANSWERING or not has_api_key(scope)):  # which vLLM then asks for
             await self._app(scope, receive, send)
             return
-        body = await _whole(receive)
-        if body is None:
-            return
-        request = _object(body)
         try:
-            if path.startswith(PREFIX):
+            if ours:
+                check_request(scope, path)
+            body = await _whole(receive)
+            request = await _parsed(body)
+            if ours:
                 found = await self._endpoints.answer(scope, path, request, may_store=self._may_store(scope))
                 await _respond(send, 200, found)
                 return
-            await self._check(request, scope)
+            if self._check(request, scope):
+                body = self._granted(request)
         except RefusedError as refusal:
             await _respond(send, refusal.status, _error(refusal))
             return
         await self._app(scope, _replayed(body, receive), _Reporting(send, request))
 
-    async def _check(self, request: Mapping[str, Any], scope: Scope) -> None:
-        """Raises `RefusedError` where what is asked of us is none, or not allowed."""
+    def _check(self, request: Mapping[str, Any], scope: Scope) -> bool:
+        """Whether KV is to be stored. Raises `RefusedError` where what is asked of us is none, or not allowed."""
         params = request.get("kv_transfer_params")
         given = params.get(PARAMS_KEY) if isinstance(params, dict) else None
         if given is None:
-            return
+            return False
         try:
             options = BlendOptions(**given)
         except (ValidationError, TypeError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-            raise RefusedError(
-                400, f"kv_transfer_params.{PARAMS_KEY}.{problem}", f"kv_transfer_params.{PARAMS_KEY}"
-            ) from None
+            field = f"kv_transfer_params.{PARAMS_KEY}"
+            raise RefusedError(400, f"{field}.{problem}", field) from None
         if options.mode == "precompute":
             self._endpoints.check_may_store(scope, may_store=self._may_store(scope))
+        return options.mode == "precompute"
+
+    def _granted(self, request: Mapping[str, Any]) -> bytes:
+        """The request of a client that may store, as the engine wants to see it."""
+        params = request["kv_transfer_params"]
+        options = {**params[PARAMS_KEY], "grant": grant_of(self._ingest_key) if self._ingest_key else None}
+        return json.dumps({**request, "kv_transfer_params": {**params, PARAMS_KEY: options}}).encode()
 
     def _may_store(self, scope: Scope) -> bool:
         """Whether the client has shown the ingest key, or needs none."""
-        if not self._ingest_key:
-            return True
-        shown = next((value for name, value in scope["headers"] if name.lower() == _HEADER), b"")
-        return hmac.compare_digest(shown, self._ingest_key.encode())
-
-
-_HEADER = INGEST_HEADER.lower().encode()
+        return not self._ingest_key or hmac.compare_digest(header_of(scope, _HEADER), self._ingest_key.encode())
 
 
 class _Reporting:
@@ -121,10 +126,9 @@ class _Reporting:
         body = message.get("body", b"")
         if self._wanted and self._first is None and body.startswith(_EVENT):
             self._first = _object(body[len(_EVENT) :].partition(b"\n")[0])
-        if self._wanted and self._first and _DONE in body:
-            before, done, after = body.partition(_DONE)
-            event = await self._report_event(self._first)
-            message = {**message, "body": before + event + done + after}
+        at = _end_of_events(body)
+        if self._wanted and self._first and at is not None:
+            message = {**message, "body": body[:at] + await self._report_event(self._first) + body[at:]}
         await self._send(message)
 
     async def _report_event(self, first: Mapping[str, Any]) -> bytes:
@@ -171,16 +175,33 @@ async def _soon(answer_id: str) -> dict[str, Any] | None:
     return None
 
 
-async def _whole(receive: Receive) -> bytes | None:
-    """A request's body; None where the client has left."""
-    body = b""
+def _end_of_events(body: bytes) -> int | None:
+    """Where the line begins that ends a stream; None where it is not here. Text of an answer may hold it too, but there
+    no line begins."""
+    if body.startswith(_DONE):
+        return 0
+    at = body.find(b"\n\n" + _DONE)
+    return None if at < 0 else at + 2
+
+
+async def _whole(receive: Receive) -> bytes:
+    """A request's body. Raises `RefusedError` where it is too long, or the client has left."""
+    parts, length = list[bytes](), 0
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
+            raise RefusedError(400, "The request ended early.")
+        parts.append(message.get("body", b""))
+        length += len(parts[-1])
+        if length > _LONGEST_BODY:
+            raise RefusedError(413, f"A request has {_LONGEST_BODY} bytes at most here.")
         if not message.get("more_body"):
-            return body
+            return b"".join(parts)
+
+
+async def _parsed(body: bytes) -> dict[str, Any]:
+    """A request; a long one in a thread, so that others go on meanwhile."""
+    return _object(body) if len(body) < _LONG_BODY else await asyncio.to_thread(_object, body)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -29,4 +29,5 @@ def note(reports: Mapping[str, dict[str, Any]]) -> None:
 
 def report_of(answer_id: str) -> dict[str, Any] | None:
     """The report of the answer with this id in the API; of several answers to one request, of the first."""
-    return _reports.get(answer_id) or _reports.get(f"{answer_id}-0")
+    names = (answer_id, f"{answer_id}-0", f"0_{answer_id}", f"0_{answer_id}-0")
+    return next((_reports[name] for name in names if name in _reports), None)

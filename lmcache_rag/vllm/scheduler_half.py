@@ -120,6 +120,7 @@ class SchedulerHalf:
             never_slower=config.never_slower,
             chats=chats,
             learns=config.learn == "idle",
+            learns_unsalted=config.learn_unsalted,
         )
         self._refinements: Refinements | None = None
         self._failures = Failures()
@@ -346,6 +347,8 @@ class SchedulerHalf:
     def _learn(self, request: Request, tracked: _Tracked, options: BlendOptions) -> None:
         """Have what the prompt shares with earlier ones of its caller's stored when there is time."""
         learned = self._chooser.learned(options, tracked.names)
+        if not learned:
+            return
         assert request.prompt_token_ids is not None
         recurring = self._recent.add(request.prompt_token_ids, learned)
         reused = np.zeros(request.num_prompt_tokens, bool)

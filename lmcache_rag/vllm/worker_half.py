@@ -29,7 +29,7 @@ from lmcache_rag.library.tables import ModelCodecs, machine_store
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.metadata import BlendJob, Learning, Refined, RefineJob, StepReports
+from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
 
 _PIECES = 8
@@ -100,6 +100,7 @@ class WorkerHalf:
         self._refined: Refined | None = None
         self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
         self._saving: tuple[RefineJob, Future[_Saved]] | None = None
+        self._next_run = 0  # of the prompt that is learned from
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
@@ -215,35 +216,36 @@ class WorkerHalf:
         return Refined(done=not wanted, stored_bytes=saved.size_bytes)
 
     def _learn_runs(self, job: RefineJob) -> Refined:
-        """Have the runs that recur stored by a thread, as chunks computed behind what precedes them in the prompt."""
+        """Have the next run that recurs stored by a thread, as a chunk computed behind what precedes it."""
         if self._is_saving():
             return Refined()
         of, saved = self._take_saved()
-        if of is not None and (of.step, of.token_ids) == (job.step, job.token_ids):
-            return Refined(done=True, stored_bytes=saved.size_bytes, learned_tokens=saved.tokens, is_full=saved.is_full)
+        stored = Refined(stored_bytes=saved.size_bytes, learned_tokens=saved.tokens, is_full=saved.is_full)
         learning, token_ids = job.learning, np.array(job.token_ids, np.int32)
         assert learning is not None
+        is_same = of is not None and (of.step, of.token_ids) == (job.step, job.token_ids)
+        number = self._next_run = self._next_run + 1 if is_same else 0
+        if number == len(learning.runs) or (is_same and saved.is_full):
+            return replace(stored, done=True)
+        preamble, (start, length) = learning.preamble, learning.runs[number]
+        run = self._taken_from_refiner(token_ids, start, length)
+        before = self._taken_from_refiner(token_ids, 0, preamble)
+        variant = variant_of(token_ids[:preamble], token_ids[preamble:start])
+        self._saving = job, self._saver.submit(self._save_run, learning.learned, before, run, variant)
+        return stored
 
-        def kv(start: int, length: int) -> ChunkKV:
-            return ChunkKV(token_ids[start : start + length], self._refiner.taken(start, length))
+    def _taken_from_refiner(self, token_ids: np.ndarray, start: int, length: int) -> ChunkKV:
+        return ChunkKV(token_ids[start : start + length], self._refiner.taken(start, length))
 
-        preamble = learning.preamble
-        runs = [
-            (kv(start, length), variant_of(token_ids[:preamble], token_ids[preamble:start]))
-            for start, length in learning.runs
-        ]
-        self._saving = job, self._saver.submit(self._save_runs, learning, kv(0, preamble), runs)
-        return Refined(stored_bytes=saved.size_bytes)
-
-    def _save_runs(self, learning: Learning, preamble: ChunkKV, runs: Sequence[tuple[ChunkKV, str]]) -> _Saved:
+    def _save_run(self, namespace: str, preamble: ChunkKV, run: ChunkKV, variant: str) -> _Saved:
         try:
             self._codecs.for_writing(self._codec)
-            chunks = self._chunks.of(learning.learned)
+            chunks = self._chunks.of(namespace)
         except StoreError:
-            chunks = self._without_tables.of(learning.learned)
+            chunks = self._without_tables.of(namespace)
         chunks.refresh()
         stored_bytes = chunks.save_preamble(preamble) if chunks.lacks_preamble(preamble.token_ids) else 0
-        saved = _saved(chunks, [run for run in runs if chunks.missing(run[0].token_ids, run[1])])
+        saved = _saved(chunks, [(run, variant)] if chunks.missing(run.token_ids, variant) else [])
         return replace(saved, size_bytes=saved.size_bytes + stored_bytes)
 
     def _is_saving(self) -> bool:

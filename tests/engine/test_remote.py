@@ -96,6 +96,14 @@ def test_what_is_stored_through_a_server_is_reused(remote: RemoteEngine) -> None
     assert reuse.reused_tokens + reuse.recomputed_tokens >= sum(map(len, chunks))
 
 
+def test_a_chunk_that_is_too_long_is_named_and_the_others_are_stored(remote: RemoteEngine) -> None:
+    chunks = [[100] * 5000, token_runs(remote.tokenizer, 3, 100)[2]]
+    report = remote.precompute(remote.tokenizer.encode("Passages:\n"), chunks, primer=())
+    assert list(report.errors) == [0]
+    assert "maximum context length" in report.errors[0]
+    assert report.computed + report.present == 1
+
+
 def test_answers_follow_a_structure(remote: RemoteEngine) -> None:
     answer = remote.generate(Chat(MESSAGES), Sampling(max_tokens=96, json_schema=PERSON))
     assert set(json.loads(answer.text)) == {"name", "age"}

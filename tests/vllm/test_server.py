@@ -175,6 +175,34 @@ def test_clients_that_may_store_keep_and_release_chunks(server: str) -> None:
     assert status_of(server)["chunks"] == held - (len(chunks) - 1)
 
 
+def test_no_other_endpoint_stores(server: str) -> None:
+    options = {"mode": "precompute", "segments": [[2, 40]]}
+    chunk = [33] * 40
+    body = {
+        "model": "tiny",
+        "token_ids": [5, 6, *chunk],
+        "sampling_params": {"max_tokens": 1},
+        "kv_transfer_params": {"lmcache_rag": options},
+    }
+    answer = post(server, "/inference/v1/generate", body, key="")
+    assert "ingest key" in reuse(answer)["reason"]
+    assert reuse(answer)["stored_tokens"] == 0
+    assert post(server, "/lmcache-rag/missing", {"preamble": [5, 6], "chunks": [chunk]})["missing"] == [0]
+
+
+def test_several_answers_have_a_report(server: str) -> None:
+    _, _, prompt = stored_prompt(server, 54)
+    streamed = complete(server, prompt, 2, stream=True, n=2, temperature=1, kv_transfer_params={"lmcache_rag": {}})
+    assert reuse(streamed[-1])["prompt_tokens"] == len(prompt)
+
+
+def test_an_owner_has_any_name_and_the_namespace_is_the_servers(server: str) -> None:
+    asked = {"chunks": [[1, 2]], "owner": "langchain documents /srv/a b.txt"}
+    assert post(server, "/lmcache-rag/own", asked) == {}
+    assert refused(server, "/lmcache-rag/missing", {**asked, "namespace": "other"})[0] == 403
+    assert refused(server, "/lmcache-rag/own", {**asked, "owner": ""})[0] == 400
+
+
 def test_the_status_says_what_is_served(server: str) -> None:
     status = status_of(server)
     assert status["model"] == "tiny"
@@ -218,13 +246,14 @@ def test_figures_are_on_the_metrics_endpoint(server: str) -> None:
 
 
 def running(engine: RemoteEngine) -> float:
-    """How many requests the server computes or has waiting, when it has taken note of those that left."""
-    while True:
-        found = engine.get("/metrics")
-        lines = [line for line in str(found).splitlines() if line.startswith("vllm:num_requests_")]
+    """How many requests the server still computes or has waiting, a while after clients left."""
+    for _ in range(300):
+        lines = [line for line in str(engine.get("/metrics")).splitlines() if line.startswith("vllm:num_requests_")]
+        assert lines
         count = sum(float(line.rpartition(" ")[2]) for line in lines)
         if not count:
-            return count
+            break
+    return count
 
 
 def test_a_thousand_streams_at_once_and_those_that_leave(server: str) -> None:
