@@ -17,7 +17,6 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from lmcache_rag.engine import LocalEngine
 
-
 FORMS = ("tool", "structured", "json", "agent")
 """In names of tests whose answers have a form, and are to be whole."""
 
