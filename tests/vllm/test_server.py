@@ -180,11 +180,11 @@ def test_no_other_endpoint_stores(server: str) -> None:
     chunk = [33] * 40
     body = {
         "model": "tiny",
-        "token_ids": [5, 6, *chunk],
-        "sampling_params": {"max_tokens": 1},
+        "prompt": [5, 6, *chunk],
+        "max_tokens": 1,
         "kv_transfer_params": {"lmcache_rag": options},
     }
-    answer = post(server, "/inference/v1/generate", body, key="")
+    answer = post(server, "/invocations", body, key="")
     assert "ingest key" in reuse(answer)["reason"]
     assert reuse(answer)["stored_tokens"] == 0
     assert post(server, "/lmcache-rag/missing", {"preamble": [5, 6], "chunks": [chunk]})["missing"] == [0]
