@@ -9,7 +9,8 @@ import asyncio
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,13 +29,15 @@ _WAITS = 20
 _WAIT_S = 0.01
 """A report may come a moment after the answer that a stop string ended."""
 
-_EVENT, _DONE = b"data: ", b"data: [DONE]"
+_EVENT = b"data: "
+_DONE = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
+"""A line of its own: an answer may say the same within one."""
 
 
 class ReuseMiddleware:
     """Around vLLM's server.
 
-    - Options in `kv_transfer_params` that are none are refused with 400 and the field's name.
+    - Options in `kv_transfer_params` that are none are refused with 400 and the field's name, whatever the path.
     - Storing KV takes the ingest key where there is one, and is refused with 403 else, not ignored.
     - Answers have their report also where they are streamed (in a chunk before the last line, for clients that gave
       `kv_transfer_params` or asked for the usage) and where a stop string ended them.
@@ -48,7 +51,7 @@ class ReuseMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not (path in _ANSWERING or path.startswith(PREFIX)):
+        if scope["type"] != "http" or not (path.startswith(PREFIX) or _may_hold_options(scope)):
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
@@ -64,23 +67,21 @@ class ReuseMiddleware:
         except RefusedError as refusal:
             await _respond(send, refusal.status, _error(refusal))
             return
-        await self._app(scope, _replayed(body, receive), _Reporting(send, request))
+        reporting = _Reporting(send, request) if path in _ANSWERING else send
+        await self._app(scope, _replayed(body, receive), reporting)
 
     async def _check(self, request: Mapping[str, Any], scope: Scope) -> None:
         """Raises `RefusedError` where what is asked of us is none, or not allowed."""
-        params = request.get("kv_transfer_params")
-        given = params.get(PARAMS_KEY) if isinstance(params, dict) else None
-        if given is None:
-            return
-        try:
-            options = BlendOptions(**given)
-        except (ValidationError, TypeError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-            raise RefusedError(
-                400, f"kv_transfer_params.{PARAMS_KEY}.{problem}", f"kv_transfer_params.{PARAMS_KEY}"
-            ) from None
-        if options.mode == "precompute":
-            self._endpoints.check_may_store(scope, may_store=self._may_store(scope))
+        for given in _options_in(request):
+            try:
+                options = BlendOptions(**given)
+            except (ValidationError, TypeError) as error:
+                problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
+                raise RefusedError(
+                    400, f"kv_transfer_params.{PARAMS_KEY}.{problem}", f"kv_transfer_params.{PARAMS_KEY}"
+                ) from None
+            if options.mode == "precompute":
+                self._endpoints.check_may_store(scope, may_store=self._may_store(scope))
 
     def _may_store(self, scope: Scope) -> bool:
         """Whether the client has shown the ingest key, or needs none."""
@@ -91,6 +92,24 @@ class ReuseMiddleware:
 
 
 _HEADER = INGEST_HEADER.lower().encode()
+
+
+def _may_hold_options(scope: Scope) -> bool:
+    """Whether a request's body may be JSON: many of vLLM's endpoints take `kv_transfer_params`, and uploads none."""
+    sort = next((value for name, value in scope["headers"] if name.lower() == b"content-type"), b"")
+    return scope["method"] == "POST" and not sort.lower().startswith(b"multipart/")
+
+
+def _options_in(request: Mapping[str, Any]) -> Iterator[Any]:
+    """What a request says to us: in its own `kv_transfer_params`, or in those of objects in it, such as sampling
+    parameters."""
+    waiting = [request]
+    while waiting:
+        each = waiting.pop()
+        params = each.get("kv_transfer_params")
+        if isinstance(params, dict) and params.get(PARAMS_KEY) is not None:
+            yield params[PARAMS_KEY]
+        waiting += [value for value in each.values() if isinstance(value, dict)]
 
 
 class _Reporting:
@@ -121,10 +140,10 @@ class _Reporting:
         body = message.get("body", b"")
         if self._wanted and self._first is None and body.startswith(_EVENT):
             self._first = _object(body[len(_EVENT) :].partition(b"\n")[0])
-        if self._wanted and self._first and _DONE in body:
-            before, done, after = body.partition(_DONE)
+        done = _DONE.search(body)
+        if self._wanted and self._first and done:
             event = await self._report_event(self._first)
-            message = {**message, "body": before + event + done + after}
+            message = {**message, "body": body[: done.start()] + event + body[done.start() :]}
         await self._send(message)
 
     async def _report_event(self, first: Mapping[str, Any]) -> bytes:

@@ -148,6 +148,8 @@ def test_storing_takes_the_ingest_key(server: str, key: str) -> None:
     status, error = refused(server, "/v1/completions", body, key)
     assert status == 403
     assert "ingest key" in error["message"]
+    for path in ("/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/inference/v1/generate"):
+        assert refused(server, path, body, key)[0] == 403
     for path in ("missing", "own", "release"):
         assert refused(server, f"/lmcache-rag/{path}", {"chunks": [[1, 2]]}, key)[0] == 403
     body["kv_transfer_params"]["lmcache_rag"] = {"mode": "off"}
@@ -176,9 +178,11 @@ def test_clients_that_may_store_keep_and_release_chunks(server: str) -> None:
 
 
 def test_the_status_says_what_is_served(server: str) -> None:
+    stored_prompt(server, 54)
     status = status_of(server)
     assert status["model"] == "tiny"
     assert (status["namespace"], status["may_store"], status["max_model_len"]) == ("default", False, CONTEXT)
+    assert status["totals"]["stored_tokens"] > 0
     assert KEY not in json.dumps(status)
     assert refused(server, "/lmcache-rag/none-such", {})[0] == 404
     assert refused(server, "/lmcache-rag/own", {"chunks": "all"})[1]["message"].startswith("chunks")
