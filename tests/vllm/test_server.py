@@ -29,11 +29,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("LMCACHE_RAG_INGEST_KEY", KEY)
         environment.setenv("VLLM_API_KEY", "")
+        environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
         started = RagServer(
             folder, str(model),
             ["--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10", "--served-model-name", "tiny"],
         )  # fmt: skip
         started.wait()
+    assert "Found KV of 0 chunks" in started.log.read_text()
     yield started.url
     assert started.interrupt() == 0, "Ctrl-C did not end the server cleanly"
 
