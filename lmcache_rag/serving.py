@@ -160,10 +160,15 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     model, options = (
         (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
     )
-    for option in options:
-        if option.partition("=")[0].replace("_", "-") in _OURS:
-            raise EngineError(f"{option.partition('=')[0]} is set by lmcache-rag itself: leave it out.")
+    for option in filter(_is_ours, options):
+        raise EngineError(f"{option.partition('=')[0]} is set by lmcache-rag itself: leave it out.")
     return model, options
+
+
+def _is_ours(option: str) -> bool:
+    """Whether vLLM takes this for one of ours: it also takes an option's beginning, and parts of one behind a dot."""
+    name = option.partition("=")[0].partition(".")[0].replace("_", "-")
+    return name.startswith("--") and name != "--" and any(ours.startswith(name) for ours in _OURS)
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -77,7 +77,8 @@ def test_a_model_is_served_without_an_index(tmp_path: Path, monkeypatch: pytest.
 def test_options_of_vllm_are_passed_on_and_ours_are_not(tmp_path: Path) -> None:
     assert _split(["org/model", "--max-model-len", "4096"]) == ("org/model", ["--max-model-len", "4096"])
     assert _split(["--max-model-len", "4096"]) == (None, ["--max-model-len", "4096"])
-    for option in ("--kv-transfer-config={}", "--worker-cls", "--worker_cls"):
+    parts = ("--kv-transfer-config.kv_role", "--kv_transfer_config.kv_connector_extra_config.clients_precompute=true")
+    for option in ("--kv-transfer-config={}", "--worker-cls", "--worker_cls", "--worker-c", "--kv-transfer", *parts):
         with pytest.raises(EngineError, match="leave it out"):
             _split(["org/model", option, "{}"])
 

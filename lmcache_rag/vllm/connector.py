@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -13,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.logger import init_logger
 
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.tier import TierStats
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
+_server_log = init_logger("vllm.lmcache_rag")
+"""Notes among those of vLLM, which shows them where it shows its own."""
 
 
 class BlendConnector(KVConnectorBase_V1):
@@ -66,7 +70,9 @@ class BlendConnector(KVConnectorBase_V1):
             _warn_of_others(self._store, self._config.namespace, self._fingerprint)
             stored = self._config.conversations == "stored"
             chunks = ChunkStores(self._store, self._fingerprint, self._config.codec, extra=self._config.extra_codecs)
-            chunks.of(self._config.namespace).refresh()  # which requests will not wait for, over a network
+            served = chunks.of(self._config.namespace)
+            served.refresh()  # which requests will not wait for, over a network
+            _server_log.info("Found KV of %d chunks in the store.", len(np.unique(served.records.live().chunk)))
             self._scheduler = SchedulerHalf(
                 Planner(
                     chunks,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 import lmcache_rag
 from lmcache_rag.chunk_kv import key_of, variant_of
@@ -18,6 +19,7 @@ from lmcache_rag.library.contents import figures
 from lmcache_rag.request import NAMESPACE_PATTERN, STORE_FAILED, first_problem
 from lmcache_rag.vllm.admission import namespace_of_salt
 from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of
+from lmcache_rag.vllm.metrics import totals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -121,7 +123,7 @@ class _Server:
         return fingerprint_of(self._vllm_config)
 
     def status(self, *, may_store: bool) -> dict[str, Any]:
-        """What is served and stored; of tenants' namespaces nothing."""
+        """What is served and stored, and was reused since the start; of what tenants' namespaces hold nothing."""
         config = self.config
         status = {
             "version": lmcache_rag.__version__,
@@ -131,6 +133,7 @@ class _Server:
             "codec": config.codec,
             "may_store": config.clients_precompute and may_store,
             "namespace_per_salt": config.namespace_per_salt,
+            "totals": totals(get_prometheus_registry()),
         }
         if not config.namespace_per_salt:
             chunks = self._chunks.of(config.namespace)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from lmcache_rag.blobs.tier import TierStats
@@ -36,8 +37,9 @@ _OF_TIERS = {
     "evictions": "Objects that had to make room in a cache.",
     "failures": "What a tier of the store could not do.",
 }
+_PREFIX = "vllm:lmcache_rag_"
 _REPORTS, _ENDED = "reports", "ended"
-_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+_SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _COUNTED = (*(f"{kind}_tokens" for kind in _TOKENS), "bytes_loaded", "bytes_stored", *_EVICTED)
 
@@ -120,9 +122,7 @@ class ReusePromMetrics(KVConnectorPromMetrics):
     def _make(self, labelnames: list[str]) -> None:
         counter = self._counter_cls
         self._plain: dict[str, Any] = {
-            name: counter(
-                name=f"vllm:lmcache_rag_{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames
-            )
+            name: counter(name=f"{_PREFIX}{name}", documentation=f"Sum of {name} over requests.", labelnames=labelnames)
             for name in (*_COUNTED, "refined_tokens", "learned_stored_tokens")
         }
         self._by_label: dict[str, Any] = {
@@ -154,6 +154,12 @@ class ReusePromMetrics(KVConnectorPromMetrics):
             buckets=_SHARES,
             labelnames=labelnames,
         )
+        self._ratio = self._histogram_cls(
+            name="vllm:lmcache_rag_request_recompute_ratio",
+            documentation="Share of the tokens taken from the store that was recomputed, of requests that took some.",
+            buckets=_SHARES,
+            labelnames=labelnames,
+        )
         self._phases = self._histogram_cls(
             name="vllm:lmcache_rag_request_phase_seconds",
             documentation="Seconds that a request spent in a phase of blending.",
@@ -177,5 +183,18 @@ class ReusePromMetrics(KVConnectorPromMetrics):
     def _observe_report(self, engine: list[object], report: dict[str, Any]) -> None:
         known = report["reused_tokens"] + report["local_tokens"]
         self._share.labels(*engine).observe(known / max(1, report["prompt_tokens"]))
+        taken = report["reused_tokens"] + report["recomputed_tokens"]
+        if taken:
+            self._ratio.labels(*engine).observe(report["recomputed_tokens"] / taken)
         for phase, seconds in report["phases_s"].items():
             self._phases.labels(*engine, phase).observe(seconds)
+
+
+def totals(registry: CollectorRegistry) -> dict[str, int]:
+    """What was summed over all requests so far, as `ReuseReport` names it; nothing before the first."""
+    found: dict[str, int] = {}
+    for sample in (each for family in registry.collect() for each in family.samples):
+        name = sample.name.removeprefix(_PREFIX).removesuffix("_total")
+        if sample.name == f"{_PREFIX}{name}_total" and name in _COUNTED:
+            found[name] = found.get(name, 0) + int(sample.value)
+    return found

@@ -14,7 +14,7 @@ from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm import reports
-from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats
+from lmcache_rag.vllm.metrics import ReusePromMetrics, ReuseStats, totals
 
 NAME = "default/model/ab/abcd/0000.raw.v3"
 
@@ -53,7 +53,9 @@ def test_a_report_is_told_as_it_is_and_counted_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reports, "_reports", known)
     registry, stats = CollectorRegistry(), ReuseStats()
     early = ReuseReport(prompt_tokens=100).model_dump()
-    late = ReuseReport(prompt_tokens=100, reused_tokens=60, local_tokens=20, phases_s={"load": 0.02}).model_dump()
+    late = ReuseReport(
+        prompt_tokens=100, reused_tokens=60, recomputed_tokens=20, local_tokens=20, phases_s={"load": 0.02}
+    ).model_dump()
     stats.tell("cmpl-1-0-0123abcd", early)
     stats.tell("cmpl-1-0-0123abcd", late)
     assert stats.reduce() == {}, "the log shows reports"
@@ -64,10 +66,22 @@ def test_a_report_is_told_as_it_is_and_counted_once(monkeypatch: pytest.MonkeyPa
     share = "vllm:lmcache_rag_request_reused_share"
     assert registry.get_sample_value(f"{share}_count", {"engine": "0"}) == 1
     assert registry.get_sample_value(f"{share}_sum", {"engine": "0"}) == 0.8
+    ratio = "vllm:lmcache_rag_request_recompute_ratio"
+    assert registry.get_sample_value(f"{ratio}_sum", {"engine": "0"}) == 0.25
     assert (
         registry.get_sample_value("vllm:lmcache_rag_request_phase_seconds_sum", {"engine": "0", "phase": "load"})
         == 0.02
     )
+
+
+def test_totals_are_over_all_requests() -> None:
+    registry, stats = CollectorRegistry(), ReuseStats()
+    for reused in (60, 5):
+        stats.add(ReuseReport(prompt_tokens=100, reused_tokens=reused, phases_s={"load": 0.02}).model_dump())
+    observe(registry, stats.take().data)
+    found = totals(registry)
+    assert (found["prompt_tokens"], found["reused_tokens"], found["bytes_loaded"]) == (200, 65, 0)
+    assert all(isinstance(value, int) for value in found.values())
 
 
 def test_the_oldest_reports_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("LMCACHE_RAG_INGEST_KEY", KEY)
         environment.setenv("VLLM_API_KEY", "")
+        environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
         started = RagServer(
             folder, str(model),
             ["--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "10", "--served-model-name", "tiny"],
         )  # fmt: skip
         started.wait()
+    assert "Found KV of 0 chunks" in started.log.read_text()
     yield started.url
     assert started.interrupt() == 0, "Ctrl-C did not end the server cleanly"
 
@@ -148,6 +150,8 @@ def test_storing_takes_the_ingest_key(server: str, key: str) -> None:
     status, error = refused(server, "/v1/completions", body, key)
     assert status == 403
     assert "ingest key" in error["message"]
+    for path in ("/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/inference/v1/generate"):
+        assert refused(server, path, body, key)[0] == 403
     for path in ("missing", "own", "release"):
         assert refused(server, f"/lmcache-rag/{path}", {"chunks": [[1, 2]]}, key)[0] == 403
     body["kv_transfer_params"]["lmcache_rag"] = {"mode": "off"}
@@ -204,9 +208,11 @@ def test_an_owner_has_any_name_and_the_namespace_is_the_servers(server: str) -> 
 
 
 def test_the_status_says_what_is_served(server: str) -> None:
+    stored_prompt(server, 54)
     status = status_of(server)
     assert status["model"] == "tiny"
     assert (status["namespace"], status["may_store"], status["max_model_len"]) == ("default", False, CONTEXT)
+    assert status["totals"]["stored_tokens"] > 0
     assert KEY not in json.dumps(status)
     assert refused(server, "/lmcache-rag/none-such", {})[0] == 404
     assert refused(server, "/lmcache-rag/own", {"chunks": "all"})[1]["message"].startswith("chunks")
