@@ -26,7 +26,9 @@ def test_the_quickstart_reuses_its_context(no_engine: None, tmp_path: Path, monk
         context = len(llm.engine.tokenizer.encode(found.invoke(question), add_special_tokens=False))
         reuse = answer.response_metadata["reuse"]
         assert answer.text.strip()
-        assert reuse["reused_tokens"] + reuse["local_tokens"] >= 0.9 * context, reuse
+        from_store = reuse["reused_tokens"] + reuse["recomputed_tokens"] + reuse["local_tokens"]  # a share is repaired
+        assert from_store >= 0.9 * context, reuse
+        assert reuse["reused_tokens"] >= 0.8 * context, reuse
         assert reuse["foreign_tokens"] == 0
     finally:
         if "llm" in names:
