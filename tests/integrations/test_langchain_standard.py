@@ -20,6 +20,8 @@ from lmcache_rag.engine import LocalEngine
 FORMS = ("tool", "structured", "json", "agent")
 """In names of tests whose answers have a form, and are to be whole."""
 
+UNABLE = "so small a model takes another number, calls no tool of itself, or writes on and on"
+
 
 class OnEngine:
     """What both suites are told: the model, and what it does not do."""
@@ -96,3 +98,25 @@ class TestIntegration(OnEngine, ChatModelIntegrationTests):
         assert answer.usage_metadata is not None
         assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
         return answer
+
+    @pytest.mark.xfail(reason=UNABLE)
+    def test_json_mode(self, model: BaseChatModel) -> None:
+        super().test_json_mode(model)
+
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    @pytest.mark.xfail(reason=UNABLE)
+    def test_tool_calling(self, model: BaseChatModel) -> None:
+        super().test_tool_calling(model)
+
+    @pytest.mark.xfail(reason=UNABLE)
+    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
+        await super().test_tool_calling_async(model)
+
+    @pytest.mark.xfail(reason=UNABLE)
+    def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
+        super().test_tool_calling_with_no_arguments(model)
+
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    @pytest.mark.xfail(reason=UNABLE)
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
