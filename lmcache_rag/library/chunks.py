@@ -179,10 +179,12 @@ class ChunkStore:
 
     def state(self, owner: str) -> str:
         """Digest of which chunks that somebody owns are stored: another one where one comes or goes, and the same
-        whatever is used meanwhile. Walks all that is known."""
+        whatever is used meanwhile; empty where none is. Walks all that is known."""
         live = self.records.live()
         held = live.held_chunk[live.owner == np.uint64(owner_number(owner))]
         stored = np.intersect1d(live.chunk, held)
+        if not len(stored):
+            return ""
         keys = np.stack([live.key_high[stored], live.key_low[stored]])
         return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
 

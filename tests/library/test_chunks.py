@@ -65,6 +65,7 @@ def test_the_state_of_an_owners_chunks_changes_where_one_comes_or_goes_and_not_w
 ) -> None:
     key = key_of(TOKENS)
     none = chunks.state("me")
+    assert none == ""
     chunks.save(ChunkKV(TOKENS, torch.zeros(2, 2, 5, 1, 4)), OWN)
     chunks.own("somebody else", [key])
     assert chunks.state("me") == none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,8 @@ class KVPrecompute(Copyable, TransformComponent):
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """What a pipeline's cache knows this step by. Of an engine in this process it names what is stored too, so that
-        the cache never hides that stored KV is gone."""
+        the cache does not hide that the store was emptied: an empty store is another one each time. Where the store
+        is again what it was before these nodes were computed, as some were evicted, the cache hides it."""
         stored = getattr(self._llm.engine, "chunk_store", None)  # servers do not say what they have
-        state = {} if stored is None else {"stored": stored().state(FRAMEWORKS)}
+        state = {} if stored is None else {"stored": stored().state(FRAMEWORKS) or uuid.uuid4().hex}
         return {**super().to_dict(**kwargs), **state}
