@@ -39,7 +39,7 @@ def main() -> None:
             changed.write_text(changed.read_text() + "\n\nThe box also holds a spare key for the battery door.\n")
             (documents / "02-specifications.md").unlink()
             update()
-            print(corpus.search("What is in the box besides?", 1)[0].text.splitlines()[-1])
+            print(corpus.search("Where is the spare key for the battery door?", 1)[0].text.splitlines()[-1])
 
 
 if __name__ == "__main__":
