@@ -23,19 +23,6 @@ def run(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("no_engine")
-def test_documents_that_change(capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, last = run("reindex", capsys).splitlines()
-    assert first.startswith("3 added")
-    assert second.startswith("0 added, 1 changed, 1 removed")
-    figures = re.search(r"(\d+) passages computed, (\d+) present; (\d+) passages in the store", second)
-    assert figures is not None
-    computed, _, stored = map(int, figures.groups())
-    assert computed > 0
-    assert stored < int(first.split()[-5]) + computed, "what is gone is still stored"
-    assert "spare key" in last
-
-
-@pytest.mark.usefixtures("no_engine")
 @pytest.mark.parametrize("name", ["llama_index_chat", "langchain_lcel"])
 def test_frameworks(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
