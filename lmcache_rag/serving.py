@@ -67,6 +67,7 @@ def serve(
     model, vllm_options = _split(arguments or [])
     connector = {
         "clients_precompute": clients_precompute or bool(ingest_key),
+        "ingest_key": bool(ingest_key),
         "clients_choose_namespace": clients_choose_namespace,
         "namespace_per_salt": namespace_per_salt,
         "learn_unsalted": learn_unsalted,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
@@ -28,7 +29,24 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.llms.lmcache_rag import KVPrecompute, LmcacheRag
 
-from lmcache_rag.bench.frameworks import App, Mode
+Mode = Literal["off", "blend"]
+Ask = Callable[[Mode, str, Sequence[str]], Any]
+"""Asks a question over passages."""
+
+
+@dataclass(frozen=True)
+class App:
+    """An application.
+
+    Attributes:
+        precompute: has passages computed as the application prompts them.
+    """
+
+    framework: str
+    name: str
+    precompute: Callable[[Sequence[str]], Any]
+    ask: Ask
+
 
 _CONTEXT = LlamaChatTemplate(
     [

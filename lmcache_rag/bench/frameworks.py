@@ -11,8 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.bench.text import token_runs
 from lmcache_rag.engine.base import Completion, Delta
@@ -20,30 +19,15 @@ from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
 
+if TYPE_CHECKING:
+    from lmcache_rag.bench.framework_apps import App, Mode
+
 Row = dict[str, Any]
 
 _PASSAGES = 5
 _POOL = 8
 _ANSWER_TOKENS = 8
 _QUESTION = "What does passage {number} say about the with statement?"
-
-Mode = Literal["off", "blend"]
-Ask = Callable[[Mode, str, Sequence[str]], Any]
-"""Asks a question over passages."""
-
-
-@dataclass(frozen=True)
-class App:
-    """An application.
-
-    Attributes:
-        precompute: has passages computed as the application prompts them.
-    """
-
-    framework: str
-    name: str
-    precompute: Callable[[Sequence[str]], Any]
-    ask: Ask
 
 
 class Recorder:
@@ -105,9 +89,10 @@ def _measured(app: App, recorder: Recorder, pool: Sequence[str], questions: int)
     plain_s, blend_s, answers = list[float](), list[float](), list[Completion]()
     for number in range(questions + 1):  # the first warms up and is not counted
         passages = draw.sample(list(pool), _PASSAGES)
-        for mode, seconds in (("off", plain_s), ("blend", blend_s)):
+        modes: tuple[tuple[Mode, list[float]], ...] = (("off", plain_s), ("blend", blend_s))
+        for mode, seconds in modes:
             recorder.next_round()
-            app.ask(mode, _QUESTION.format(number=number), passages)  # type: ignore[arg-type]
+            app.ask(mode, _QUESTION.format(number=number), passages)
             if number:
                 seconds.append(sum(answer.ttft_s for answer in recorder.answers))
                 answers += recorder.answers if mode == "blend" else []

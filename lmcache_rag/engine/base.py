@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lmcache_rag.engine.chat import Chat, ToolCall
 from lmcache_rag.engine.settings import Sampling
@@ -78,38 +79,41 @@ class PrecomputeReport:
             raise EngineError(f"Chunk {number} is not stored. {why}")
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Answers prompts and precomputes chunks."""
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
 
     @property
+    @abstractmethod
     def max_model_len(self) -> int: ...
 
     @property
+    @abstractmethod
     def model_name(self) -> str:
         """By which users know the model."""
-        ...
 
     @property
+    @abstractmethod
     def scope(self) -> str:
         """Names whose KV the engine uses and makes: two engines with the same scope share it."""
-        ...
 
     @property
+    @abstractmethod
     def calls_tools(self) -> bool:
         """Whether the model can choose to call tools."""
-        ...
 
+    @abstractmethod
     def render(self, chat: Chat) -> str:
         """The text of a conversation in the model's own chat template, up to where its answer begins.
 
         Raises:
             PromptError: the model has no chat template, or it does not take these messages.
         """
-        ...
 
+    @abstractmethod
     def precompute(
         self,
         preamble: Sequence[int],
@@ -126,8 +130,8 @@ class Engine(Protocol):
         an empty one leaves the second out. A namespace of None is the engine's own too. A chunk that cannot be stored
         is named in the report's `errors`, and the others are stored.
         """
-        ...
 
+    @abstractmethod
     def prefetch(self, chunks: Iterable[Sequence[int]]) -> int:
         """Have what is stored of chunks (token ids) brought from a slow store into its caches, in the background, since
         a prompt that holds them in this order is about to come. Returns how many objects that is; it waits for none.
@@ -135,15 +139,14 @@ class Engine(Protocol):
         Raises:
             StoreError: the store could not be read lately.
         """
-        ...
 
+    @abstractmethod
     def own(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
         """Have stored chunks kept until `owner` releases them."""
-        ...
 
+    @abstractmethod
     def release(self, owner: str, chunks: Sequence[Sequence[int]]) -> None:
         """Let go of chunks: what no other owner has is deleted from the store."""
-        ...
 
     def generate(
         self,
@@ -154,7 +157,10 @@ class Engine(Protocol):
         cache_salt: str | None = None,
     ) -> Completion:
         """The whole answer. Requests with different `cache_salt` share nothing in vLLM's prefix cache."""
-        ...
+        for delta in self._pieces(prompt, sampling, options, cache_salt, handed_on=False):
+            completion = delta.completion
+        assert completion is not None
+        return completion
 
     def stream(
         self,
@@ -165,7 +171,7 @@ class Engine(Protocol):
         cache_salt: str | None = None,
     ) -> Iterator[Delta]:
         """The answer piece by piece. Leaving the iterator early ends the request."""
-        ...
+        return self._pieces(prompt, sampling, options, cache_salt, handed_on=True)
 
     async def agenerate(
         self,
@@ -174,7 +180,12 @@ class Engine(Protocol):
         options: BlendOptions | None = None,
         *,
         cache_salt: str | None = None,
-    ) -> Completion: ...
+    ) -> Completion:
+        """See `generate`."""
+        async for delta in self._apieces(prompt, sampling, options, cache_salt, handed_on=False):
+            completion = delta.completion
+        assert completion is not None
+        return completion
 
     def astream(
         self,
@@ -183,6 +194,34 @@ class Engine(Protocol):
         options: BlendOptions | None = None,
         *,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[Delta]: ...
+    ) -> AsyncIterator[Delta]:
+        """See `stream`."""
+        return self._apieces(prompt, sampling, options, cache_salt, handed_on=True)
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def _pieces(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
+        *,
+        handed_on: bool,
+    ) -> Iterator[Delta]:
+        """The answer's pieces. Where they are not handed on to the caller, an answer may begin anew."""
+
+    @abstractmethod
+    def _apieces(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
+        *,
+        handed_on: bool,
+    ) -> AsyncIterator[Delta]:
+        """See `_pieces`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of all that the engine holds."""

@@ -64,7 +64,7 @@ def _asked(prompt: Prompt) -> tuple[dict[str, Any], str]:
         asked: dict[str, Any] = {"messages": messages}
         if prompt.tools:
             asked["tools"] = [dict(tool) for tool in prompt.tools]
-            asked["tool_choice"] = _choice(prompt.tool_choice)
+            asked["tool_choice"] = prompt.choice
             asked["parallel_tool_calls"] = prompt.parallel
         text = "\n".join(json.dumps(message, sort_keys=True, default=str) for message in messages)
         check_text(text)
@@ -78,12 +78,6 @@ def _asked(prompt: Prompt) -> tuple[dict[str, Any], str]:
     if not token_ids:
         raise PromptError("The prompt is empty.")
     return {"prompt": token_ids}, " ".join(map(str, token_ids))
-
-
-def _choice(tool_choice: str) -> Any:
-    if tool_choice in ("auto", "none", "required"):
-        return tool_choice
-    return {"type": "function", "function": {"name": tool_choice}}
 
 
 def _sampled(sampling: Sampling) -> dict[str, Any]:

@@ -13,6 +13,9 @@ Message = Mapping[str, Any]
 """`role` and `content`; of an assistant's also `tool_calls`, of a tool's also `tool_call_id`."""
 
 
+_CHOICES = ("auto", "none", "required")
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """What the model asks to be called.
@@ -47,7 +50,7 @@ class Chat:
         names = [tool.get("function", {}).get("name") for tool in self.tools]
         if not all(names):
             raise PromptError("A tool has no name: give {'type': 'function', 'function': {'name': ..., ...}}.")
-        if self.tool_choice not in ("auto", "none", *(("required", *names) if names else ())):
+        if self.tool_choice not in ((*_CHOICES, *names) if names else _CHOICES[:2]):
             known = ", ".join(map(str, names)) or "none are given"
             raise PromptError(f"tool_choice {self.tool_choice!r} names no tool (tools: {known}).")
 
@@ -60,6 +63,13 @@ class Chat:
     def forces_tools(self) -> bool:
         """Whether the answer must be a call."""
         return self.offers_tools and self.tool_choice != "auto"
+
+    @property
+    def choice(self) -> str | dict[str, Any]:
+        """`tool_choice` in OpenAI's form."""
+        if self.tool_choice in _CHOICES:
+            return self.tool_choice
+        return {"type": "function", "function": {"name": self.tool_choice}}
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them: content always there, arguments of calls as objects.

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from lmcache_rag.blobs.uri import open_store
 from lmcache_rag.chunk_kv import key_of, variant_of
 from lmcache_rag.codec import CODECS
-from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
+from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
@@ -33,7 +33,7 @@ from lmcache_rag.prompt import MarkedPrompt, Tokenizer, chat_text, encode
 from lmcache_rag.request import BlendOptions
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """A vLLM engine with our worker and connector. One at a time in a process; close it before starting another.
 
     Attributes:
@@ -234,29 +234,15 @@ class LocalEngine:
         report.evicted_objects += reuse.evicted_objects
         return reuse.reason
 
-    def generate(
+    def _pieces(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
         *,
-        cache_salt: str | None = None,
-    ) -> Completion:
-        """See `Engine.generate`. Requests with different `cache_salt` share nothing in vLLM's prefix cache."""
-        for delta in self.stream(prompt, sampling, options, cache_salt=cache_salt):
-            completion = delta.completion
-        assert completion is not None
-        return completion
-
-    def stream(
-        self,
-        prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
-        *,
-        cache_salt: str | None = None,
+        handed_on: bool,
     ) -> Iterator[Delta]:
-        """See `Engine.stream`. Leaving the iterator early aborts the request."""
         events: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
         request = self._submit(prompt, sampling, options, cache_salt, events.put)
         try:
@@ -269,26 +255,14 @@ class LocalEngine:
         finally:
             self._loop.abort(request.request_id)
 
-    async def agenerate(
+    async def _apieces(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
         *,
-        cache_salt: str | None = None,
-    ) -> Completion:
-        async for delta in self.astream(prompt, sampling, options, cache_salt=cache_salt):
-            completion = delta.completion
-        assert completion is not None
-        return completion
-
-    async def astream(
-        self,
-        prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
-        *,
-        cache_salt: str | None = None,
+        handed_on: bool,
     ) -> AsyncIterator[Delta]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Delta | BaseException] = asyncio.Queue()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from lmcache_rag.engine.attempts import Attempts
-from lmcache_rag.engine.base import Completion, Delta, PrecomputeReport, Prompt
+from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt
 from lmcache_rag.engine.calls import Answer, Call, call_of, precompute_call, report_of
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.servers import Server, Servers
@@ -30,7 +30,7 @@ _INGESTING = 2
 """Chunks at a time for each server: one is computed while the next is on its way."""
 
 
-class RemoteEngine:
+class RemoteEngine(Engine):
     """One or several OpenAI-compatible servers of the same model, such as `lmcache-rag serve` starts.
 
     A conversation stays with the server that has its KV; a server that fails is left alone for a while, and its
@@ -92,33 +92,16 @@ class RemoteEngine:
         token_ids = self.post("/tokenize", body)["tokens"]
         return str(self.post("/detokenize", {"tokens": token_ids})["prompt"])
 
-    def generate(
+    def _pieces(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
         *,
-        cache_salt: str | None = None,
-    ) -> Completion:
-        """See `LocalEngine.generate`."""
-        for delta in self._stream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=False):
-            completion = delta.completion
-        assert completion is not None
-        return completion
-
-    def stream(
-        self,
-        prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
-        *,
-        cache_salt: str | None = None,
+        handed_on: bool,
     ) -> Iterator[Delta]:
-        """See `LocalEngine.stream`. Leaving the iterator early ends the request at the server."""
-        yield from self._stream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=True)
-
-    def _stream(self, call: Call, *, handed_on: bool) -> Iterator[Delta]:
-        """The answer's pieces; where they are not handed on to the caller, one that ends early is asked for again."""
+        call = call_of(prompt, sampling, options, cache_salt or self._salt)
         submitted_at = time.perf_counter()
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
@@ -139,32 +122,16 @@ class RemoteEngine:
                 yield Delta("", completion)
                 return
 
-    async def agenerate(
+    async def _apieces(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
+        sampling: Sampling | None,
+        options: BlendOptions | None,
+        cache_salt: str | None,
         *,
-        cache_salt: str | None = None,
-    ) -> Completion:
-        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=False):
-            completion = delta.completion
-        assert completion is not None
-        return completion
-
-    async def astream(
-        self,
-        prompt: Prompt,
-        sampling: Sampling | None = None,
-        options: BlendOptions | None = None,
-        *,
-        cache_salt: str | None = None,
+        handed_on: bool,
     ) -> AsyncIterator[Delta]:
-        async for delta in self._astream(call_of(prompt, sampling, options, cache_salt or self._salt), handed_on=True):
-            yield delta
-
-    async def _astream(self, call: Call, *, handed_on: bool) -> AsyncIterator[Delta]:
-        """See `_stream`."""
+        call = call_of(prompt, sampling, options, cache_salt or self._salt)
         submitted_at = time.perf_counter()
         await asyncio.to_thread(lambda: self.model_name)  # asked for once; the event loop runs on meanwhile
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)

@@ -53,7 +53,7 @@ class ToolReader:
             )
         try:
             self._request = ChatCompletionRequest(
-                messages=[{"role": "user", "content": ""}], tools=list(chat.tools), tool_choice=_choice(chat)
+                messages=[{"role": "user", "content": ""}], tools=list(chat.tools), tool_choice=chat.choice
             )
         except ValidationError as error:
             raise PromptError(f"The tools cannot be used: {error.errors()[0]['msg']}") from error
@@ -97,12 +97,6 @@ class ToolReader:
         made = found.tool_calls if self._chat.parallel else found.tool_calls[:1]
         calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in made)
         return found.content or "", calls
-
-
-def _choice(chat: Chat) -> Any:
-    if chat.tool_choice in ("auto", "none", "required"):
-        return chat.tool_choice
-    return {"type": "function", "function": {"name": chat.tool_choice}}
 
 
 def _forced(chat: Chat, text: str) -> list[ToolCall]:

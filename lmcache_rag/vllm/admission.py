@@ -74,16 +74,16 @@ def _forbidden(request: Request, options: BlendOptions, config: ConnectorConfig)
         return "clients may not choose a namespace here: the connector's clients_choose_namespace allows it"
     if options.mode == "precompute" and not config.clients_precompute:
         return "clients may not store KV here: the connector's clients_precompute allows it"
-    if options.mode == "precompute" and not _is_granted(options):
+    if options.mode == "precompute" and config.ingest_key and not _is_granted(options):
         return "storing KV takes the server's ingest key, shown at /v1/completions or /v1/chat/completions"
     return ""
 
 
 def _is_granted(options: BlendOptions) -> bool:
-    """Whether no ingest key is needed here, or the client has shown it to the server's middleware. That alone sees
-    headers, but not all of vLLM's endpoints; the engine sees all requests."""
-    key = os.environ.get(INGEST_KEY)
-    return not key or hmac.compare_digest(options.grant or "", grant_of(key))
+    """Whether the client has shown the ingest key to the server's middleware. That alone sees headers, but not all of
+    vLLM's endpoints; the engine sees all requests."""
+    key, given = os.environ.get(INGEST_KEY), (options.grant or "").encode(errors="replace")
+    return bool(key) and hmac.compare_digest(given, grant_of(str(key)).encode())
 
 
 def _unhandled(request: Request) -> str:

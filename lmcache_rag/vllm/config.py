@@ -33,6 +33,8 @@ class ConnectorConfig(BaseModel):
             salt is then what a tenant's requests read and store by, and nobody else knows: a gateway sets it.
         clients_choose_namespace: whether requests may name another, and so read what is stored there.
         clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
+        ingest_key: whether those may only who have shown the key in the environment (`INGEST_KEY`) to the server's
+            middleware.
         codec: the one of `codec.CODECS` in which KV is stored.
         extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
@@ -64,6 +66,7 @@ class ConnectorConfig(BaseModel):
     namespace_per_salt: bool = False
     clients_choose_namespace: bool = False
     clients_precompute: bool = False
+    ingest_key: bool = False
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True

@@ -18,7 +18,7 @@ from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.records.part import VariantRow
-from lmcache_rag.request import PARAMS_KEY, ReuseReport
+from lmcache_rag.request import INGEST_KEY, PARAMS_KEY, ReuseReport, grant_of
 from lmcache_rag.vllm.admission import namespace_of_salt
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.connector import _warn_of_failures
@@ -71,6 +71,29 @@ def test_what_the_operator_has_to_allow(tmp_path: Path, options: dict[str, Any],
     assert report["mode"] == "plain" and setting in report["reason"]
     allowed = report_of(tmp_path, {PARAMS_KEY: options}, **{setting: True})
     assert setting not in allowed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("key", "grant", "is_granted"),
+    [
+        ("key", grant_of("key"), True),
+        ("key", grant_of("other"), False),
+        ("key", "key", False),
+        ("key", "schlüssel", False),
+        ("key", None, False),
+        ("", "", False),  # one is asked for, and none is known
+        ("", grant_of(""), False),
+    ],
+)
+def test_storing_takes_what_the_middleware_grants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, grant: str | None, is_granted: bool
+) -> None:
+    monkeypatch.setenv(INGEST_KEY, key)
+    params = {PARAMS_KEY: {"mode": "precompute", "segments": [[8, 56]], "grant": grant}}
+    report = report_of(tmp_path, params, clients_precompute=True, ingest_key=True)
+    assert ("ingest key" not in report["reason"]) is is_granted
+    assert not report["failure"]
+    assert "ingest key" not in report_of(tmp_path, params, clients_precompute=True)["reason"], "a client's own engine"
 
 
 @pytest.mark.parametrize(("salt", "mode"), [("one", "blend"), ("another", "plain"), (None, "plain"), ("", "plain")])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from llama_index.core.base.llms.types import (
@@ -20,14 +19,11 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.instrumentation.span import active_span_id
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import LLM, ToolSelection
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
-from llama_index.core.types import Model, PydanticProgramMode
 from llama_index.llms.lmcache_rag.copies import Copyable
 from llama_index.llms.lmcache_rag.events import KVReuseEvent, figures_of
 from llama_index.llms.lmcache_rag.messages import (
@@ -39,7 +35,7 @@ from llama_index.llms.lmcache_rag.messages import (
     tool_form,
 )
 from llama_index.llms.lmcache_rag.prompts import preamble_of
-from llama_index.llms.lmcache_rag.structured import StructuredProgram, answer_schema
+from llama_index.llms.lmcache_rag.structured import StructuredAnswers
 
 from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Prompt, Sampling, engine_of
 from lmcache_rag.errors import PromptError
@@ -56,8 +52,6 @@ _BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "stop")
 
 _dispatcher = get_dispatcher(__name__)
-_predict, _apredict = inspect.unwrap(LLM.predict), inspect.unwrap(LLM.apredict)
-"""LlamaIndex's own, without their spans: the methods that override them have some."""
 
 
 class _Call(NamedTuple):
@@ -73,7 +67,7 @@ class _Call(NamedTuple):
     span_id: str | None
 
 
-class LmcacheRag(Copyable, FunctionCallingLLM):
+class LmcacheRag(Copyable, StructuredAnswers):
     """A language model that takes the KV of stored chunks from a store instead of reading them again.
 
     Stored chunks are found in each prompt by their tokens, so every LlamaIndex query engine works unchanged;
@@ -113,7 +107,6 @@ class LmcacheRag(Copyable, FunctionCallingLLM):
 
     _engine: Engine = PrivateAttr()
     _reports: deque[ReuseReport] = PrivateAttr(default_factory=lambda: deque(maxlen=1))
-    _json_schema: dict[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -124,7 +117,7 @@ class LmcacheRag(Copyable, FunctionCallingLLM):
         messages_to_prompt: Callable[[Sequence[ChatMessage]], str] | None = None,
         **values: Any,
     ) -> None:
-        super().__init__(messages_to_prompt=messages_to_prompt or plain_text, **values)
+        super().__init__(**{"messages_to_prompt": messages_to_prompt or plain_text, **values})
         if messages_to_prompt is not None and self.chat_template:
             raise PromptError("messages_to_prompt writes the plain form: leave it out, or chat_template=True.")
         self._engine = engine_of(engine, settings, base_url)
@@ -252,57 +245,6 @@ class LmcacheRag(Copyable, FunctionCallingLLM):
             for call in calls
         ]
 
-    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """See `LLM.predict`. Where a parser of LlamaIndex is to read the answer, it follows a grammar."""
-        schema = answer_schema(prompt, prompt_args)
-        return str(_predict(self if schema is None else self.following(schema), prompt, **prompt_args))
-
-    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """See `predict`."""
-        schema = answer_schema(prompt, prompt_args)
-        return str(await _apredict(self if schema is None else self.following(schema), prompt, **prompt_args))
-
-    def structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """See `LLM.structured_predict`. The answer follows the schema of `output_cls` by a grammar.
-
-        Raises:
-            PromptError: it is cut off by `max_tokens`.
-        """
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
-        _structured_begins(output_cls, prompt, prompt_args)
-        output = StructuredProgram(output_cls, self, prompt)(llm_kwargs=llm_kwargs, **prompt_args)
-        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
-        return output
-
-    async def astructured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """See `structured_predict`."""
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
-        _structured_begins(output_cls, prompt, prompt_args)
-        output = await StructuredProgram(output_cls, self, prompt).acall(llm_kwargs=llm_kwargs, **prompt_args)
-        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
-        return output
-
-    def following(self, json_schema: dict[str, Any]) -> LmcacheRag:
-        """The same model, whose answers are JSON of this schema. One that is cut off by `max_tokens` is a
-        `PromptError`; `stop` does not hold."""
-        following = self.model_copy()
-        following._json_schema = json_schema
-        return following
-
     def preamble(self, template: BasePromptTemplate) -> str:
         """All text before `{context_str}` in the prompts that this model is given for `template`.
 
@@ -321,28 +263,6 @@ class LmcacheRag(Copyable, FunctionCallingLLM):
         """The tokens of a whole prompt's text, or of its beginning. A chat template writes its special tokens itself;
         to plain text the tokenizer adds its own."""
         return encode(self._engine.tokenizer, text, add_special_tokens=not self.chat_template)
-
-    def _structured_stream_call(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Generator[Any, None, None]:
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
-        return StructuredProgram(output_cls, self, prompt).stream_call(llm_kwargs=llm_kwargs, **prompt_args)
-
-    async def _structured_astream_call(
-        self,
-        output_cls: type[Model],
-        prompt: BasePromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> AsyncGenerator[Any, None]:
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
-        return await StructuredProgram(output_cls, self, prompt).astream_call(llm_kwargs=llm_kwargs, **prompt_args)
 
     def _prepare_chat_with_tools(
         self,
@@ -426,8 +346,3 @@ class LmcacheRag(Copyable, FunctionCallingLLM):
                 f"(got {call.sampling.max_tokens}), or bound the lengths in the schema."
             )
         return figures_of(completion)
-
-
-def _structured_begins(output_cls: type[Model], prompt: BasePromptTemplate, variables: dict[str, Any]) -> None:
-    event = LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=variables)
-    _dispatcher.event(event)

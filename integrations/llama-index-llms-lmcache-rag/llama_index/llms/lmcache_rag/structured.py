@@ -2,26 +2,112 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic, Self
 
 from llama_index.core.base.llms.types import ChatMessage, TextBlock
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import LLM
 from llama_index.core.output_parsers.pydantic import PydanticOutputParser
 from llama_index.core.output_parsers.selection import SelectionOutputParser
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.prompt_type import PromptType
 from llama_index.core.question_gen.output_parser import SubQuestionOutputParser
-from llama_index.core.types import BasePydanticProgram, Model
+from llama_index.core.types import BasePydanticProgram, Model, PydanticProgramMode
 from pydantic_core import from_json
 
-if TYPE_CHECKING:
-    from llama_index.llms.lmcache_rag.base import LmcacheRag
+_dispatcher = get_dispatcher(__name__)
+_predict, _apredict = inspect.unwrap(LLM.predict), inspect.unwrap(LLM.apredict)
+"""LlamaIndex's own, without their spans: the methods that override them have some."""
 
 _MOST_QUESTIONS = 5
 _SENTENCE = {"type": "string", "maxLength": 200}
 """Limits on what LlamaIndex leaves open: without, small models go on to the end of the answer's length."""
+
+
+class StructuredAnswers(FunctionCallingLLM):
+    """A language model whose answers can be made to follow a JSON schema, by a grammar."""
+
+    _json_schema: dict[str, Any] | None = PrivateAttr(default=None)
+
+    def following(self, json_schema: dict[str, Any]) -> Self:
+        """The same model, whose answers are JSON of this schema. One that is cut off by `max_tokens` is a
+        `PromptError`; `stop` does not hold."""
+        following = self.model_copy()
+        following._json_schema = json_schema
+        return following
+
+    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """See `LLM.predict`. Where a parser of LlamaIndex is to read the answer, it follows a grammar."""
+        schema = answer_schema(prompt, prompt_args)
+        return str(_predict(self if schema is None else self.following(schema), prompt, **prompt_args))
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """See `predict`."""
+        schema = answer_schema(prompt, prompt_args)
+        return str(await _apredict(self if schema is None else self.following(schema), prompt, **prompt_args))
+
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """See `LLM.structured_predict`. The answer follows the schema of `output_cls` by a grammar.
+
+        Raises:
+            PromptError: it is cut off by `max_tokens`.
+        """
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        _structured_begins(output_cls, prompt, prompt_args)
+        output = StructuredProgram(output_cls, self, prompt)(llm_kwargs=llm_kwargs, **prompt_args)
+        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
+        return output
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """See `structured_predict`."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        _structured_begins(output_cls, prompt, prompt_args)
+        output = await StructuredProgram(output_cls, self, prompt).acall(llm_kwargs=llm_kwargs, **prompt_args)
+        _dispatcher.event(LLMStructuredPredictEndEvent(output=output))
+        return output
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Any, None, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        return StructuredProgram(output_cls, self, prompt).stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        return await StructuredProgram(output_cls, self, prompt).astream_call(llm_kwargs=llm_kwargs, **prompt_args)
 
 
 class StructuredProgram(BasePydanticProgram[Model]):
@@ -39,7 +125,7 @@ class StructuredProgram(BasePydanticProgram[Model]):
         PromptError: when called: the answer is cut off by `max_tokens`.
     """
 
-    def __init__(self, output_cls: type[Model], llm: LmcacheRag, prompt: BasePromptTemplate) -> None:
+    def __init__(self, output_cls: type[Model], llm: StructuredAnswers, prompt: BasePromptTemplate) -> None:
         self._output_cls = output_cls
         self._llm = llm.following(output_cls.model_json_schema())
         self._prompt = prompt
@@ -161,3 +247,8 @@ def _object(fields: dict[str, Any]) -> dict[str, Any]:
 def _list_of(fields: dict[str, Any], most: int | None) -> dict[str, Any]:
     limit = {} if most is None else {"maxItems": most}
     return {"type": "array", "items": _object(fields), "minItems": 1, **limit}
+
+
+def _structured_begins(output_cls: type[Model], prompt: BasePromptTemplate, variables: dict[str, Any]) -> None:
+    event = LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=variables)
+    _dispatcher.event(event)
