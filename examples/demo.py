@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lmcache_rag import BlendOptions, LmcacheRagError, LocalEngine, Sampling
-from lmcache_rag.asking import describe
+from lmcache_rag.cli.ask import describe
 from lmcache_rag.corpus import Corpus, IndexSettings, open_corpus, updating
 from lmcache_rag.engine import Completion
 from lmcache_rag.terminal import out

@@ -55,7 +55,7 @@ class RagServer:
         self.log, self._index, self._arguments = log, index, arguments
         self.url = f"http://127.0.0.1:{port}"
         command = [
-            sys.executable, "-c", "from lmcache_rag.cli import main; main()", "serve", "--index", str(index),
+            sys.executable, "-c", "from lmcache_rag.cli.app import main; main()", "serve", "--index", str(index),
             "--port", str(port), *arguments,
         ]  # fmt: skip
         with log.open("w") as output:

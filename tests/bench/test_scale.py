@@ -12,7 +12,7 @@ from lmcache_rag.bench.scale import read_chunks
 from lmcache_rag.bench.servers import RedisServer
 from lmcache_rag.bench.tiers import tier_rates
 from lmcache_rag.blobs.disk import DiskStore
-from lmcache_rag.cli import app
+from lmcache_rag.cli.app import app
 from lmcache_rag.errors import CorpusError, PromptError
 from tests.models import make_tiny
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lmcache_rag.cli import app
+from lmcache_rag.cli.app import app
 from lmcache_rag.corpus import IndexSettings, open_corpus, open_remotely, updating
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import CorpusError

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of, variant_of
-from lmcache_rag.cli import store_app
+from lmcache_rag.cli.app import store_app
 from lmcache_rag.codec.tables import learn_tables
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache_rag.asking import as_row, show_end, warm_up
+from lmcache_rag.cli.ask import as_row, show_end, warm_up
+from lmcache_rag.cli.start import asked
 from lmcache_rag.errors import PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions
-from lmcache_rag.starting import asked
 from lmcache_rag.terminal import (
     DEFAULT_INDEX,
     DtypeOption,
@@ -60,7 +60,8 @@ def chat(
     settings, engine_options = IndexSettings.checked(model=model), given(dtype=dtype, threads=threads, tiers=tiers)
     with asked(server, folder, settings, **engine_options) as (engine, corpus):
         form = corpus.manifest.prompt
-        warm_up(engine, form.question_ids(engine.tokenizer, "What is this?"))
+        if server is None:
+            warm_up(engine, form.question_ids(engine.tokenizer, "What is this?"))
         sampling = Sampling(max_tokens=max_tokens, stop=form.stop)
         conversation = Conversation(corpus, engine.tokenizer, engine.max_model_len - max_tokens, passages)
         for question in _questions():

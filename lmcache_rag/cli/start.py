@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.interrupts import leaving_at_once
+from lmcache_rag.cli.interrupts import leaving_at_once
 from lmcache_rag.terminal import err
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from lmcache_rag import __version__
-from lmcache_rag.asking import ask
 from lmcache_rag.bench import store_commands  # noqa: F401  # adds its commands to the others
 from lmcache_rag.bench.commands import bench_app, calibrate
-from lmcache_rag.chatting import chat
+from lmcache_rag.cli.ask import ask
+from lmcache_rag.cli.chat import chat
+from lmcache_rag.cli.index import index
+from lmcache_rag.cli.serve import serve
 from lmcache_rag.corpus import commands  # noqa: F401  # the same
 from lmcache_rag.errors import LmcacheRagError
-from lmcache_rag.indexing import index
 from lmcache_rag.library.commands import store_app
-from lmcache_rag.serving import serve
 from lmcache_rag.terminal import encode_anything, err, out
 
 app = typer.Typer(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lmcache_rag.cli.interrupts import INTERRUPTED
+from lmcache_rag.cli.start import started
 from lmcache_rag.errors import PromptError
-from lmcache_rag.interrupts import INTERRUPTED
-from lmcache_rag.starting import started
 from lmcache_rag.terminal import (
     DEFAULT_INDEX,
     CapacityOption,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_rag.cli.serve import _split, server_command, settings_of
 from lmcache_rag.corpus import Manifest
 from lmcache_rag.errors import CorpusError, EngineError
 from lmcache_rag.model import chat_template
 from lmcache_rag.prompt import completion_format
-from lmcache_rag.serving import _split, server_command, settings_of
 from lmcache_rag.vllm.config import ConnectorConfig
 from tests.models import make_tiny
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lmcache_rag.asking import NOTHING
 from lmcache_rag.bench.commands import write_rows
 from lmcache_rag.bench.servers import S3Server
-from lmcache_rag.cli import app, main
+from lmcache_rag.cli.app import app, main
+from lmcache_rag.cli.ask import NOTHING
+from lmcache_rag.cli.serve import server_command, settings_of
 from lmcache_rag.corpus import Manifest, formats
 from lmcache_rag.engine import Delta, LocalEngine
 from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.prompt import MarkedPrompt
-from lmcache_rag.serving import server_command, settings_of
 from tests.corpus.test_corpus import BINARY, text
 from tests.models import make_tiny
 

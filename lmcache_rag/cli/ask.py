@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmcache_rag.cli.start import asked
 from lmcache_rag.errors import PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport
-from lmcache_rag.starting import asked
 from lmcache_rag.terminal import (
     DEFAULT_INDEX,
     DtypeOption,
@@ -64,7 +64,8 @@ def ask(
         hits = corpus.search(question, passages)
         prompt = corpus.prompt(question, hits)
         sampling = Sampling(max_tokens=max_tokens, stop=corpus.manifest.prompt.stop)
-        warm_up(engine, prompt.token_ids)
+        if server is None:
+            warm_up(engine, prompt.token_ids)
         for delta in engine.stream(prompt, sampling, options, cache_salt="blended"):
             if not as_json:
                 out.print(delta.text, end="")
