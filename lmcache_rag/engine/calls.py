@@ -63,7 +63,7 @@ def _asked(prompt: Prompt) -> tuple[dict[str, Any], str]:
         messages = [dict(message) for message in prompt.messages]
         asked: dict[str, Any] = {"messages": messages}
         if prompt.tools:
-            asked["tools"] = [dict(tool) for tool in prompt.tools]
+            asked["tools"] = [_forced(tool) if prompt.forces_tools else dict(tool) for tool in prompt.tools]
             asked["tool_choice"] = prompt.choice
             asked["parallel_tool_calls"] = prompt.parallel
         text = "\n".join(json.dumps(message, sort_keys=True, default=str) for message in messages)
@@ -78,6 +78,11 @@ def _asked(prompt: Prompt) -> tuple[dict[str, Any], str]:
     if not token_ids:
         raise PromptError("The prompt is empty.")
     return {"prompt": token_ids}, " ".join(map(str, token_ids))
+
+
+def _forced(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool whose call is forced: vLLM keeps the arguments to their schema where it is told to be strict."""
+    return {**tool, "function": {"strict": True, **tool["function"]}}
 
 
 def _sampled(sampling: Sampling) -> dict[str, Any]:

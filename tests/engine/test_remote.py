@@ -111,7 +111,6 @@ def test_answers_follow_a_structure(remote: RemoteEngine) -> None:
     assert remote.generate("A year:", Sampling(regex=r"[0-9]{4}")).text.isdigit()
 
 
-@pytest.mark.xfail(reason="vLLM's server forces a call in the parser's own form, which so small a model may not end")
 def test_a_forced_tool_is_called(remote: RemoteEngine) -> None:
     answer = remote.generate(Chat(MESSAGES, [GREET], "greet"), Sampling(max_tokens=96))
     assert [call.name for call in answer.tool_calls] == ["greet"]

@@ -35,15 +35,18 @@ def choice_of(tool_choice: Any) -> str:
 
 
 def calls_of(found: Sequence[ToolCall]) -> tuple[list[LangChainCall], list[InvalidToolCall]]:
-    """The calls of an answer, and those whose arguments are no JSON."""
+    """The calls of an answer, and those whose arguments are no JSON object."""
     calls, invalid = [], []
     for call in found:
         try:
             parsed = parse_tool_call({"function": {"name": call.name, "arguments": call.arguments or "{}"}})
-        except OutputParserException as error:
-            invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.call_id, error=str(error)))
+        except OutputParserException as refusal:
+            invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.call_id, error=str(refusal)))
             continue
-        assert parsed is not None
+        if parsed is None or not isinstance(parsed["args"], dict):
+            error = f"The arguments are no JSON object: {call.arguments}"
+            invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.call_id, error=error))
+            continue
         calls.append(tool_call(name=parsed["name"], args=parsed["args"], id=call.call_id))
     return calls, invalid
 
