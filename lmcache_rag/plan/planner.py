@@ -24,6 +24,10 @@ from lmcache_rag.request import BlendOptions, ReuseReport
 
 _CHEAPER = "cheaper to compute"
 
+_SINKS = 4
+"""A prompt's first tokens attract the attention that is for nothing (attention sinks, Xiao et al. 2024,
+https://arxiv.org/abs/2309.17453), and have KV like no others: where a chunk begins a prompt, they are computed."""
+
 _MOST = 0.75
 """Where more than this share of a chunk's tokens is wanted, all of it is read."""
 
@@ -140,6 +144,7 @@ class Planner:
         if history is not None:
             start = history.end if begun else preamble.end
             segments = self._with_history(prompt, segments, start, history)
+        segments = [segment if segment.exact else _behind(segment, _SINKS) for segment in segments]
         if not segments:
             report.reason = "no stored chunk in the prompt"
             return None
@@ -349,7 +354,7 @@ def _behind(segment: PlannedSegment, start: int) -> PlannedSegment:
         start=segment.start + cut,
         length=segment.length - cut,
         offset=segment.offset + cut,
-        partial=segment.partial or cut > 0,
+        partial=segment.partial or cut > (1 - _MOST) * segment.length,
     )
 
 

@@ -65,8 +65,8 @@ def context_of(
 
 
 def suited(forms: Mapping[str, StoredForm], context: Context, *, first: bool, primer: str | None) -> str | None:
-    """The variant to reuse: in the first place the one that is exact there, elsewhere one behind a primer, which needs
-    less repair; then what there is, computed behind another preamble.
+    """The variant to reuse: in the first place one behind a preamble alone, which is exact there or next to it, elsewhere
+    one behind a primer, which needs less repair; rather behind this preamble than behind another.
 
     Args:
         first: whether the chunk follows the preamble.
@@ -75,8 +75,7 @@ def suited(forms: Mapping[str, StoredForm], context: Context, *, first: bool, pr
 
     def rank(variant: str) -> tuple[bool, bool, bool, int]:
         primed = "-" in variant
-        own = context.is_before(variant)
-        return own, primed != (first and own), variant.endswith(f"-{primer}"), forms[variant].used_s
+        return context.is_before(variant), primed != first, variant.endswith(f"-{primer}"), forms[variant].used_s
 
     return max(forms, key=rank, default=None)
 

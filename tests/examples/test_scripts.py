@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,22 @@ def test_frameworks(
     known = [(int(known), int(tokens)) for known, tokens in re.findall(r"(\d+) of (\d+) prompt tokens were known", out)]
     assert len(known) >= 2
     assert all(known > 0.6 * tokens for known, tokens in known), out
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_the_notebook(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(EXAMPLES / "corpus", tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)  # a notebook runs in its own folder
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    run_in: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), run_in)
+    rows = re.findall(r"(blend|off) +([0-9.]+)s +(\d+) +(\d+) +(\d+)", capsys.readouterr().out)
+    assert [mode for mode, *_ in rows] == ["blend", "off"] * 3
+    for mode, ttft_s, reused, repaired, prompt in rows:
+        assert float(ttft_s) > 0
+        assert (int(reused) + int(repaired) > 0.6 * int(prompt)) == (mode == "blend")
 
 
 @pytest.mark.usefixtures("no_engine")

@@ -28,6 +28,7 @@ from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.program import FunctionCallingProgram
 from llama_index.core.prompts import ChatPromptTemplate
 from llama_index.core.question_gen import LLMQuestionGenerator
+from llama_index.core.response_synthesizers import SimpleSummarize
 from llama_index.core.schema import QueryBundle
 from llama_index.core.selectors import LLMMultiSelector, LLMSingleSelector, PydanticSingleSelector
 from llama_index.core.selectors.utils import get_selector_from_llm
@@ -421,3 +422,13 @@ def test_a_client_of_a_server_imports_neither_vllm_nor_torch() -> None:
 def test_exactly_one_engine_is_named(stub: StubEngine) -> None:
     with pytest.raises(EngineError, match="base_url="):
         LmcacheRag(engine=stub, base_url="http://127.0.0.1:9/v1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_texts_given_as_a_list_stand_as_they_are(stub: StubEngine, chat_template: bool) -> None:
+    passage = "The first line.\nIt isn't the last one."
+    summarize = SimpleSummarize(llm=model(stub, chat_template=chat_template))
+    assert summarize.get_response("What is it?", [passage]) == "Blue."
+    prompt = stub.asked[-1][0]
+    text = stub.render(prompt) if isinstance(prompt, Chat) else prompt
+    assert isinstance(text, str) and f"\n{passage}\n" in text

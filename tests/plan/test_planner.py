@@ -53,9 +53,9 @@ def planner(chunks: ChunkStores, max_tokens: int = 4096, unit_tokens: int = 1) -
     )
 
 
-def record(chunks: ChunkStores, token_ids: list[int], *variants: str, used_s: int = 1) -> None:
+def record(chunks: ChunkStores, token_ids: list[int], *variants: str, used_s: int = 1, codec: str = "raw") -> None:
     key = key_of(token_ids)
-    rows = [VariantRow(key, f"{variant}.raw", 1000, used_s) for variant in variants]
+    rows = [VariantRow(key, f"{variant}.{codec}", 1000, used_s) for variant in variants]
     chunks.of("default").records.add({key: np.array(token_ids, np.int32)}, rows)
 
 
@@ -111,7 +111,24 @@ def test_another_preamble_makes_chunks_foreign(chunks: ChunkStores) -> None:
     ingest(chunks, PREAMBLE)
     plan, _ = planned(planner(chunks), [*OTHER_PREAMBLE, *CHUNKS[1], *CHUNKS[0], 7])
     assert plan is not None and all(segment.foreign for segment in plan.segments)
-    assert variants(plan) == [variant_of(PREAMBLE, PRIMER)] * 2
+    assert variants(plan) == [variant_of(PREAMBLE), variant_of(PREAMBLE, PRIMER)]
+
+
+def test_the_first_tokens_of_a_prompt_are_computed(chunks: ChunkStores) -> None:
+    """A chunk's own first tokens were no attention sinks."""
+    ingest(chunks, PREAMBLE)
+    prompt = [*CHUNKS[1], *CHUNKS[0], 7]
+    plan, _ = planned(planner(chunks), prompt)
+    assert plan is not None and plan.preamble.length == 0
+    assert [(segment.start, segment.offset, segment.end) for segment in plan.segments] == [(4, 4, 100), (100, 0, 200)]
+    assert [segment.part for segment in plan.segments] == [None, None]
+    for chunk in CHUNKS:
+        record(chunks, chunk, variant_of([]), variant_of([], PRIMER), codec="balanced")
+    plan, _ = planned(planner(chunks), prompt)
+    assert plan is not None and [(segment.start, segment.exact) for segment in plan.segments] == [
+        (0, True),
+        (100, False),
+    ]
 
 
 @pytest.mark.parametrize("first", [PRIMER, OLD_PRIMER])

@@ -34,7 +34,7 @@ from llama_index.llms.lmcache_rag.messages import (
     tool_choice_of,
     tool_form,
 )
-from llama_index.llms.lmcache_rag.prompts import preamble_of
+from llama_index.llms.lmcache_rag.prompts import as_texts, preamble_of
 from llama_index.llms.lmcache_rag.structured import StructuredAnswers
 
 from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Prompt, Sampling, engine_of
@@ -263,6 +263,12 @@ class LmcacheRag(Copyable, StructuredAnswers):
         """The tokens of a whole prompt's text, or of its beginning. A chat template writes its special tokens itself;
         to plain text the tokenizer adds its own."""
         return encode(self._engine.tokenizer, text, add_special_tokens=not self.chat_template)
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        return super()._get_prompt(prompt, **as_texts(prompt_args))
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        return super()._get_messages(prompt, **as_texts(prompt_args))
 
     def _prepare_chat_with_tools(
         self,

@@ -1,8 +1,9 @@
-"""What stands before the retrieved nodes in the prompts of a template."""
+"""What templates are given, and what stands before the retrieved nodes in their prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from llama_index.core.prompts import BasePromptTemplate
 
@@ -10,6 +11,19 @@ from lmcache_rag.errors import PromptError
 
 CONTEXT = "context_str"
 """LlamaIndex's own name of the variable that stands for the retrieved nodes."""
+
+
+def as_texts(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A template's variables, where lists of texts are these texts. LlamaIndex's `SimpleSummarize` gives the context as a
+    list, which templates write as Python does: in quotes, with `\\n` for each end of line, so that models read it worse
+    and no stored passage is in it."""
+    return {name: _as_text(value) for name, value in variables.items()}
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return "\n\n".join(value)
+    return value
 
 
 def preamble_of(template: BasePromptTemplate, render: Callable[..., str]) -> str:
