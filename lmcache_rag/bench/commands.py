@@ -29,7 +29,10 @@ SelectorsOption = Annotated[str, typer.Option(help="Selectors, separated by comm
 
 _LEAST = 0.001
 """Of bandwidths and goals, which none may be zero."""
-_MEASURED = {"forced_answers": True, "never_slower": False, "refine": "off", "learn": "off", "hot_bytes": 0}
+
+MEASURED = {"never_slower": False, "refine": "off", "learn": "off", "hot_bytes": 0}
+"""What is measured is one blend of KV that is read, whatever else would be faster."""
+
 _AS_USED = {"never_slower": True, "refine": "idle"}
 
 
@@ -66,7 +69,7 @@ def calibrate(
         asked = read_questions(data, passages=4, words=150, limit=questions)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     kept = None if store is None else open_store(store)
-    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+    with bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         if CODECS[engine.settings.codec].learned:
             tables = engine.codec.learn(engine.codec.prompts(texts), progress)
             engine.codec.keep(tables)
@@ -100,12 +103,12 @@ def bench_ttft_command(
     from lmcache_rag.bench.ttft import bench_ttft
 
     slow = {} if store_mb_s is None else {"throttle": Throttle(1e6 * store_mb_s), "never_slower": True}
-    with _bench_engine(**slow, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+    with bench_engine(**slow, model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_ttft(
             engine,
             chunks=chunks,
             chunk_tokens=chunk_tokens,
-            ratios=_ratios(ratios),
+            ratios=ratios_of(ratios),
             selectors=_selectors(selectors),
             repeat=repeat,
             must_reuse=store_mb_s is None,
@@ -113,25 +116,6 @@ def bench_ttft_command(
         )
     show_rows(rows[:-1])
     show_rows(rows[-1:])
-    write_rows(rows, json_file)
-
-
-@bench_app.command("frameworks")
-def bench_frameworks_command(
-    chunk_tokens: Annotated[int, typer.Option(min=64, help="Tokens per passage, five in a prompt.")] = 300,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per application.")] = 3,
-    json_file: JsonOption = None,
-    model: ModelOption = None,
-    codec: CodecOption = None,
-    dtype: DtypeOption = None,
-    threads: ThreadsOption = None,
-) -> None:
-    """TTFT of applications of LlamaIndex and LangChain, against the same with plain prefill."""
-    from lmcache_rag.bench.frameworks import bench_frameworks
-
-    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
-        rows = bench_frameworks(engine, chunk_tokens=chunk_tokens, questions=questions, progress=progress)
-    show_rows(rows)
     write_rows(rows, json_file)
 
 
@@ -174,7 +158,7 @@ def bench_chat_command(
     else:
         asked = read_questions(data, passages=passages, words=words, limit=needed)
     form = completion_format()
-    with _bench_engine(
+    with bench_engine(
         **_AS_USED,
         conversations="stored" if STORED & set(chosen) else "local",
         kv_cache_bytes=3 << 30,
@@ -221,7 +205,7 @@ def bench_throughput_command(
     if passages > pool:
         raise PromptError(f"A question over {passages} passages needs a pool of as many, not {pool}.")
     counts = _counts("concurrency", concurrency)
-    with _bench_engine(
+    with bench_engine(
         never_slower=True,
         max_num_batched_tokens=max_num_batched_tokens,
         model=model,
@@ -265,8 +249,8 @@ def bench_fidelity_command(
     from lmcache_rag.prompt import model_format
 
     questions = read_questions(data, passages=passages, words=words, limit=limit)
-    tried = ways(_selectors(selectors), _ratios(ratios))
-    with _bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
+    tried = ways(_selectors(selectors), ratios_of(ratios))
+    with bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_fidelity(engine, model_format(engine.tokenizer), questions, tried, seed=seed, progress=progress)
     show_rows(rows)
     write_rows(rows, json_file)
@@ -297,7 +281,7 @@ def bench_streaming_command(
     options = given(model=model, codec=codec, dtype=dtype, threads=threads)
     extra = tuple(name.strip() for name in extra_codecs.split(","))
     rows = []
-    with _bench_engine(extra_codecs=extra, **options) as (engine, progress):
+    with bench_engine(extra_codecs=extra, **options) as (engine, progress):
         settings = engine.settings
         plan = prompt_to_stream(engine, chunks, chunk_tokens)
         chunk_bytes = ingest_stream(engine, plan)
@@ -343,7 +327,7 @@ def bench_codec_command(
     chosen = [EngineSettings.checked(codec=name.strip()).codec for name in codecs.split(",")]
     sizes = _counts("chunk-tokens", chunk_tokens)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
-    with _bench_engine(model=model, dtype="float32") as (engine, progress):
+    with bench_engine(model=model, dtype="float32") as (engine, progress):
         rotations = [spec.rotation for spec in bound_model().specs]
         tables = engine.codec.learn(engine.codec.prompts(texts), progress)
         bench = CodecBench(engine.model_folder, rotations, tables, codecs=chosen, sizes=sizes, threads=threads)
@@ -353,13 +337,13 @@ def bench_codec_command(
 
 
 @contextmanager
-def _bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str], Any]]]:
+def bench_engine(**settings: Any) -> Iterator[tuple[LocalEngine, Callable[[str], Any]]]:
     """An engine with a store of its own, deleted at the end, and what shows how far a measurement is. It loads also
     where computing would be faster, so that it is blending that is measured."""
     from lmcache_rag.engine import EngineSettings, LocalEngine
 
     with tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-") as store:
-        checked = EngineSettings.checked(**{"store": store, **_MEASURED, **given(**settings)})
+        checked = EngineSettings.checked(**{"store": store, "forced_answers": True, **MEASURED, **given(**settings)})
         with err.status("Starting vLLM") as status, LocalEngine(checked) as engine:
             yield engine, status.update
             out.print(f"{engine.settings.model}, {engine.dtype}, {engine.threads} threads")
@@ -393,7 +377,7 @@ def _selectors(names: str) -> list[SelectorName]:
     return list(dict.fromkeys(BlendOptions.checked(selector=name).selector for name in named))
 
 
-def _ratios(values: str) -> list[float]:
+def ratios_of(values: str) -> list[float]:
     """Recompute ratios named in an option, ascending."""
     return sorted({BlendOptions.checked(ratio=value.strip()).ratio or 0.0 for value in values.split(",")})
 

@@ -59,12 +59,15 @@ class Recorder:
 
 
 def bench_frameworks(
-    engine: LocalEngine, *, chunk_tokens: int, questions: int, progress: Callable[[str], Any]
+    engine: LocalEngine, *, chunk_tokens: int, questions: int, named: str = "", progress: Callable[[str], Any]
 ) -> list[Row]:
     """The rows that `lmcache-rag bench frameworks` writes.
 
+    Args:
+        named: only applications that have this in their name.
+
     Raises:
-        EngineError: a framework or its integration is not installed.
+        EngineError: a framework or its integration is not installed, or no application has such a name.
     """
     try:
         from lmcache_rag.bench.framework_apps import apps
@@ -77,10 +80,14 @@ def bench_frameworks(
     pool = [engine.tokenizer.decode(run).strip() for run in runs]  # type: ignore[attr-defined]
     rows = []
     for app in apps(recorder, _ANSWER_TOKENS):
+        if named not in f"{app.framework} {app.name}":
+            continue
         progress(f"{app.framework}: {app.name}")
         engine.chunk_store().clear()
         app.precompute(pool)
         rows.append(_measured(app, recorder, pool, questions))
+    if not rows:
+        raise EngineError(f"No application has {named!r} in its name.")
     return rows
 
 

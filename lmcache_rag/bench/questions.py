@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
@@ -36,17 +36,40 @@ def _whole(text: str) -> str:
     return text
 
 
-_Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_whole)]
+"""Text that every tokenizer takes."""
 
 
 class _Context(BaseModel):
-    text: _Text
+    text: Text
 
 
 class _Example(BaseModel):
-    question: _Text
-    answers: list[Annotated[_Text, Field(pattern=r"\S")]] = Field(min_length=1)
+    question: Text
+    answers: list[Annotated[Text, Field(pattern=r"\S")]] = Field(min_length=1)
     ctxs: list[_Context]
+
+
+Item = TypeVar("Item")
+
+
+def read_list(path: Path, item: type[Item]) -> list[Item]:
+    """A file's JSON list of such objects.
+
+    Raises:
+        DataError: it cannot be read, or is something else, or empty.
+    """
+    try:
+        found = TypeAdapter(list[item]).validate_python(json.loads(path.read_text(encoding="utf-8")))  # type: ignore[valid-type]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise DataError(f"{path} is not a list of questions: {first_problem(error)}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}).") from None
+    if not found:
+        raise DataError(f"{path} has no questions.")
+    return found
 
 
 def read_questions(path: Path, *, passages: int, words: int, limit: int) -> list[Question]:
@@ -59,14 +82,7 @@ def read_questions(path: Path, *, passages: int, words: int, limit: int) -> list
         DataError: the file is not a JSON list of objects with `question`, `answers` and `ctxs`, or a question has too
             few passages.
     """
-    try:
-        examples = TypeAdapter(list[_Example]).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
-        raise DataError(f"{path} is not a list of questions: {first_problem(error)}.") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}).") from None
+    examples = read_list(path, _Example)
     questions = []
     for example in examples[:limit]:
         answer, texts = example.answers[0], [context.text for context in example.ctxs]
@@ -77,8 +93,6 @@ def read_questions(path: Path, *, passages: int, words: int, limit: int) -> list
         random.Random(len(example.question)).shuffle(chosen)  # noqa: S311
         cut = tuple(_cut(text, answer, words) for text in chosen)
         questions.append(Question(example.question, answer, cut))
-    if not questions:
-        raise DataError(f"{path} has no questions.")
     return questions
 
 

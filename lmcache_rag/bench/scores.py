@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -54,6 +55,14 @@ def mean_interval(values: Sequence[float], resamples: int = 2000) -> tuple[float
     draws = np.random.default_rng(0).integers(0, len(data), (resamples, len(data)))
     low, high = np.quantile(data[draws].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def share_interval(hits: int, of: int) -> tuple[float, float]:
+    """95% confidence interval of a share (Wilson 1927), which is also one where all or none are hits."""
+    z, share = 1.96, hits / of
+    middle = share + z * z / (2 * of)
+    around = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (middle - around) / (1 + z * z / of), (middle + around) / (1 + z * z / of)
 
 
 def _f1(shared: int, found: int, gold: int) -> float:

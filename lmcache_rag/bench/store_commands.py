@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lmcache_rag.bench.commands import JsonOption, bench_app, write_rows
+from lmcache_rag.bench.commands import MEASURED, JsonOption, bench_app, write_rows
 from lmcache_rag.bench.servers import RedisServer, S3Server
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.blobs.uri import open_store
@@ -22,7 +22,6 @@ from lmcache_rag.library.copying import copy_scope, copy_tables
 from lmcache_rag.terminal import CodecOption, DtypeOption, ModelOption, ThreadsOption, err, given, out, show_rows
 
 _TIERS = ("memory", "disk", "s3", "redis")
-_MEASURED = {"refine": "off", "learn": "off", "never_slower": False, "hot_bytes": 0}
 
 
 @bench_app.command("store")
@@ -105,7 +104,7 @@ def bench_scale_command(
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-")))
         status = stack.enter_context(err.status("Starting vLLM"))
         settings = EngineSettings.checked(
-            store=folder, **_MEASURED, **given(model=model, codec=codec, dtype=dtype, threads=threads)
+            store=folder, **MEASURED, **given(model=model, codec=codec, dtype=dtype, threads=threads)
         )
         with LocalEngine(settings) as engine:
             form, tokenizer = completion_format(), engine.tokenizer

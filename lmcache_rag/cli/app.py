@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmcache_rag import __version__
-from lmcache_rag.bench import store_commands  # noqa: F401  # adds its commands to the others
+from lmcache_rag.bench import application_commands, store_commands  # noqa: F401  # add their commands to the others
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.chat import chat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmcache_rag.bench.scores import kl_divergence, mean_interval, rouge_l, token_f1
+from lmcache_rag.bench.scores import kl_divergence, mean_interval, rouge_l, share_interval, token_f1
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ def test_the_interval_holds_the_mean_and_narrows() -> None:
     assert few[0] < 0.5 < few[1] and many[0] < 0.5 < many[1]
     assert many[1] - many[0] < (few[1] - few[0]) / 5
     assert mean_interval([0.0, 1.0] * 5) == few
+
+
+def test_the_interval_of_a_share() -> None:
+    assert share_interval(9, 12) == pytest.approx((0.468, 0.911), abs=0.001)
+    assert share_interval(10, 10) == pytest.approx((0.722, 1.0), abs=0.001)
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.278), abs=0.001)
