@@ -65,8 +65,8 @@ def context_of(
 
 
 def suited(forms: Mapping[str, StoredForm], context: Context, *, first: bool, primer: str | None) -> str | None:
-    """The variant to reuse: in the first place one behind a preamble alone, which is exact there or next to it, elsewhere
-    one behind a primer, which needs less repair; rather behind this preamble than behind another.
+    """The variant to reuse: in the first place one behind a preamble alone, which is exact there or next to it,
+    elsewhere one behind a primer, which needs less repair; rather behind this preamble than behind another.
 
     Args:
         first: whether the chunk follows the preamble.
