@@ -14,9 +14,9 @@ CONTEXT = "context_str"
 
 
 def as_texts(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A template's variables, where lists of texts are these texts. LlamaIndex's `SimpleSummarize` gives the context as a
-    list, which templates write as Python does: in quotes, with `\\n` for each end of line, so that models read it worse
-    and no stored passage is in it."""
+    """A template's variables, where lists of texts are these texts. LlamaIndex's `SimpleSummarize` gives the context as
+    a list, which templates write as Python does, in quotes and with escaped ends of lines: models read it worse, and
+    no stored passage is in it."""
     return {name: _as_text(value) for name, value in variables.items()}
 
 
