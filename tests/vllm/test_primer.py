@@ -73,7 +73,7 @@ def test_what_is_computed_before_chunks_is_kept_for_the_next_one_only_where_it_i
             torch.testing.assert_close(stored(chunk, primer), alone[2 * turn + number], atol=1e-5, rtol=0)
 
 
-def test_a_primed_variant_of_another_preamble_comes_before_an_unprimed_one(llama: LocalEngine) -> None:
+def test_behind_another_preamble_the_first_chunk_is_unprimed_and_the_others_are_primed(llama: LocalEngine) -> None:
     plan = random_plan(64)
     preamble, chunks, rest = parts(plan)
     llama.precompute(preamble, chunks, primer=PRIMER)
@@ -81,7 +81,12 @@ def test_a_primed_variant_of_another_preamble_comes_before_an_unprimed_one(llama
     before = llama.generate(elsewhere, options=REUSE, cache_salt="before").reuse
     assert before.foreign_tokens == sum(map(len, chunks))
     store = llama.chunk_store()
-    llama.store.delete([store.name(chunk, variant_of(preamble)) for chunk in chunks])
+    first, *others = chunks
+    unused = [
+        store.name(first, variant_of(preamble, PRIMER)),
+        *(store.name(chunk, variant_of(preamble)) for chunk in others),
+    ]
+    llama.store.delete(unused)
     after = llama.generate(elsewhere, options=REUSE, cache_salt="after").reuse
     assert (after.mode, after.missed_tokens, after.bytes_loaded) == ("blend", 0, before.bytes_loaded)
 
