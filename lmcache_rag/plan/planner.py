@@ -144,7 +144,8 @@ class Planner:
         if history is not None:
             start = history.end if begun else preamble.end
             segments = self._with_history(prompt, segments, start, history)
-        segments = [segment if segment.exact else _behind(segment, _SINKS) for segment in segments]
+        if segments and segments[0].start < _SINKS and not segments[0].exact:
+            segments = [_behind(segment, _SINKS) for segment in segments if segment.end > _SINKS]
         if not segments:
             report.reason = "no stored chunk in the prompt"
             return None

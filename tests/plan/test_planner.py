@@ -131,6 +131,15 @@ def test_the_first_tokens_of_a_prompt_are_computed(chunks: ChunkStores) -> None:
     ]
 
 
+def test_a_marked_chunk_shorter_than_the_sinks_is_computed(chunks: ChunkStores) -> None:
+    ingest(chunks, PREAMBLE)
+    marks = ((0, 3), (3, 100))
+    plan, _ = planned(planner(chunks), [1, 2, 3, *CHUNKS[0], 7], BlendOptions(segments=marks))
+    assert plan is not None and [(segment.start, segment.offset, segment.end) for segment in plan.segments] == [
+        (4, 1, 103)
+    ]
+
+
 @pytest.mark.parametrize("first", [PRIMER, OLD_PRIMER])
 def test_of_several_primers_the_callers_own_comes_first_and_else_the_last_one(
     chunks: ChunkStores, first: list[int]
