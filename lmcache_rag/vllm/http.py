@@ -26,6 +26,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 _HEADER = INGEST_HEADER.lower().encode()
 _ANSWERING = ("/v1/completions", "/v1/chat/completions")
+_TAKING_OPTIONS = frozenset(
+    (*_ANSWERING, "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/cohere/v2/chat",
+     "/inference/v1/generate", "/invocations")
+)  # fmt: skip
+"""vLLM's endpoints whose requests have `kv_transfer_params`."""
+
 _WAITS = 20
 _WAIT_S = 0.01
 """A report may come a moment after the answer that a stop string ended."""
@@ -37,9 +43,9 @@ _EVENT, _DONE = b"data: ", b"data: [DONE]"
 class ReuseMiddleware:
     """Around vLLM's server.
 
-    - Options in `kv_transfer_params` that are none are refused with 400 and the field's name.
+    - Options in `kv_transfer_params` that are none are refused with 400 and the field's name, at every endpoint.
     - Storing KV takes the ingest key where there is one, and is refused with 403 else, not ignored.
-    - Answers have their report also where they are streamed (in a chunk before the last line, for clients that gave
+    - Answers to completions have their report also where they are streamed (in a chunk before the last line, for clients that gave
       `kv_transfer_params` or asked for the usage) and where a stop string ended them.
     - `/lmcache-rag/...` is answered here; see `Endpoints`.
     """
@@ -52,7 +58,7 @@ class ReuseMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = get_route_path(scope) if scope["type"] == "http" else ""
         ours = path.startswith(PREFIX)
-        if not ours and (path not in _ANSWERING or not has_api_key(scope)):  # which vLLM then asks for
+        if not ours and (path not in _TAKING_OPTIONS or not has_api_key(scope)):  # which vLLM then asks for
             await self._app(scope, receive, send)
             return
         try:
@@ -69,7 +75,8 @@ class ReuseMiddleware:
         except RefusedError as refusal:
             await _respond(send, refusal.status, _error(refusal))
             return
-        await self._app(scope, _replayed(body, receive), _Reporting(send, request))
+        reporting = _Reporting(send, request) if path in _ANSWERING else send
+        await self._app(scope, _replayed(body, receive), reporting)
 
     def _check(self, request: Mapping[str, Any], scope: Scope) -> bool:
         """Whether KV is to be stored. Raises `RefusedError` where what is asked of us is none, or not allowed."""

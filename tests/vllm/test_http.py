@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +78,22 @@ def test_what_is_asked_without_the_servers_key_is_not_read() -> None:
     assert called(app, invalid, keys=("key",), authorization="Bearer key")[0] == 400
     assert called(app, {}, path="/lmcache-rag/status", keys=("key",))[0] == 401
     assert called(app, {}, path="/lmcache-rag/own", content_type="text/plain")[0] == 415
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/invocations"])
+def test_options_are_checked_at_every_endpoint_that_takes_them(path: str) -> None:
+    answer = b'{"id": "cmpl-known", "choices": [{}]}'
+    status, body = called(streaming(answer), {"kv_transfer_params": {"lmcache_rag": {"ratio": 7}}}, path=path)
+    assert status == 400 and "kv_transfer_params.lmcache_rag.ratio" in json.loads(body)["error"]["message"]
+    assert called(streaming(answer), {"kv_transfer_params": {"lmcache_rag": {}}}, path=path) == (200, answer)
+
+
+def test_the_endpoints_that_take_options_are_those_of_vllm() -> None:
+    source = Path(find_spec("vllm").submodule_search_locations[0]) / "entrypoints"  # type: ignore[union-attr,index]
+    routed = "\n".join(file.read_text() for file in source.rglob("*.py"))
+    assert all(f'"{path}"' in routed for path in http._TAKING_OPTIONS)
+    taking = {file.parent.name for file in source.rglob("protocol.py") if "kv_transfer_params" in file.read_text()}
+    assert taking == {"anthropic", "chat_completion", "cohere", "completion", "responses", "token_in_token_out"}
 
 
 def test_a_body_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
