@@ -132,6 +132,7 @@ def bench_scale_command(
     rows = [row for row in rows if row["tier"] in chosen]
     for row in rows:
         row["bytes_per_token"] = round(stored_bytes / tokens)
+        row["kv_times_memory"] = round(tokens * raw_bytes / memory["kv_cache_bytes"], 1)
     out.print(
         f"{tokens} tokens of KV: {tokens * raw_bytes / 1e6:.0f} MB uncoded, {stored_bytes / 1e6:.0f} MB stored; "
         f"the engine has {memory['kv_cache_bytes'] / 1e6:.0f} MB of KV memory.",

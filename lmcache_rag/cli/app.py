@@ -1,4 +1,4 @@
-"""The command line: `lmcache-rag index`, `ask`, `chat`, `serve`, `store`, `calibrate` and `bench`."""
+"""The command line: `lmcache-rag index`, `ask`, `chat`, `serve`, `store`, `calibrate`, `plan` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from lmcache_rag import __version__
-from lmcache_rag.bench import application_commands, store_commands  # noqa: F401  # add their commands to the others
+from lmcache_rag.bench import application_commands, report_commands, store_commands  # noqa: F401  # add their commands to the others
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.index import index
+from lmcache_rag.cli.plan import plan
 from lmcache_rag.cli.serve import serve
 from lmcache_rag.corpus import commands  # noqa: F401  # the same
 from lmcache_rag.errors import LmcacheRagError
@@ -28,6 +29,7 @@ app.command()(ask)
 app.command()(chat)
 app.command(context_settings={"ignore_unknown_options": True})(serve)
 app.command()(calibrate)
+app.command()(plan)
 app.add_typer(bench_app, name="bench")
 app.add_typer(store_app, name="store")
 

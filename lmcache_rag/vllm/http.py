@@ -45,8 +45,8 @@ class ReuseMiddleware:
 
     - Options in `kv_transfer_params` that are none are refused with 400 and the field's name, at every endpoint.
     - Storing KV takes the ingest key where there is one, and is refused with 403 else, not ignored.
-    - Answers to completions have their report also where they are streamed (in a chunk before the last line, for clients that gave
-      `kv_transfer_params` or asked for the usage) and where a stop string ended them.
+    - Answers to completions have their report also where they are streamed (in a chunk before the last line, for
+      clients that gave `kv_transfer_params` or asked for the usage) and where a stop string ended them.
     - `/lmcache-rag/...` is answered here; see `Endpoints`.
     """
 

@@ -1,0 +1,1 @@
+"""The report: what the benchmarks measured, on one page."""

@@ -1,0 +1,39 @@
+"""Applications of the frameworks on a tiny model: both ways of asking are counted, and what is reused is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.bench.frameworks import bench_frameworks
+from lmcache_rag.engine import LocalEngine
+from lmcache_rag.errors import EngineError
+
+pytest.importorskip("langchain_lmcache_rag")
+pytest.importorskip("llama_index.llms.lmcache_rag")
+
+
+HERMES = Path(__file__).parents[1] / "integrations" / "hermes.jinja"
+
+
+@pytest.fixture(autouse=True)
+def _has_a_chat_template(llama: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.tokenizer, "chat_template", HERMES.read_text(), raising=False)
+
+
+def rows(engine: LocalEngine, named: str) -> list[dict[str, object]]:
+    return bench_frameworks(engine, chunk_tokens=64, questions=2, named=named, progress=lambda _: None)
+
+
+@pytest.mark.parametrize("named", ["LangChain prompt template", "LlamaIndex compact"])
+def test_an_applications_passages_are_found(llama: LocalEngine, named: str) -> None:
+    row = rows(llama, named)[0]
+    assert f"{row['framework']} {row['app']}" == named
+    assert (row["calls"], row["foreign_share"]) == (1.0, 0.0)
+    assert float(str(row["reused_share"])) > 0.6 and float(str(row["speedup"])) > 0
+
+
+def test_no_such_application(llama: LocalEngine) -> None:
+    with pytest.raises(EngineError, match="'Haystack'"):
+        rows(llama, "Haystack")
