@@ -142,6 +142,9 @@ class ReuseReport(BaseModel):
         misses: reason -> tokens.
         matching_cut_short: the prompt held more candidates than are compared with it, so that some stored chunks may
             not have been found.
+        trace: where the engine keeps one: what each of the prompt's tokens came from, as runs of (what, how many):
+            `local`, `reused`, `carried` (reused, and moved by the change of those recomputed), `recomputed`, `missed`,
+            `unknown`, `vllm`.
         failure: the type of the exception that kept the prompt from being blended, or its KV from being stored.
         phases_s: seconds per phase: `plan`; `queue`, until vLLM takes the request up; of a blend `load`, `select`
             (where the question is probed, what has no KV is computed too), `recompute`, `write` and `store`. A local
@@ -175,6 +178,7 @@ class ReuseReport(BaseModel):
     codecs: dict[str, int] = Field(default_factory=dict)
     misses: dict[str, int] = Field(default_factory=dict)
     matching_cut_short: bool = False
+    trace: tuple[tuple[str, int], ...] = ()
     failure: str = ""
     phases_s: dict[str, float] = Field(default_factory=dict)
 

@@ -7,32 +7,26 @@ blending (beside the prefix cache, as users run it).
 
 from __future__ import annotations
 
-import itertools
-import queue
 import random
-import statistics
-import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lmcache_rag.bench.load import Answer, closed_loop, figures, streamed
 from lmcache_rag.bench.text import token_runs
-from lmcache_rag.engine.base import Completion
-from lmcache_rag.engine.local import LocalEngine
+from lmcache_rag.engine.base import Engine
 from lmcache_rag.engine.settings import Sampling
 from lmcache_rag.errors import EngineError
 from lmcache_rag.prompt import MarkedPrompt, completion_format
-from lmcache_rag.request import BlendOptions
+from lmcache_rag.request import BlendOptions, ReuseReport
 
 Row = dict[str, Any]
-_Answer = tuple[Completion, list[float]]
 
 _OFF = BlendOptions(mode="off")
 
 
 def bench_throughput(
-    engine: LocalEngine,
+    engine: Engine,
     *,
     concurrency: Sequence[int],
     requests: int,
@@ -70,66 +64,18 @@ def bench_throughput(
             progress(f"{mode}, {callers} at a time")
             shared = uuid.uuid4().hex
 
-            def ask(plan: MarkedPrompt, mode: str = mode, shared: str = shared) -> _Answer:
+            def ask(plan: MarkedPrompt, mode: str = mode, shared: str = shared) -> list[Answer]:
                 salt = uuid.uuid4().hex if mode == "full" else shared
-                return _streamed(engine, plan, sampling, BlendOptions() if mode == "blend" else _OFF, salt)
+                return [streamed(engine, plan, sampling, BlendOptions() if mode == "blend" else _OFF, salt)]
 
-            start = time.perf_counter()
-            done = _closed_loop(plans, callers, ask)
-            rows.append(_row(mode, callers, done, time.perf_counter() - start))
-            missed = [one.reuse for one, _ in done if one.reuse.mode != "blend" or one.reuse.missed_tokens]
+            done, seconds = closed_loop(plans, callers, ask)
+            rows.append({"mode": mode, "concurrency": callers, **figures(done, seconds)})
+            missed = [reuse for reuse in (one.completion.reuse for one in done) if not _is_whole(reuse)]
             if mode == "blend" and missed:
                 why = missed[0].reason or missed[0].misses
                 raise EngineError(f"{len(missed)} requests were not blended in full ({why}): nothing to measure.")
     return rows
 
 
-def _streamed(engine: LocalEngine, plan: MarkedPrompt, sampling: Sampling, options: BlendOptions, salt: str) -> _Answer:
-    """The answer, and the seconds between its tokens."""
-    came, completion = [], None
-    for delta in engine.stream(plan, sampling, options, cache_salt=salt):
-        came.append(time.perf_counter())
-        completion = delta.completion
-    assert completion is not None
-    return completion, [after - before for before, after in itertools.pairwise(came)]
-
-
-def _closed_loop(plans: Sequence[MarkedPrompt], callers: int, ask: Callable[[MarkedPrompt], _Answer]) -> list[_Answer]:
-    waiting: queue.SimpleQueue[MarkedPrompt] = queue.SimpleQueue()
-    for plan in plans:
-        waiting.put(plan)
-    done: list[_Answer] = []
-    failures: list[BaseException] = []
-
-    def call() -> None:
-        while not failures:
-            try:
-                done.append(ask(waiting.get_nowait()))
-            except queue.Empty:
-                return
-            except Exception as error:  # noqa: BLE001  # raised again by the caller
-                failures.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return done
-
-
-def _row(mode: str, concurrency: int, done: Sequence[_Answer], seconds: float) -> Row:
-    ttft = sorted(one.ttft_s for one, _ in done)
-    tpot = [(one.total_s - one.ttft_s) / max(1, len(one.token_ids) - 1) for one, _ in done]
-    gaps = sorted(gap for _, own in done for gap in own)
-    return {
-        "mode": mode,
-        "concurrency": concurrency,
-        "requests_per_s": round(len(done) / seconds, 3),
-        "ttft_p50_s": round(statistics.median(ttft), 3),
-        "ttft_p95_s": round(ttft[min(len(ttft) - 1, int(0.95 * len(ttft)))], 3),
-        "tpot_p50_s": round(statistics.median(tpot), 4),
-        "itl_p99_ms": round(1000 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))], 1),
-    }
+def _is_whole(reuse: ReuseReport) -> bool:
+    return reuse.mode == "blend" and not reuse.missed_tokens

@@ -42,6 +42,7 @@ class Blender:
         run: runs the model over the workspace.
         max_pass_tokens: longer passes are cut into several, which is exact since attention is causal.
         never_slower: whether loading is given up where computing would be faster.
+        trace: whether reports say of each token what it came from.
 
     Attributes:
         allowance: how much may be done before a blend pauses.
@@ -57,8 +58,10 @@ class Blender:
         max_pass_tokens: int,
         *,
         never_slower: bool = True,
+        trace: bool = False,
     ) -> None:
         self.workspace = workspace
+        self.trace = trace
         self._run = run
         self.shape = shape
         self._max_pass_tokens = max_pass_tokens
@@ -258,6 +261,22 @@ class _Blend:
             report.exact_tokens += tokens if segment.exact else 0
             report.foreign_tokens += tokens if segment.foreign else 0
             report.learned_tokens += tokens if is_learned(segment.name or "") else 0
+        if self._blender.trace:
+            report.trace = self._trace(recomputed)
+
+    def _trace(self, recomputed: Tensor) -> tuple[tuple[str, int], ...]:
+        """What the prompt's tokens came from, in runs; see `ReuseReport.trace`."""
+        kinds = ("unknown", "missed", "reused", "carried", "recomputed", "local")
+        found = torch.zeros(self._plan.end, dtype=torch.int8, device=recomputed.device)
+        found[self._missed] = kinds.index("missed")
+        found[~self.required] = kinds.index("reused")
+        if self._selector.extrapolates and bool(recomputed.any()):
+            found[self.candidates] = kinds.index("carried")
+        found[recomputed] = kinds.index("recomputed")
+        found[: self._plan.local_tokens] = kinds.index("local")
+        values, counts = torch.unique_consecutive(found, return_counts=True)
+        runs = [(kinds[value], count) for value, count in zip(values.tolist(), counts.tolist(), strict=True)]
+        return (*runs, ("vllm", len(self._plan.token_ids) - self._plan.end))
 
     def _loaded(self, chunks: HotChunks) -> Steps[set[PlannedSegment]]:
         """Place all that is in memory or in the store; returns which segments that is."""

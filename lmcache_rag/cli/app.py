@@ -9,7 +9,12 @@ from typing import Annotated
 import typer
 
 from lmcache_rag import __version__
-from lmcache_rag.bench import application_commands, report_commands, store_commands  # noqa: F401  # add their commands to the others
+from lmcache_rag.bench import (  # noqa: F401  # add their commands to the others
+    application_commands,
+    report_commands,
+    serving_commands,
+    store_commands,
+)
 from lmcache_rag.bench.commands import bench_app, calibrate
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.chat import chat

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lmcache_rag.cli.start import asked
+from lmcache_rag.cli.trace import write_trace
 from lmcache_rag.errors import PromptError
 from lmcache_rag.request import DEFAULT_SELECTOR, DEFAULT_TARGET_KL, BlendOptions, ReuseReport
 from lmcache_rag.terminal import (
@@ -48,6 +50,9 @@ def ask(
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with plain prefill, and show both.")] = False,
     off: Annotated[bool, typer.Option("--off", help="Answer with plain prefill only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trace: Annotated[
+        Optional[Path], typer.Option(help="Write a page that shows what each token of the prompt came from.")
+    ] = None,
     tiers: TiersOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
@@ -58,8 +63,11 @@ def ask(
 
     if not question.strip():
         raise PromptError("The question is empty.")
+    if trace is not None and server is not None:
+        raise PromptError("--trace: a server does not tell what each token came from; leave --server out.")
     options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, target_kl=target_kl, ratio=ratio)
     settings, engine_options = IndexSettings.checked(model=model), given(dtype=dtype, threads=threads, tiers=tiers)
+    engine_options["trace"] = trace is not None
     with asked(server, folder, settings, **engine_options) as (engine, corpus):
         hits = corpus.search(question, passages)
         prompt = corpus.prompt(question, hits)
@@ -71,6 +79,8 @@ def ask(
                 out.print(delta.text, end="")
             answer = delta.completion
         assert answer is not None
+        if trace is not None:
+            write_trace(trace, engine.tokenizer, prompt.token_ids, answer)
         plain = engine.generate(prompt, sampling, BlendOptions(mode="off"), cache_salt="plain") if compare else None
     if as_json:
         result = as_row(answer, hits)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -25,7 +27,8 @@ from lmcache_rag.terminal import (
 )
 
 if TYPE_CHECKING:
-    from lmcache_rag.corpus import UpdateReport
+    from lmcache_rag.corpus import Corpus, IndexSettings, UpdateReport
+    from lmcache_rag.engine import Engine
 
 
 def index(
@@ -48,6 +51,10 @@ def index(
         Optional[Path],
         typer.Option(help="File of passages to use as primer, in place of some of the documents; /dev/null for none."),
     ] = None,
+    server: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Have running servers compute the KV, no engine is started; repeated, they share the work."),
+    ] = None,
     codec: CodecOption = None,
     capacity: CapacityOption = None,
     dtype: DtypeOption = None,
@@ -67,10 +74,14 @@ def index(
         primer=None if primer is None else _text_of(primer),
     )
     engine = given(codec=codec, capacity_bytes=capacity, dtype=dtype, threads=threads, tiers=tiers)
+    if server and (model or engine):
+        raise PromptError(
+            "--server: model, codec, capacity, tiers, dtype and threads are the server's: leave them out."
+        )
     if Manifest.read(folder) is None:
         find_files(paths)  # fails before anything is started or made
     try:
-        with updating(folder), started(folder, settings, create=True, **engine) as (_, corpus):
+        with updating(folder), _opened(server, folder, settings, engine) as (_, corpus):
             plan = corpus.plan_update(paths)
             free = "" if plan.free_bytes is None else f", {plan.free_bytes / 1e9:.1f} GB free"
             if plan.report.reprimed:
@@ -110,6 +121,21 @@ def index(
     _tell_left_out(report)
     if report.faults:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _opened(
+    servers: list[str] | None, folder: Path, settings: IndexSettings, engine: Mapping[str, Any]
+) -> Iterator[tuple[Engine, Corpus]]:
+    """The index to be changed, by an engine that is started for it, or by servers where some are named."""
+    if not servers:
+        with started(folder, settings, create=True, **engine) as opened:
+            yield opened
+        return
+    from lmcache_rag.corpus import open_through
+
+    with open_through(folder, settings, servers) as opened_through:
+        yield opened_through
 
 
 def _tell_left_out(report: UpdateReport) -> None:

@@ -11,7 +11,7 @@ from lmcache_rag.codec.container import (
     unpack,
     unpack_range,
 )
-from lmcache_rag.codec.registry import CODECS, DEFAULT_CODEC, LOSSLESS_CODEC, NamedCodec, codec_named
+from lmcache_rag.codec.registry import CODECS, DEFAULT_CODEC, LOSSLESS_CODEC, NamedCodec, codec_named, coded_bytes
 
 __all__ = [
     "CODECS",
@@ -24,6 +24,7 @@ __all__ = [
     "ObjectIndex",
     "StoredObject",
     "codec_named",
+    "coded_bytes",
     "open_index",
     "pack",
     "unpack",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from lmcache_rag.chunk_kv import KVShape
     from lmcache_rag.codec.base import Codec
     from lmcache_rag.codec.tables import CodecTables
 
@@ -92,3 +94,10 @@ def codec_named(name: str) -> str:
     if name not in CODECS:
         raise ValueError(f"there is no codec {name!r}, choose from {', '.join(CODECS)}")
     return name
+
+
+def coded_bytes(shape: KVShape, codecs: Iterable[str]) -> int:
+    """What one token's KV takes in all of these codecs, about."""
+    uncoded = 8 * shape.dtype.itemsize
+    bits = sum(CODECS[codec].bits or uncoded for codec in set(codecs))
+    return math.ceil(shape.bytes_per_token * bits / uncoded)

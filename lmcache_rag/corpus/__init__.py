@@ -5,7 +5,7 @@ from lmcache_rag.corpus.corpus import Corpus, Hit, updating
 from lmcache_rag.corpus.documents import Document, find_files, read_document
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, Embedder, SentenceEmbedder
 from lmcache_rag.corpus.manifest import Manifest
-from lmcache_rag.corpus.opening import IndexSettings, open_corpus, open_remotely
+from lmcache_rag.corpus.opening import IndexSettings, open_corpus, open_remotely, open_through
 from lmcache_rag.corpus.updates import UpdatePlan, UpdateReport
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "find_files",
     "open_corpus",
     "open_remotely",
+    "open_through",
     "read_document",
     "updating",
 ]

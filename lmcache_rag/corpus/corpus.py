@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from lmcache_rag.chunk_kv import context_digest, key_of, variant_of
+from lmcache_rag.corpus.computing import Computing, LocalComputing
 from lmcache_rag.corpus.database import Database, Passage
 from lmcache_rag.corpus.documents import Document, absolute, find_files, read_file
 from lmcache_rag.corpus.embedder import Embedder
@@ -45,6 +46,7 @@ class Corpus:
 
     Args:
         manifest: what the index is to be made with; compared with what it was made with where it exists.
+        computing: who computes KV where the index changes; None for a local engine itself.
 
     Attributes:
         primer: its token ids; none before the first update is planned.
@@ -53,11 +55,14 @@ class Corpus:
         CorpusError: the index was made with another model, preamble, or other settings, or cannot be used.
     """
 
-    def __init__(self, folder: Path, engine: Engine, embedder: Embedder, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, embedder: Embedder, manifest: Manifest, computing: Computing | None = None
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._engine = engine
         self._embedder = embedder
+        self._changing = computing
         self._preamble = manifest.prompt.preamble_ids(engine.tokenizer)
         self._set_primer(manifest.primer or "", manifest.primer_tokens or 0)
         known = Manifest.read(folder)
@@ -76,11 +81,13 @@ class Corpus:
         self._database.close()
 
     @property
-    def _local(self) -> LocalEngine:
-        """The engine, for what only one in this process can do. Raises `CorpusError`."""
-        if isinstance(self._engine, RemoteEngine):
-            raise CorpusError("A server answers from an index, but does not change it: open it without the server.")
-        return cast("LocalEngine", self._engine)
+    def _computing(self) -> Computing:
+        """Raises `CorpusError` where the index was opened to be asked only."""
+        if self._changing is None:
+            if isinstance(self._engine, RemoteEngine):
+                raise CorpusError("The index was opened to be asked: `lmcache-rag index --server URL` changes it.")
+            self._changing = LocalComputing(cast("LocalEngine", self._engine))
+        return self._changing
 
     def plan_update(self, paths: Sequence[Path]) -> UpdatePlan:
         """Read and split what is new or changed in `paths`. Documents that were below them and are gone are removed.
@@ -89,7 +96,7 @@ class Corpus:
             StoreError: the store cannot be written to.
             CorpusError: as `find_files`; a single file that cannot be read or used is listed in the report instead.
         """
-        check_writable(self._local.store)
+        check_writable(self._computing.chunks().store)
         known, report = self._database.documents(), UpdateReport()
         files = find_files(paths, known)
         roots = [absolute(path) for path in paths]
@@ -127,8 +134,10 @@ class Corpus:
             former_primer=former if self.primer != former else [],
             report=report,
             tokens=fresh + again,
-            needed_bytes=self._bounded((fresh * (2 if self.primer else 1) + again) * self._local.kv_bytes_per_token),
-            free_bytes=self._local.chunk_store().store.free_bytes(),
+            needed_bytes=self._bounded(
+                (fresh * (2 if self.primer else 1) + again) * self._computing.kv_bytes_per_token
+            ),
+            free_bytes=self._computing.chunks().store.free_bytes(),
         )
 
     def update(
@@ -153,19 +162,19 @@ class Corpus:
             )
         report, known = plan.report, self._database.documents()
         if plan.pending:
-            self._local.codec.ensure(plan.texts, learning)
+            self._computing.learn_codec(plan.texts, learning)
             if learning is not None:
                 learning("tokens")
         with writing(self.folder):
             self.manifest.write(self.folder)
         for item in plan.pending:
             self._forget_primed(item, plan.former_primer)
-            done = self._local.precompute(self._preamble, item.token_ids, progress, primer=self.primer)
+            done = self._computing.compute(self._preamble, item.token_ids, progress, self.primer)
             if done.errors:
                 raise CorpusError(f"The KV of {item.path} cannot be stored. {next(iter(done.errors.values()))}")
             vectors = self._embedder.embed(item.texts)
             keys = [key_of(ids) for ids in item.token_ids]
-            self._local.chunk_store().own(self.manifest.owner, keys)
+            self._computing.chunks().own(self.manifest.owner, keys)
             passages = [
                 Passage(text, key.hex(), vector) for text, key, vector in zip(item.texts, keys, vectors, strict=True)
             ]
@@ -225,7 +234,7 @@ class Corpus:
 
     def _bounded(self, size_bytes: int) -> int:
         """What so many new bytes take at most: what goes over the store's limit is evicted."""
-        capacity_bytes = self._local.settings.capacity_bytes
+        capacity_bytes = self._computing.capacity_bytes
         return size_bytes if capacity_bytes is None else min(size_bytes, capacity_bytes)
 
     def _set_primer(self, text: str, room: int) -> None:
@@ -266,7 +275,7 @@ class Corpus:
 
     def _is_stored(self, path: str) -> bool:
         """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
-        chunks = self._local.chunk_store()
+        chunks = self._computing.chunks()
         variants = {variant_of(self._preamble)}
         if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
             variants.add(variant_of(self._preamble, self.primer))
@@ -308,11 +317,11 @@ class Corpus:
         are stored as residuals against what is computed behind the new one."""
         if former_primer and self.manifest.store == OWN_STORE:
             variant = variant_of(self._preamble, former_primer)
-            self._local.chunk_store().delete(map(key_of, item.token_ids), variant)
+            self._computing.chunks().delete(map(key_of, item.token_ids), variant)
 
     def _delete_unused_kv(self) -> None:
         """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
-        chunks, owner = self._local.chunk_store(), self.manifest.owner
+        chunks, owner = self._computing.chunks(), self.manifest.owner
         if not chunks.knows(owner):
             chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +10,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmcache_rag.blobs.uri import StoreURI, is_folder, open_store, resolved
+from lmcache_rag.corpus.computing import ServedComputing
 from lmcache_rag.corpus.corpus import OWN_STORE, Corpus
 from lmcache_rag.corpus.documents import printed
 from lmcache_rag.corpus.embedder import DEFAULT_EMBEDDING_MODEL, SentenceEmbedder
 from lmcache_rag.corpus.manifest import Manifest
+from lmcache_rag.engine.base import Engine
 from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.remote import RemoteEngine
 from lmcache_rag.engine.settings import EngineSettings
 from lmcache_rag.errors import CorpusError
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
-from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, first_problem
+from lmcache_rag.request import DEFAULT_NAMESPACE, INGEST_KEY, NAMESPACE_PATTERN, first_problem
 
 
 class IndexSettings(BaseModel):
@@ -66,11 +69,7 @@ def open_remotely(folder: Path, base_url: str) -> Iterator[tuple[RemoteEngine, C
     if manifest is None:
         raise _no_index(folder)
     with RemoteEngine(base_url) as engine:
-        if engine.model_name != manifest.model:
-            raise CorpusError(
-                f"The server at {base_url} serves {engine.model_name}, but the index {folder} was made with "
-                f"{manifest.model}: start one with `lmcache-rag serve --index {folder}`."
-            )
+        _check_served(folder, manifest, engine)
         corpus = Corpus(folder, engine, SentenceEmbedder(manifest.embedding_model), manifest)
         try:
             yield engine, corpus
@@ -119,9 +118,11 @@ def open_corpus(
     engine_settings = EngineSettings.checked(model=model, store=resolved(store, folder), namespace=namespace, **engine)
     if create:  # before an engine is started for nothing
         check_writable(open_store(engine_settings.store, engine_settings.tiers))
-    embedding_model = settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL)
     with LocalEngine(engine_settings) as started:
-        manifest = Manifest(
+        manifest = _manifest(
+            settings,
+            known,
+            started,
             model=model,
             model_fingerprint=started.model_fingerprint,
             dtype=started.dtype,
@@ -129,19 +130,89 @@ def open_corpus(
             namespace=namespace,
             store=store,
             codec=started.settings.codec,
-            prompt=_prompt(settings, known, started),
-            primer=settings.primer if settings.primer is not None else (known.primer if known else None),
-            primer_tokens=known.primer_tokens if known else None,
-            primer_from="given" if settings.primer is not None else (known.primer_from if known else None),
-            chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
-            overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
-            embedding_model=embedding_model,
         )
-        corpus = Corpus(folder, started, SentenceEmbedder(embedding_model), manifest)
+        corpus = Corpus(folder, started, SentenceEmbedder(manifest.embedding_model), manifest)
         try:
             yield started, corpus
         finally:
             corpus.close()
+
+
+@contextmanager
+def open_through(
+    folder: Path, settings: IndexSettings | None, servers: Sequence[str]
+) -> Iterator[tuple[RemoteEngine, Corpus]]:
+    """Open the index in `folder`, or make one, to have servers (`lmcache-rag serve`) compute its KV. They have the same
+    store, and let this client store.
+
+    Raises:
+        CorpusError: the index was made with something else than the servers have or `settings` ask for; or the servers
+            differ in what they compute, or do not let this client store.
+        EngineError: a server does not answer.
+        StoreError: the store cannot be read from here, or written to.
+    """
+    settings, folder = settings or IndexSettings(), Path(folder).expanduser()
+    known = Manifest.read(folder)
+    with RemoteEngine(list(servers)) as engine:
+        served = _served(servers)
+        if known is not None:
+            _check_served(folder, known, engine)
+        store = _absolute(settings.store) if settings.store else (known.store if known else served["store"])
+        namespace = settings.namespace or (known.namespace if known else served["namespace"])
+        manifest = _manifest(
+            settings,
+            known,
+            engine,
+            model=known.model if known else served["model_path"],
+            model_fingerprint=served["fingerprint"],
+            dtype=served["dtype"],
+            tokenizer_fingerprint=served["tokenizer_fingerprint"],
+            namespace=namespace,
+            store=store,
+            codec=served["codec"],
+        )
+        stored = ChunkStores(open_store(resolved(store, folder)), served["fingerprint"], served["codec"]).of(namespace)
+        computing = ServedComputing(engine, stored, served["kv_bytes_per_token"])
+        corpus = Corpus(folder, engine, SentenceEmbedder(manifest.embedding_model), manifest, computing)
+        try:
+            yield engine, corpus
+        finally:
+            corpus.close()
+
+
+def _served(servers: Sequence[str]) -> dict[str, Any]:
+    """What all of the servers say that they are."""
+    found = []
+    for url in servers:
+        with RemoteEngine(url) as one:
+            found.append(one.get("/lmcache-rag/status"))
+        if found[-1]["namespace_per_salt"]:
+            raise CorpusError(
+                f"The server at {url} gives each cache_salt a namespace of its own, and has none to index."
+            )
+        if not found[-1]["may_store"]:
+            raise CorpusError(
+                f"The server at {url} does not let this client store: start it with --ingest-key and set "
+                f"{INGEST_KEY} to the same, or with --clients-precompute."
+            )
+        for name in ("fingerprint", "codec", "namespace"):
+            if found[-1][name] != found[0][name]:
+                raise CorpusError(
+                    f"The servers differ: {name} {found[0][name]} at {servers[0]}, {found[-1][name]} at {url}."
+                )
+    return dict(found[0])
+
+
+def _check_served(folder: Path, manifest: Manifest, engine: RemoteEngine) -> None:
+    """Raises `CorpusError` where an index was made with another model than a server has."""
+    if engine.model_name == manifest.model:
+        return
+    fingerprint = engine.get("/lmcache-rag/status")["fingerprint"] if manifest.model_fingerprint else ""
+    if not fingerprint or fingerprint != manifest.model_fingerprint:
+        raise CorpusError(
+            f"The server at {engine.settings.base_url[0]} serves {engine.model_name}, but the index {folder} was made "
+            f"with {manifest.model}: start one with `lmcache-rag serve --index {folder}`."
+        )
 
 
 def _no_index(folder: Path) -> CorpusError:
@@ -159,7 +230,22 @@ def _absolute(store: str) -> str:
     return str(Path(store).expanduser().resolve()) if is_folder(store) else store
 
 
-def _prompt(settings: IndexSettings, known: Manifest | None, engine: LocalEngine) -> PromptFormat:
+def _manifest(settings: IndexSettings, known: Manifest | None, engine: Engine, **fields: Any) -> Manifest:
+    """What an index is to be made with: what its KV is computed with, and for the rest what is asked for, else what it
+    was made with, else what is usual."""
+    return Manifest(
+        prompt=_prompt(settings, known, engine),
+        primer=settings.primer if settings.primer is not None else (known.primer if known else None),
+        primer_tokens=known.primer_tokens if known else None,
+        primer_from="given" if settings.primer is not None else (known.primer_from if known else None),
+        chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
+        overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
+        embedding_model=settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL),
+        **fields,
+    )
+
+
+def _prompt(settings: IndexSettings, known: Manifest | None, engine: Engine) -> PromptFormat:
     if isinstance(settings.prompt, PromptFormat):
         return settings.prompt
     if settings.prompt == "chat":

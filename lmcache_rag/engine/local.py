@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import math
 import os
 import queue
 import threading
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from lmcache_rag.blobs.uri import open_store
 from lmcache_rag.chunk_kv import key_of, variant_of
-from lmcache_rag.codec import CODECS
+from lmcache_rag.codec import coded_bytes
 from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.loop import EngineLoop, Request
@@ -116,10 +115,7 @@ class LocalEngine(Engine):
     @property
     def kv_bytes_per_token(self) -> int:
         """What one token's KV takes in the store, about, in all codecs in which it is stored."""
-        uncoded = 8 * self._shape.dtype.itemsize
-        codecs = {self.settings.codec, *self.settings.extra_codecs}
-        bits = sum(CODECS[codec].bits or uncoded for codec in codecs)
-        return math.ceil(self._shape.bytes_per_token * bits / uncoded)
+        return coded_bytes(self._shape, (self.settings.codec, *self.settings.extra_codecs))
 
     @property
     def layers(self) -> int:

@@ -58,6 +58,7 @@ class EngineSettings(BaseSettings):
         conversations_ttl_s: the same of stored conversations and learned text; a week.
         eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
         tool_parser: name of vLLM's parser for the model's tool calls; None goes by the model's chat template.
+        trace: whether reports say of each of a prompt's tokens what it came from.
         forced_answers: whether requests may force their answer (`Sampling.forced_token_ids`).
         primed: whether chunks are computed behind a primer as well, unless `precompute` is told otherwise; without it
             ingest takes half the time and, in a transform codec, four fifths of the space; reuse loses more.
@@ -91,6 +92,7 @@ class EngineSettings(BaseSettings):
     conversations_ttl_s: float | None = Field(default=7.0 * DAY_S, gt=0.0)
     eviction: Annotated[str, AfterValidator(eviction_named)] = "lru"
     tool_parser: str | None = None
+    trace: bool = False
     forced_answers: bool = False
     primed: bool = True
     prefix_caching: bool = True

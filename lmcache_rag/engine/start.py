@@ -116,6 +116,7 @@ def engine_arguments(
                 "never_slower": settings.never_slower,
                 "refine": settings.refine,
                 "learn": settings.learn,
+                "trace": settings.trace,
                 "conversations": settings.conversations,
                 "capacity_bytes": settings.capacity_bytes,
                 "ttl_s": settings.ttl_s,

@@ -75,13 +75,13 @@ def _forbidden(request: Request, options: BlendOptions, config: ConnectorConfig)
     if options.mode == "precompute" and not config.clients_precompute:
         return "clients may not store KV here: the connector's clients_precompute allows it"
     if options.mode == "precompute" and config.ingest_key and not _is_granted(options):
-        return "storing KV takes the server's ingest key, shown at /v1/completions or /v1/chat/completions"
+        return "storing KV takes the server's ingest key"
     return ""
 
 
 def _is_granted(options: BlendOptions) -> bool:
-    """Whether the client has shown the ingest key to the server's middleware. That alone sees headers, but not all of
-    vLLM's endpoints; the engine sees all requests."""
+    """Whether the client has shown the ingest key to the server's middleware. That alone sees headers, but the engine
+    sees all requests."""
     key, given = os.environ.get(INGEST_KEY), (options.grant or "").encode(errors="replace")
     return bool(key) and hmac.compare_digest(given, grant_of(str(key)).encode())
 

@@ -55,6 +55,8 @@ class ConnectorConfig(BaseModel):
         ttl_s: chunks that were not used for so long are deleted; None keeps them.
         conversations_ttl_s: the same of stored conversations and learned text; a week.
         eviction: what is worth least: `lru`, what was used longest ago, or `cost`: bytes weigh against computing.
+        trace: whether reports say of each of a prompt's tokens what it came from: for engines without foreign clients,
+            to whom that would tell what is stored, to the token.
         max_blend_tokens: of longer prompts the rest is left to vLLM's prefill; bounds the memory reserved.
     """
 
@@ -83,6 +85,7 @@ class ConnectorConfig(BaseModel):
     ttl_s: float | None = Field(default=None, gt=0.0)
     conversations_ttl_s: float | None = Field(default=7.0 * DAY_S, gt=0.0)
     eviction: Annotated[str, AfterValidator(eviction_named)] = "lru"
+    trace: bool = False
     max_blend_tokens: int = Field(default=32768, ge=1)
 
     @classmethod
@@ -122,7 +125,7 @@ def model_folder(vllm_config: VllmConfig) -> Path:
     return resolve_model(str(vllm_config.model_config.model), vllm_config.model_config.revision)
 
 
-def unsupported_engine(vllm_config: VllmConfig) -> str:
+def unsupported_engine(vllm_config: VllmConfig, kv_cache_groups: int = 1) -> str:
     """Why an engine's requests all pass through untouched, or nothing."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     of_experts = model.is_moe or parallel.enable_expert_parallel
@@ -138,5 +141,6 @@ def unsupported_engine(vllm_config: VllmConfig) -> str:
         "speculative decoding": vllm_config.speculative_config is not None,
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in kv_dtypes,
         "multimodal RoPE": model.uses_mrope,
+        "several KV cache groups": kv_cache_groups != 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

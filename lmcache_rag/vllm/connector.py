@@ -56,9 +56,7 @@ class BlendConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._config = ConnectorConfig.of(vllm_config)
-        self._unsupported = unsupported_engine(vllm_config)
-        if not self._unsupported and len(kv_cache_config.kv_cache_groups) != 1:
-            self._unsupported = "several KV cache groups"
+        self._unsupported = unsupported_engine(vllm_config, len(kv_cache_config.kv_cache_groups))
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         self._tiers: dict[str, TierStats] = {}  # what was last told of each
@@ -114,6 +112,7 @@ class BlendConnector(KVConnectorBase_V1):
             max_pass_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             hot_bytes=self._config.hot_bytes,
             never_slower=self._config.never_slower,
+            trace=self._config.trace,
             block_tokens=self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         )
 

@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 import lmcache_rag
-from lmcache_rag.chunk_kv import key_of, variant_of
+from lmcache_rag.chunk_kv import KVShape, key_of, variant_of
+from lmcache_rag.codec import coded_bytes
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.contents import figures
+from lmcache_rag.model import tokenizer_fingerprint
 from lmcache_rag.request import NAMESPACE_PATTERN, STORE_FAILED, first_problem
 from lmcache_rag.vllm.admission import namespace_of_salt
-from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of
+from lmcache_rag.vllm.config import ConnectorConfig, fingerprint_of, model_folder
 from lmcache_rag.vllm.metrics import totals
 
 if TYPE_CHECKING:
@@ -122,6 +124,12 @@ class _Server:
     def _fingerprint(self) -> str:
         return fingerprint_of(self._vllm_config)
 
+    @functools.cached_property
+    def _shape(self) -> KVShape:
+        model = self._model
+        layers = model.get_num_layers(self._vllm_config.parallel_config)
+        return KVShape(layers, model.get_total_num_kv_heads(), model.get_head_size(), model.dtype)
+
     def status(self, *, may_store: bool) -> dict[str, Any]:
         """What is served and stored, and was reused since the start; of what tenants' namespaces hold nothing."""
         config = self.config
@@ -129,8 +137,12 @@ class _Server:
             "version": lmcache_rag.__version__,
             "model": self._model.served_model_name or self._model.model,
             "max_model_len": self._model.max_model_len,
+            "model_path": self._model.model,
             "fingerprint": self._fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint(model_folder(self._vllm_config)),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
             "codec": config.codec,
+            "kv_bytes_per_token": coded_bytes(self._shape, (config.codec, *config.extra_codecs)),
             "may_store": config.clients_precompute and may_store,
             "namespace_per_salt": config.namespace_per_salt,
             "totals": totals(get_prometheus_registry()),

@@ -63,7 +63,7 @@ class WorkerHalf:
         workspace_tokens: the longest blend.
         max_pass_tokens: longest nested forward; vLLM has memory for that many tokens a step.
         block_tokens: tokens per block of the paged cache.
-        hot_bytes, never_slower: see `ConnectorConfig`.
+        hot_bytes, never_slower, trace: see `ConnectorConfig`.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class WorkerHalf:
         block_tokens: int,
         hot_bytes: int,
         never_slower: bool,
+        trace: bool,
     ) -> None:
         self._model = model
         codecs = ModelCodecs(store, fingerprint, model.shape, machine_store(), shipped)
@@ -92,7 +93,12 @@ class WorkerHalf:
         self._hot = HotChunks(self._chunks, hot_bytes, pinned=model.device.type == "cuda")
         self._block_tokens = block_tokens
         self._blender = Blender(
-            model.workspace(workspace_tokens), model, model.shape, max_pass_tokens, never_slower=never_slower
+            model.workspace(workspace_tokens),
+            model,
+            model.shape,
+            max_pass_tokens,
+            never_slower=never_slower,
+            trace=trace,
         )
         self._rates = self._blender.rates
         rates = self._rates

@@ -146,6 +146,22 @@ def test_tokens_without_kv_are_run_once(selector: str, blends: Blends) -> None:
     assert (report.unknown_tokens, report.missed_tokens) == (6, 10)
 
 
+@pytest.mark.parametrize(("selector", "kept"), [("query", "carried"), ("head", "reused")])
+def test_what_each_token_came_from(selector: str, kept: str, blends: Blends) -> None:
+    gone = blends.stored(25, 10)
+    assert gone.name is not None
+    blends.store.delete([gone.name])
+    chunks = (blends.stored(5, 19), gone, blends.stored(35, 5))
+    assert blends.blend(*chunks, selector=selector, ratio=0.25).trace == ()
+    blends.blender.trace = True
+    report = blends.blend(*chunks, selector=selector, ratio=0.25)
+    tokens = [kind for kind, length in report.trace for _ in range(length)]
+    assert len(tokens) == report.prompt_tokens == TOKENS + QUESTION
+    assert tokens[:5] == ["unknown"] * 5 and tokens[24:35] == ["unknown", *["missed"] * 10]
+    assert (tokens.count("recomputed"), tokens.count(kept)) == (report.recomputed_tokens, report.reused_tokens)
+    assert tokens[TOKENS:] == ["vllm"] * QUESTION
+
+
 def test_a_preamble_is_loaded_once(blends: Blends) -> None:
     preamble, chunk = blends.stored(0, 10, exact=True), blends.stored(10, 30)
     first = blends.blend(chunk, preamble=preamble)

@@ -7,11 +7,15 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from lmcache_rag.cli.app import app
 from lmcache_rag.engine import RemoteEngine, Sampling
+from lmcache_rag.errors import LmcacheRagError
 from tests.helpers import parts, random_plan
 from tests.models import CONTEXT, make_tiny
 from tests.servers import RagServer
@@ -177,7 +181,7 @@ def test_clients_that_may_store_keep_and_release_chunks(server: str) -> None:
     assert status_of(server)["chunks"] == held - (len(chunks) - 1)
 
 
-def test_no_other_endpoint_stores(server: str) -> None:
+def test_the_key_is_asked_for_at_every_endpoint(server: str) -> None:
     options = {"mode": "precompute", "segments": [[2, 40]]}
     chunk = [33] * 40
     body = {
@@ -186,10 +190,10 @@ def test_no_other_endpoint_stores(server: str) -> None:
         "max_tokens": 1,
         "kv_transfer_params": {"lmcache_rag": options},
     }
-    answer = post(server, "/invocations", body, key="")
-    assert "ingest key" in reuse(answer)["reason"]
-    assert reuse(answer)["stored_tokens"] == 0
+    status, error = refused(server, "/invocations", body, key="")
+    assert status == 403 and "ingest key" in error["message"]
     assert post(server, "/lmcache-rag/missing", {"preamble": [5, 6], "chunks": [chunk]})["missing"] == [0]
+    assert reuse(post(server, "/invocations", body))["stored_tokens"] > 0
 
 
 def test_several_answers_have_a_report(server: str) -> None:
@@ -286,3 +290,36 @@ def test_a_thousand_streams_at_once_and_those_that_leave(server: str) -> None:
         alone = remote.generate([4 + number % 350, 4 + number // 350, 9], Sampling(max_tokens=3, ignore_eos=True)).text
         assert answers[number] == alone
     assert running(remote) == 0
+
+
+def test_a_running_server_is_measured(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_INGEST_KEY", KEY)
+    asked = ["bench", "serve", "--url", server]
+    size = "--requests 4 --concurrency 2 --pool 3 --passages 2 --passage-tokens 60 --rounds 2 --answer-tokens 2"
+    rows = measured([*asked, *size.split()], tmp_path / "rows.json")
+    named = [(row["workload"], row["mode"], row["requests"]) for row in rows]
+    assert named == [(each, mode, 4) for each in ("permuted", "chat") for mode in ("prefix_cache", "blend")]
+    assert all(0 < row["ttft_p50_s"] <= row["ttft_p95_s"] for row in rows)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt": "One", "max_tokens": 2}\n\n{"prompt": "Two", "at_s": 0.1}\n')
+    rows = measured([*asked, "--trace", str(trace)], tmp_path / "rows.json")
+    assert [(row["workload"], row["requests"]) for row in rows] == [("trace", 2)] * 2
+    monkeypatch.setenv("LMCACHE_RAG_INGEST_KEY", "another")
+    with pytest.raises(LmcacheRagError, match="ingest key"):
+        measured([*asked, *size.split()], tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [('{"prompt": "One"}\n{"at_s": 1}', "line 2 .* has neither"), ("[]", "line 1 .* is no request"), ("", "is empty")],
+)
+def test_traces_that_cannot_be_replayed(tmp_path: Path, text: str, problem: str) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(text)
+    with pytest.raises(LmcacheRagError, match=problem):
+        measured(["bench", "serve", "--url", "http://127.0.0.1:1", "--trace", str(trace)], tmp_path / "rows.json")
+
+
+def measured(arguments: list[str], rows: Path) -> Any:
+    CliRunner().invoke(app, [*arguments, "--json", str(rows)], catch_exceptions=False)
+    return json.loads(rows.read_text())

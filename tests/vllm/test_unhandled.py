@@ -90,3 +90,7 @@ def vllm_config(*, moe: bool = False) -> SimpleNamespace:
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(dtype="torch.float32", uses_mrope=False, is_moe=moe),
     )
+
+
+def test_hybrid_models() -> None:
+    assert unsupported_engine(vllm_config(), kv_cache_groups=2) == "several KV cache groups"  # type: ignore[arg-type]

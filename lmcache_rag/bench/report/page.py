@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from lmcache_rag.bench.report import plots
+from lmcache_rag.bench.report.asked import ASKED
 from lmcache_rag.bench.report.plots import Plot, drawn
 from lmcache_rag.bench.report.results import Result, Row
 
@@ -74,7 +75,7 @@ def write_page(results: Mapping[str, Result], folder: Path) -> tuple[Path, Path]
         lstrip_blocks=True,
     )
     environment.filters |= {"cell": _cell, "coded": _coded}
-    given = {"headlines": headlines(results), "sections": made, "machines": machines}
+    given = {"headlines": headlines(results), "sections": made, "machines": machines, "asked": ASKED}
     page, text = folder / "index.html", folder / "README.md"
     page.write_text(environment.get_template("page.html").render(given))
     text.write_text(environment.get_template("page.md").render(given))
