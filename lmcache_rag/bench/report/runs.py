@@ -74,6 +74,7 @@ RUNS = (
     _run("codec", 25, f"codec --data {QUESTIONS} --calibration {PASSAGES} --limit 40"),
     _run("scale", 90, f"scale --data {PASSAGES}"),
     _run("streaming", 8, "streaming"),
+    _run("peers", 10, "peers"),
     _run("store", 6, "store --chunks 1000000"),
 )
 
