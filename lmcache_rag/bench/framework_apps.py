@@ -29,6 +29,9 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.llms.lmcache_rag import KVPrecompute, LmcacheRag
 
+from lmcache_rag.engine.chat import Chat
+from lmcache_rag.errors import PromptError
+
 Mode = Literal["off", "blend"]
 Ask = Callable[[Mode, str, Sequence[str]], Any]
 """Asks a question over passages."""
@@ -60,16 +63,21 @@ _SYSTEM = (
 
 
 def apps(engine: Any, answer_tokens: int) -> Iterator[App]:
-    """All of them.
+    """All of them; those with a chat template where the model has one.
 
     Args:
         engine: which answers.
         answer_tokens: longest answer.
     """
-    for chat_template in (False, True):
+    try:
+        engine.render(Chat([{"role": "user", "content": "Hello"}]))
+        forms: tuple[bool, ...] = (False, True)
+    except PromptError:
+        forms = (False,)
+    for chat_template in forms:
         llm = LmcacheRag(engine=engine, max_tokens=answer_tokens, chat_template=chat_template)
         yield from _of_llama_index(llm, " (chat template)" if chat_template else "")
-    for chat_template in (False, True):
+    for chat_template in forms:
         model = ChatLmcacheRag(engine=engine, max_tokens=answer_tokens, chat_template=chat_template)
         yield from _of_langchain(model, " (chat template)" if chat_template else "")
 

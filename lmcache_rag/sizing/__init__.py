@@ -4,7 +4,8 @@
 """
 
 from lmcache_rag.sizing.estimate import Corpus, Estimate, Links, Load, estimate
-from lmcache_rag.sizing.hardware import GPUS, Hardware, gpus, measured_hardware
+from lmcache_rag.sizing.hardware import GPUS, Hardware, gpus
+from lmcache_rag.sizing.measured import measured_hardware
 from lmcache_rag.sizing.shapes import MODELS, ModelShape, model_shape
 
 __all__ = [

@@ -1,7 +1,4 @@
-"""The formulas: seconds to the first token, bytes stored, bandwidth that pays, and what a load makes of them.
-
-Notation of `docs/sizing.md`: n tokens of passages in a prompt, q of the question, r the recompute ratio.
-"""
+"""Bytes stored, bandwidth that pays, and what a load makes of it, besides seconds to the first token."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmcache_rag.plan.cost import PROBE_TOKENS
+from lmcache_rag.sizing.formulas import blend_parts, full_prefill_s
 from lmcache_rag.sizing.hardware import Hardware
 from lmcache_rag.sizing.shapes import ModelShape
 
@@ -20,9 +17,6 @@ SMALLER = {"raw": 0.5, "q8": 1.88, "q4": 3.55, "high": 6.26, "balanced": 8.57, "
 
 _BOTH_VARIANTS = {"high": 1.45, "balanced": 1.42, "small": 1.4}
 """Bytes of a chunk's two variants, of those of one (docs/codec.md); others are stored whole twice."""
-
-_REPAIRED_LAYERS = 5 / 6
-"""Recomputing ends a sixth of the layers before the last."""
 
 _INGEST = 2.0
 """Prefills of a chunk that computing both its variants takes."""
@@ -145,37 +139,6 @@ def estimate(
         blend_load_s=blend_s + waits[1],
         saved_month=saved_s / 3600 * links.price_hour,
     )
-
-
-def full_prefill_s(model: ModelShape, hardware: Hardware, tokens: int) -> float:
-    """TTFT of plain vLLM: floor + max(pass, FLOPs of weights / rate + FLOPs of attention / rate)."""
-    weights, attention = model.flops(tokens)
-    computing = weights / hardware.weights_flops + attention / hardware.attention_flops
-    return hardware.floor_s + max(hardware.pass_s, computing)
-
-
-def blend_parts(
-    model: ModelShape, hardware: Hardware, tokens: int, question_tokens: int, ratio: float, read_s_per_token: float
-) -> dict[str, float]:
-    """TTFT of a blend by what it is spent on: `read`, of the store; `restore`, decoding into the paged cache; `probe`,
-    the question's last tokens over all of it; `repair`, r * n tokens in five sixths of the layers, which attend to half
-    of it on average; `question`, vLLM's own work."""
-    per_token = 2.0 * model.weights / hardware.weights_flops
-
-    def computing_s(queries: float, keys: float) -> float:
-        return queries * (per_token + keys * model.attention_flops / hardware.attention_flops)
-
-    probed = min(PROBE_TOKENS, question_tokens)
-    probe = max(hardware.pass_s, computing_s(probed, tokens)) if ratio else 0.0
-    repair = max(hardware.pass_s, _REPAIRED_LAYERS * computing_s(ratio * tokens, tokens / 2)) if ratio else 0.0
-    return {
-        "floor": hardware.floor_s,
-        "read": tokens * read_s_per_token,
-        "restore": tokens * model.kv_bytes / hardware.restored_bytes,
-        "probe": probe,
-        "repair": repair,
-        "question": max(hardware.pass_s, 0.0 if hardware.measured else computing_s(question_tokens, tokens)),
-    }
 
 
 def hot_share(corpus: Corpus, held_tokens: float, zipf: float) -> float:

@@ -1,10 +1,8 @@
-"""How fast a machine computes: of GPUs by their data sheets, of this machine by what was measured on it."""
+"""How fast a machine computes: of GPUs, by their data sheets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.sizing.shapes import ModelShape
@@ -28,8 +26,9 @@ class Hardware:
         weights_flops: per second, of products with weights.
         attention_flops: per second, of attention.
         restored_bytes: of float16 KV that is decoded and put in place, per second.
-        floor_s: TTFT of a prompt that vLLM's prefix cache holds.
-        pass_s: what a pass over the model takes however few its tokens.
+        floor_s: TTFT of a prompt that vLLM's prefix cache holds: a pass and what an answer takes besides.
+        pass_s: what a pass over the model takes beyond its tokens.
+        nested_share: seconds of a blend's own passes, of those that prefill of as many FLOPs takes.
         kv_memory_bytes: for KV, beside the weights.
         measured: or taken from data sheets and assumptions.
     """
@@ -41,6 +40,7 @@ class Hardware:
     floor_s: float
     pass_s: float
     kv_memory_bytes: float
+    nested_share: float = 1.0
     measured: bool = False
 
 
@@ -77,43 +77,13 @@ def gpus(name: str, count: int, model: ModelShape) -> Hardware:
         raise LmcacheRagError(
             f"--gpus: {model.name} has {weights_bytes / 1e9:.0f} GB of weights, which {count} {name} cannot hold."
         )
+    pass_s = weights_bytes / (count * gpu.bandwidth)
     return Hardware(
         name=f"{count} {name.upper()}",
         weights_flops=_UTILISED * count * gpu.flops,
         attention_flops=_UTILISED_ATTENTION * count * gpu.flops,
         restored_bytes=_RESTORED_SHARE * count * gpu.bandwidth,
-        floor_s=_FLOOR_S,
-        pass_s=weights_bytes / (count * gpu.bandwidth),
+        floor_s=_FLOOR_S + pass_s,
+        pass_s=pass_s,
         kv_memory_bytes=free,
-    )
-
-
-def measured_hardware(rows: Iterable[Mapping[str, Any]], model: ModelShape, kv_memory_bytes: float = 4e9) -> Hardware:
-    """From the rows of `bench ttft` at two lengths of prompts.
-
-    Raises:
-        LmcacheRagError: they do not have full prefill and reuse at two lengths.
-    """
-    found = [row for row in rows if row.get("chunks") != "joined"]
-    full = sorted((row["prompt_tokens"], row["ttft_median_s"]) for row in found if row["mode"] == "full")
-    cached = [row["ttft_median_s"] for row in found if row["mode"] == "prefix_cache"]
-    reuse = [row for row in found if row["mode"] == "reuse"]
-    if len({tokens for tokens, _ in full}) < 2 or not cached or not reuse:
-        raise LmcacheRagError("The rows must be those of `bench ttft` at two lengths of prompts.")
-    floor_s = sum(cached) / len(cached)
-    (few, few_s), (many, many_s) = full[0], full[-1]
-    # Seconds are a * tokens + b * tokens^2: weights and attention.
-    per_square = max(1e-12, ((many_s - floor_s) / many - (few_s - floor_s) / few) / (many - few))
-    per_token = max(1e-12, (few_s - floor_s) / few - per_square * few)
-    longest = max(reuse, key=lambda row: row["prompt_tokens"])
-    restoring_s = max(1e-6, longest["ttft_median_s"] - floor_s)
-    return Hardware(
-        name="as measured",
-        weights_flops=2 * model.weights / per_token,
-        attention_flops=model.attention_flops / 2 / per_square,
-        restored_bytes=model.kv_bytes * longest["prompt_tokens"] / restoring_s,
-        floor_s=floor_s,
-        pass_s=0.0,
-        kv_memory_bytes=kv_memory_bytes,
-        measured=True,
     )

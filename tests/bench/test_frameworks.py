@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from lmcache_rag.bench.frameworks import bench_frameworks
@@ -13,13 +11,7 @@ from lmcache_rag.errors import EngineError
 pytest.importorskip("langchain_lmcache_rag")
 pytest.importorskip("llama_index.llms.lmcache_rag")
 
-
-HERMES = Path(__file__).parents[1] / "integrations" / "hermes.jinja"
-
-
-@pytest.fixture(autouse=True)
-def _has_a_chat_template(llama: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama.tokenizer, "chat_template", HERMES.read_text(), raising=False)
+from lmcache_rag.bench.framework_apps import apps
 
 
 def rows(engine: LocalEngine, named: str) -> list[dict[str, object]]:
@@ -32,6 +24,10 @@ def test_an_applications_passages_are_found(llama: LocalEngine, named: str) -> N
     assert f"{row['framework']} {row['app']}" == named
     assert (row["calls"], row["foreign_share"]) == (1.0, 0.0)
     assert float(str(row["reused_share"])) > 0.6 and float(str(row["speedup"])) > 0
+
+
+def test_a_model_without_a_chat_template_is_asked_without_one(llama: LocalEngine) -> None:
+    assert not [app.name for app in apps(llama, 2) if "chat template" in app.name]
 
 
 def test_no_such_application(llama: LocalEngine) -> None:

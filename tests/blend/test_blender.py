@@ -152,7 +152,7 @@ def test_what_each_token_came_from(selector: str, kept: str, blends: Blends) -> 
     assert gone.name is not None
     blends.store.delete([gone.name])
     chunks = (blends.stored(5, 19), gone, blends.stored(35, 5))
-    assert blends.blend(*chunks, selector=selector, ratio=0.25).trace == ()
+    assert not blends.blender.trace
     blends.blender.trace = True
     report = blends.blend(*chunks, selector=selector, ratio=0.25)
     tokens = [kind for kind, length in report.trace for _ in range(length)]
