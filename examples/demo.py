@@ -25,7 +25,7 @@ INDEX = HERE / ".index"
 FIRST = HERE / "corpus" / "02-specifications.md"
 FIRST_QUESTION = "What is the size of the flash memory of the logger?"
 PASSAGES = 5
-MODES = {"plain": BlendOptions(mode="off"), "blended": BlendOptions(selector="query", ratio=0.1)}
+MODES = {"plain": BlendOptions(mode="off"), "blended": BlendOptions()}
 
 
 def main() -> None:

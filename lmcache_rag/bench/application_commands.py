@@ -84,13 +84,13 @@ def bench_peers_command(
     threads: ThreadsOption = None,
 ) -> None:
     """TTFT, fidelity and bytes beside vLLM's prefix cache and kvboost's chunk cache, on the same prompts."""
-    from lmcache_rag.bench.peers import STRATEGIES, Blending, KVBoost, PrefixCache, bench_peers
+    from lmcache_rag.bench.peers import STRATEGIES, Blending, KVBoost, Peer, PrefixCache, bench_peers
     from lmcache_rag.vllm.worker import bound_model
 
     own = {"never_slower": True, "model": model, "codec": codec, "threads": threads}
     with bench_engine(**own, dtype="float32") as (engine, progress):
         raw = bound_model().shape.bytes_per_token
-        peers = [
+        peers: list[Peer] = [
             PrefixCache(engine, raw),
             Blending(engine, engine.kv_bytes_per_token),
             *(KVBoost(engine, strategy, raw) for strategy in STRATEGIES),

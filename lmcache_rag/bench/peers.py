@@ -106,7 +106,7 @@ class KVBoost:
 
     def __init__(self, engine: LocalEngine, strategy: str, kv_bytes: float) -> None:
         try:
-            from kvboost import GenerationMode
+            from kvboost import GenerationMode, RecomputeStrategy
             from kvboost import KVBoost as Cache
         except ImportError as error:
             raise EngineError(f"kvboost is missing: install the extra `peers` ({error}).") from error
@@ -119,7 +119,7 @@ class KVBoost:
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
             tokenizer=AutoTokenizer.from_pretrained(folder),
             max_cache_bytes=_KVBOOST_BYTES,
-            recompute_strategy=strategy,
+            recompute_strategy=RecomputeStrategy(strategy),
             device="cpu",
         )
 

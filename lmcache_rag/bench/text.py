@@ -14,12 +14,17 @@ def token_runs(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]
     Raises:
         PromptError: the text has too few tokens.
     """
-    needed, text = count * length, ""
+    needed, text, token_ids = count * length, "", list[int]()
+    enough = 6 * needed  # characters, at first
     for topic in sorted(topics):
         text += topics[topic] + "\n"
-        if len(text) > 6 * needed:
-            break
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(text) > enough:
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(token_ids) >= needed:
+                break
+            enough = 2 * len(text)
+    else:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
     if len(token_ids) < needed:
         raise PromptError(
             f"{count} chunks of {length} tokens are more than the {len(token_ids)} tokens of text there are."

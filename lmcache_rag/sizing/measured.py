@@ -46,11 +46,12 @@ def measured_hardware(rows: Iterable[Mapping[str, Any]], model: ModelShape, kv_m
         kv_memory_bytes=kv_memory_bytes,
         measured=True,
     )
-    return replace(hardware, **_nested(model, hardware, found))
+    nested_share, pass_s = _nested(model, hardware, found)
+    return replace(hardware, nested_share=nested_share, pass_s=pass_s)
 
 
-def _nested(model: ModelShape, hardware: Hardware, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What the two passes of a blend take, by the measured ones: a constant, and a share of what prefill would take."""
+def _nested(model: ModelShape, hardware: Hardware, rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """What the two passes of a blend take, by the measured ones: a share of what prefill would take, and a constant."""
     computing_s, left_s = [], []
     for row in rows:
         if row["mode"] == "blend" and row["selector"] == "query":
@@ -58,6 +59,6 @@ def _nested(model: ModelShape, hardware: Hardware, rows: Iterable[Mapping[str, A
             computing_s.append(parts["probe"] + parts["repair"])
             left_s.append(row["ttft_median_s"] - parts["floor"] - parts["restore"])
     if len(set(computing_s)) < 2:
-        return {}
+        return 1.0, 0.0
     share, constant_s = np.polyfit(computing_s, left_s, 1)
-    return {"nested_share": max(0.0, float(share)), "pass_s": max(0.0, float(constant_s) / 2)}
+    return max(0.0, float(share)), max(0.0, float(constant_s) / 2)

@@ -18,7 +18,7 @@ def rows(engine: LocalEngine, named: str) -> list[dict[str, object]]:
     return bench_frameworks(engine, chunk_tokens=64, questions=2, named=named, progress=lambda _: None)
 
 
-@pytest.mark.parametrize("named", ["LangChain prompt template", "LlamaIndex compact"])
+@pytest.mark.parametrize("named", ["langchain prompt template", "llama_index compact"])
 def test_an_applications_passages_are_found(llama: LocalEngine, named: str) -> None:
     row = rows(llama, named)[0]
     assert f"{row['framework']} {row['app']}" == named

@@ -55,9 +55,13 @@ def test_a_server_of_another_model_is_refused(index: Path, smollm_server: RagSer
     other = tmp_path / "other"
     other.mkdir()
     manifest = json.loads((index / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "model": str(make_tiny("llama", tmp_path / "tiny"))}))
+    named = {**manifest, "model": str(make_tiny("llama", tmp_path / "tiny"))}
+    (other / "manifest.json").write_text(json.dumps({**named, "model_fingerprint": "0" * 32}))
     with pytest.raises(CorpusError, match="lmcache-rag serve --index"), open_remotely(other, smollm_server.url):
         pass
+    (other / "manifest.json").write_text(json.dumps(named))
+    with open_remotely(other, smollm_server.url):
+        pass  # the same model by another name
 
 
 def test_an_index_is_not_changed_through_a_server(index: Path, smollm_server: RagServer) -> None:
