@@ -1,4 +1,4 @@
-"""Applications of the frameworks on a tiny model: both ways of asking are counted, and what is reused is."""
+"""Applications of the frameworks: both ways of asking are counted, and what is reused is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lmcache_rag.bench.framework_apps import apps
 
 
 def rows(engine: LocalEngine, named: str) -> list[dict[str, object]]:
-    return bench_frameworks(engine, chunk_tokens=64, questions=2, named=named, progress=lambda _: None)
+    return bench_frameworks(engine, chunk_tokens=100, questions=1, named=named, progress=lambda _: None)
 
 
-@pytest.mark.parametrize("named", ["langchain prompt template", "llama_index compact"])
-def test_an_applications_passages_are_found(llama: LocalEngine, named: str) -> None:
-    row = rows(llama, named)[0]
+@pytest.mark.parametrize("named", ["langchain prompt template", "llama_index compact (chat template)"])
+def test_an_applications_passages_are_found(smollm: LocalEngine, named: str) -> None:
+    row = rows(smollm, named)[0]
     assert f"{row['framework']} {row['app']}" == named
     assert (row["calls"], row["foreign_share"]) == (1.0, 0.0)
-    assert float(str(row["reused_share"])) > 0.6 and float(str(row["speedup"])) > 0
+    assert float(str(row["reused_share"])) > 0.7 and float(str(row["speedup"])) > 0
 
 
 def test_a_model_without_a_chat_template_is_asked_without_one(llama: LocalEngine) -> None:
