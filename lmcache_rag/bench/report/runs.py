@@ -61,7 +61,7 @@ RUNS = (
     _run(
         "fidelity",
         30,
-        f"fidelity --data {QUESTIONS} --selectors none,default,cacheblend,head --ratios 0.05,0.1,0.15 --limit 40",
+        f"fidelity --data {QUESTIONS} --selectors default,cacheblend,head --ratios 0.05,0.1,0.15 --limit 40",
     ),
     _run(
         "answers",
