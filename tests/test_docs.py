@@ -29,7 +29,7 @@ def test_limits_are_held_by_tests() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
-    for line in re.findall(r"^\s*(lmcache-rag [^#\n]*)", page.read_text().replace("\\\n", " "), re.MULTILINE):
+    for line in re.findall(r"(?:^\s*|; )(lmcache-rag [^#;\n]*)", page.read_text().replace("\\\n", " "), re.MULTILINE):
         command, words = get_command(app), line.split()[1:]
         while words and hasattr(command, "commands") and words[0] in command.commands:
             command = command.commands[words.pop(0)]
