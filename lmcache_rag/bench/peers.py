@@ -113,6 +113,7 @@ class KVBoost:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        torch.set_num_threads(engine.threads)
         folder = engine.model_folder
         self.name, self.kv_bytes, self._modes = f"kvboost, {strategy}", kv_bytes, GenerationMode
         self._cache = Cache(

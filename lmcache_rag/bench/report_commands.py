@@ -40,7 +40,7 @@ def bench_report_command(
         raise LmcacheRagError(
             f"The page needs the extra `report`: pip install 'lmcache-rag[report]' ({error})."
         ) from None
-    from lmcache_rag.bench.report.results import Result, read_results
+    from lmcache_rag.bench.report.results import Result, read_results, writing
     from lmcache_rag.bench.report.runs import ASKED, CORPUS, PASSAGES, QUESTIONS, RUNS, chosen_runs, measure
 
     folder, names = into / "results", [known.name for known in RUNS]
@@ -50,6 +50,8 @@ def bench_report_command(
     wanted = chosen_runs([name.strip() for name in run.split(",")]) if run else [r for r in RUNS if r.name not in kept]
     given = {QUESTIONS: questions, PASSAGES: passages, CORPUS: corpus, ASKED: asked}
     problems = []
+    with writing(folder):
+        pass  # before hours of measuring
     if not collect:
         with err.status("") as status:
             files = {name: path for name, path in given.items() if path is not None}
@@ -59,7 +61,8 @@ def bench_report_command(
         err.problem("not measured:", problem)
     if not results:
         raise LmcacheRagError(f"{folder} has no result, so there is no page to write.")
-    page, text = write_page(results, into)
+    with writing(into):
+        page, text = write_page(results, into)
     out.print(f"{len(results)} of {len(names)} runs are in {page} and {text}")
     if problems:
         raise typer.Exit(1)

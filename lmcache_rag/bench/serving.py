@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmcache_rag.bench.load import Answer, Row, closed_loop, figures, streamed
 from lmcache_rag.bench.text import token_runs
@@ -72,17 +72,17 @@ def read_trace(path: Path) -> list[Recorded]:
     Raises:
         CorpusError: a line is none; it says which.
     """
-    lines, read = TypeAdapter(Recorded), []
+    read: list[Recorded] = []
     try:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if line.strip():
-                read.append(lines.validate_json(line))
+                read.append(Recorded.model_validate_json(line))
                 if not read[-1].asked():
                     raise CorpusError(f"--trace: line {number} of {path} has neither a `prompt` nor `messages`.")
-    except OSError as error:
-        raise CorpusError(f"--trace: {path} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         raise CorpusError(f"--trace: line {number} of {path} is no request: {first_problem(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"--trace: {path} cannot be read ({error}).") from error
     if not read:
         raise CorpusError(f"--trace: {path} is empty.")
     return sorted(read, key=lambda each: each.at_s)
@@ -98,6 +98,7 @@ def bench_serving(
         EngineError: the server does not let this client store, or a request failed.
     """
     if trace:
+        _warm_up(engine, trace[0].asked())
         return [_row("trace", mode, *_replayed(engine, trace, mode, progress)) for mode in MODES]
     form = completion_format()
     preamble = form.preamble_ids(engine.tokenizer)
@@ -110,6 +111,7 @@ def bench_serving(
         form.question_ids(engine.tokenizer, f"What is said about topic {number}?") for number in range(size.requests)
     ]
     sampling = Sampling(max_tokens=size.answer_tokens, ignore_eos=True)
+    _warm_up(engine, [*preamble, *drawn[0], *questions[0]])
     rows = []
     for mode, options in MODES.items():
         progress(f"permuted, {mode}")
@@ -136,6 +138,12 @@ def bench_serving(
         chats = range(max(1, size.requests // size.rounds))
         rows.append(_row("chat", mode, *closed_loop(chats, size.concurrency, talk)))
     return rows
+
+
+def _warm_up(engine: Engine, prompt: Any) -> None:
+    """Have first-time costs paid before anything is counted, in both modes."""
+    for options in MODES.values():
+        streamed(engine, prompt, Sampling(max_tokens=2), options, uuid.uuid4().hex)
 
 
 def _replayed(

@@ -102,12 +102,7 @@ def open_corpus(
             f"The index {folder} was made with the model {known.model!r}: use that one, "
             "or index the documents into another folder."
         )
-    store = _absolute(settings.store) if settings.store else (known.store if known else OWN_STORE)
-    if known is not None and store != known.store:
-        raise CorpusError(
-            f"The index {folder} keeps its KV in {known.store_uri(folder)}: leave --store out, "
-            "or index the documents into another folder."
-        )
+    store = _store(settings, known, folder, OWN_STORE)
     namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
     if known is not None:
         engine.setdefault("dtype", known.dtype)
@@ -157,7 +152,7 @@ def open_through(
         served = _served(servers)
         if known is not None:
             _check_served(folder, known, engine)
-        store = _absolute(settings.store) if settings.store else (known.store if known else served["store"])
+        store = _store(settings, known, folder, served["store"])
         namespace = settings.namespace or (known.namespace if known else served["namespace"])
         manifest = _manifest(
             settings,
@@ -186,15 +181,17 @@ def _served(servers: Sequence[str]) -> dict[str, Any]:
     for url in servers:
         with RemoteEngine(url) as one:
             found.append(one.get("/lmcache-rag/status"))
-        if found[-1]["namespace_per_salt"]:
+        if found[-1].get("namespace_per_salt"):
             raise CorpusError(
                 f"The server at {url} gives each cache_salt a namespace of its own, and has none to index."
             )
-        if not found[-1]["may_store"]:
+        if not found[-1].get("may_store"):
             raise CorpusError(
                 f"The server at {url} does not let this client store: start it with --ingest-key and set "
                 f"{INGEST_KEY} to the same, or with --clients-precompute."
             )
+        if "model_path" not in found[-1]:
+            raise CorpusError(f"The server at {url} runs an earlier release of lmcache-rag: start it with this one.")
         for name in ("fingerprint", "codec", "namespace"):
             if found[-1][name] != found[0][name]:
                 raise CorpusError(
@@ -243,6 +240,17 @@ def _manifest(settings: IndexSettings, known: Manifest | None, engine: Engine, *
         embedding_model=settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL),
         **fields,
     )
+
+
+def _store(settings: IndexSettings, known: Manifest | None, folder: Path, default: str) -> str:
+    """Where an index keeps its KV. Raises `CorpusError` where it is asked to be elsewhere than it is."""
+    store = _absolute(settings.store) if settings.store else (known.store if known else default)
+    if known is not None and store != known.store:
+        raise CorpusError(
+            f"The index {folder} keeps its KV in {known.store_uri(folder)}: leave --store out, "
+            "or index the documents into another folder."
+        )
+    return store
 
 
 def _prompt(settings: IndexSettings, known: Manifest | None, engine: Engine) -> PromptFormat:

@@ -125,10 +125,17 @@ class _Server:
         return fingerprint_of(self._vllm_config)
 
     @functools.cached_property
-    def _shape(self) -> KVShape:
+    def _computing(self) -> dict[str, Any]:
+        """What those need to know who have an index computed here."""
         model = self._model
         layers = model.get_num_layers(self._vllm_config.parallel_config)
-        return KVShape(layers, model.get_total_num_kv_heads(), model.get_head_size(), model.dtype)
+        shape = KVShape(layers, model.get_total_num_kv_heads(), model.get_head_size(), model.dtype)
+        return {
+            "model_path": model.model,
+            "tokenizer_fingerprint": tokenizer_fingerprint(model_folder(self._vllm_config)),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_bytes_per_token": coded_bytes(shape, (self.config.codec, *self.config.extra_codecs)),
+        }
 
     def status(self, *, may_store: bool) -> dict[str, Any]:
         """What is served and stored, and was reused since the start; of what tenants' namespaces hold nothing."""
@@ -137,16 +144,14 @@ class _Server:
             "version": lmcache_rag.__version__,
             "model": self._model.served_model_name or self._model.model,
             "max_model_len": self._model.max_model_len,
-            "model_path": self._model.model,
             "fingerprint": self._fingerprint,
-            "tokenizer_fingerprint": tokenizer_fingerprint(model_folder(self._vllm_config)),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
             "codec": config.codec,
-            "kv_bytes_per_token": coded_bytes(self._shape, (config.codec, *config.extra_codecs)),
             "may_store": config.clients_precompute and may_store,
             "namespace_per_salt": config.namespace_per_salt,
             "totals": totals(get_prometheus_registry()),
         }
+        if status["may_store"]:
+            status |= self._computing
         if not config.namespace_per_salt:
             chunks = self._chunks.of(config.namespace)
             chunks.refresh()

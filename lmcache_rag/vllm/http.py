@@ -58,7 +58,8 @@ class ReuseMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = get_route_path(scope) if scope["type"] == "http" else ""
         ours = path.startswith(PREFIX)
-        if not ours and (path not in _TAKING_OPTIONS or not has_api_key(scope)):  # which vLLM then asks for
+        refused = path.startswith("/v1/") and not has_api_key(scope)  # by vLLM
+        if not ours and (path not in _TAKING_OPTIONS or refused):
             await self._app(scope, receive, send)
             return
         try:
@@ -101,7 +102,10 @@ class ReuseMiddleware:
         return json.dumps({**request, "kv_transfer_params": {**params, PARAMS_KEY: options}}).encode()
 
     def _may_store(self, scope: Scope) -> bool:
-        """Whether the client has shown the ingest key, or needs none."""
+        """Whether the client has shown the server's key, which vLLM asks for under /v1 only, and the ingest key, or
+        needs none."""
+        if not has_api_key(scope):
+            return False
         return not self._ingest_key or hmac.compare_digest(header_of(scope, _HEADER), self._ingest_key.encode())
 
 

@@ -137,6 +137,12 @@ def test_rows_are_taken_and_collected(tmp_path: Path) -> None:
         )
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LmcacheRagError, match="cannot be written to"):
+        CliRunner().invoke(app, ["bench", "report", "--out", str(tmp_path / "file")], catch_exceptions=False)
+
+
 def test_the_shipped_page_is_that_of_the_shipped_results(tmp_path: Path) -> None:
     page, text = write_page(read_results(SHIPPED, NAMES), tmp_path)
     assert text.read_text() == (SHIPPED.parent / "README.md").read_text()

@@ -88,6 +88,16 @@ def test_options_are_checked_at_every_endpoint_that_takes_them(path: str) -> Non
     assert called(streaming(answer), {"kv_transfer_params": {"lmcache_rag": {}}}, path=path) == (200, answer)
 
 
+@pytest.mark.parametrize(("shown", "may"), [("", False), ("Bearer wrong", False), ("Bearer key", True)])
+def test_who_has_not_the_servers_key_stores_nowhere(shown: str, may: bool) -> None:
+    """Also where vLLM answers without it."""
+    scope = {
+        "app": SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(api_key=["key"]))),
+        "headers": [(b"authorization", shown.encode())],
+    }
+    assert ReuseMiddleware(streaming(b""))._may_store(scope) is may
+
+
 def test_the_endpoints_that_take_options_are_those_of_vllm() -> None:
     source = Path(find_spec("vllm").submodule_search_locations[0]) / "entrypoints"  # type: ignore[union-attr,index]
     routed = "\n".join(file.read_text() for file in source.rglob("*.py"))

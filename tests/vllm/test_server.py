@@ -311,11 +311,16 @@ def test_a_running_server_is_measured(server: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [('{"prompt": "One"}\n{"at_s": 1}', "line 2 .* has neither"), ("[]", "line 1 .* is no request"), ("", "is empty")],
+    [
+        ('{"prompt": "One"}\n{"at_s": 1}', "line 2 .* has neither"),
+        ("[]", "line 1 .* is no request"),
+        ("", "is empty"),
+        ("\udcff", "cannot be read"),
+    ],
 )
 def test_traces_that_cannot_be_replayed(tmp_path: Path, text: str, problem: str) -> None:
     trace = tmp_path / "trace.jsonl"
-    trace.write_text(text)
+    trace.write_text(text, errors="surrogateescape")
     with pytest.raises(LmcacheRagError, match=problem):
         measured(["bench", "serve", "--url", "http://127.0.0.1:1", "--trace", str(trace)], tmp_path / "rows.json")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -102,13 +104,24 @@ class Result(BaseModel):
             raise LmcacheRagError(f"{rows_file} has no rows of a benchmark: {_said(error)}") from error
 
     def write(self, folder: Path) -> Path:
-        """Keep it in a folder, in the place of an earlier one; returns the file."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Keep it in a folder, in the place of an earlier one; returns the file. Raises `LmcacheRagError`."""
         path = folder / f"{self.name}.json"
         part = path.with_suffix(".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
-        part.replace(path)
+        with writing(folder):
+            part.write_text(self.model_dump_json(indent=1) + "\n")
+            part.replace(path)
         return path
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A folder to write into, made if need be. Raises `LmcacheRagError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            yield
+    except OSError as error:
+        raise LmcacheRagError(f"--out: {folder} cannot be written to ({error.strerror}).") from error
 
 
 _ROWS = TypeAdapter(list[Row])

@@ -60,7 +60,7 @@ RUNS = (
     _run("ttft_6000", 15, "ttft --chunks 10 --chunk-tokens 590 --ratios 0.05,0.15 --repeat 3"),
     _run(
         "fidelity",
-        30,
+        45,
         f"fidelity --data {QUESTIONS} --selectors default,cacheblend,head --ratios 0.05,0.1,0.15 --limit 40",
     ),
     _run(
