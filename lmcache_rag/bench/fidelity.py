@@ -63,12 +63,8 @@ class _Scores:
 def ways(selectors: Sequence[str], ratios: Sequence[float]) -> list[Tried]:
     """Plain reuse, each selector at each ratio, and CacheBlend over chunks computed alone, where it is among them."""
     tried = [Tried(BlendOptions(selector="none", ratio=0.0), 0.0)]
-    tried += [
-        Tried(BlendOptions.checked(selector=name, ratio=ratio), ratio)
-        for name in selectors
-        if name != "none"
-        for ratio in ratios
-    ]
+    repairing = [name for name in selectors if name != "none"]
+    tried += [Tried(BlendOptions.checked(selector=name, ratio=ratio), ratio) for name in repairing for ratio in ratios]
     if "cacheblend" in selectors:
         tried += [
             Tried(BlendOptions(selector="cacheblend", ratio=ratio_of_foreign(ratio), namespace=_ALONE), ratio)

@@ -87,3 +87,8 @@ def test_forced_tokens_that_do_not_exist_are_refused(llama: LocalEngine) -> None
     for token in (-1, 10**9):
         with pytest.raises(PromptError, match="forced_token_ids"):
             llama.generate([5, 6], Sampling(forced_token_ids=(token,)))
+
+
+def test_plain_reuse_is_asked_once() -> None:
+    tried = ways(["none", "query"], [0.1, 0.2])
+    assert [(way.options.selector, way.ratio) for way in tried] == [("none", 0.0), ("query", 0.1), ("query", 0.2)]
