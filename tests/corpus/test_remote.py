@@ -110,11 +110,23 @@ def test_servers_compute_an_index(smollm_server: RagServer, second_server: RagSe
     assert answer["reuse"]["missed_tokens"] == 0 and answer["sources"]
 
 
-def test_servers_that_cannot_compute_an_index(smollm_server: RagServer, tmp_path: Path) -> None:
-    index = ["index", str(CORPUS), "--index", str(tmp_path / "index"), "--server", smollm_server.url]
+def test_servers_that_cannot_compute_an_index(index: Path, smollm_server: RagServer, tmp_path: Path) -> None:
+    moved = [
+        "index",
+        str(CORPUS),
+        "--index",
+        str(index),
+        "--server",
+        smollm_server.url,
+        "--store",
+        str(tmp_path / "kv"),
+    ]
+    with pytest.raises(CorpusError, match="keeps its KV in"):
+        CliRunner().invoke(app, moved, catch_exceptions=False)
+    new = ["index", str(CORPUS), "--index", str(tmp_path / "index"), "--server", smollm_server.url]
     with pytest.raises(PromptError, match="are the server's"):
-        CliRunner().invoke(app, [*index, "--codec", "raw"], catch_exceptions=False)
-    elsewhere = [*index, "--store", str(tmp_path / "kv")]
+        CliRunner().invoke(app, [*new, "--codec", "raw"], catch_exceptions=False)
+    elsewhere = [*new, "--store", str(tmp_path / "kv")]
     with pytest.raises(CorpusError, match="another store than this index"):
         CliRunner().invoke(app, elsewhere, catch_exceptions=False)
 

@@ -215,6 +215,7 @@ def test_the_status_says_what_is_served(server: str) -> None:
     assert status["model"] == "tiny"
     assert (status["namespace"], status["may_store"], status["max_model_len"]) == ("default", False, CONTEXT)
     assert status["totals"]["stored_tokens"] > 0
+    assert "model_path" not in status, "told to a client that may not store"
     assert KEY not in json.dumps(status)
     assert refused(server, "/lmcache-rag/none-such", {})[0] == 404
     assert refused(server, "/lmcache-rag/own", {"chunks": "all"})[1]["message"].startswith("chunks")
