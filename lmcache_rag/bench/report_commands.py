@@ -44,14 +44,14 @@ def bench_report_command(
     from lmcache_rag.bench.report.runs import ASKED, CORPUS, PASSAGES, QUESTIONS, RUNS, chosen_runs, measure
 
     folder, names = into / "results", [known.name for known in RUNS]
+    with writing(folder):
+        pass  # before hours of measuring
     for name, _, file in (each.partition("=") for each in take or ()):
         Result.of(name, chosen_runs([name])[0].command, Path(file)).write(folder)
     kept = read_results(folder, names)
     wanted = chosen_runs([name.strip() for name in run.split(",")]) if run else [r for r in RUNS if r.name not in kept]
     given = {QUESTIONS: questions, PASSAGES: passages, CORPUS: corpus, ASKED: asked}
     problems = []
-    with writing(folder):
-        pass  # before hours of measuring
     if not collect:
         with err.status("") as status:
             files = {name: path for name, path in given.items() if path is not None}
