@@ -35,6 +35,9 @@ _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""
 
 
+_Verdicts = list[Callable[[], int | None]]
+
+
 class Blender:
     """Does blends, one at a time.
 
@@ -127,7 +130,8 @@ class Blender:
     def run(
         self, plan: BlendPlan, positions: Tensor, make: Callable[[Tensor], Pass], whole: Sequence[int] = ()
     ) -> Steps[None]:
-        """Run the prompt's tokens at `positions` (ascending); those behind `plan.end` are the probed question.
+        """Run the prompt's tokens at `positions` (ascending, in main memory); those behind `plan.end` are the probed
+        question.
 
         Args:
             make: makes the pass of some of the positions.
@@ -135,10 +139,10 @@ class Blender:
         """
         if not len(positions):
             return
-        prompt = torch.tensor(plan.token_ids, dtype=torch.int64, device=self.workspace.device)
+        prompt = torch.tensor(plan.token_ids, dtype=torch.int64)
         probe = positions >= plan.end
         token_ids = torch.cat([prompt[positions[~probe]], prompt[len(prompt) - int(probe.sum()) :]])
-        ends = torch.searchsorted(positions, torch.tensor(whole, device=positions.device)).tolist()
+        ends = torch.searchsorted(positions, torch.tensor(whole, dtype=torch.int64)).tolist()
         start = 0
         while start < len(positions):
             most = min(len(positions) - start, self._max_pass_tokens)
@@ -167,6 +171,7 @@ class _Blend:
 
     Attributes:
         required: bool `[end]`: tokens whose KV is neither in memory nor was loaded. They are run once, in all layers.
+            This and what follows is in main memory, so that a device is not waited for.
         candidates, budget, segments, layers: see `selectors.Selection`.
     """
 
@@ -175,7 +180,7 @@ class _Blend:
         self._blender = blender
         self._plan = plan
         self._report = report
-        self.required = torch.ones(plan.end, dtype=torch.bool, device=blender.workspace.device)
+        self.required = torch.ones(plan.end, dtype=torch.bool)
         self._missed = torch.zeros_like(self.required)
         self._lossy: set[PlannedSegment] = set()
         self._reused: set[PlannedSegment] = set()
@@ -226,12 +231,12 @@ class _Blend:
         workspace, end = self._blender.workspace, self._plan.end
         question = min(PROBE_TOKENS, len(self._plan.token_ids) - end, workspace.max_tokens - end)
         mass = torch.zeros(end, dtype=torch.float32, device=workspace.device)
-        probe = torch.arange(end, end + question, device=workspace.device)
+        probe = torch.arange(end, end + question)
         positions = torch.cat([self._take_pending().nonzero().flatten(), probe])
         yield from self._blender.run(
             self._plan, positions, lambda part: ProbePass(workspace, part, end, first_layer, mass)
         )
-        return mass
+        return mass.cpu()
 
     def _take_pending(self) -> Tensor:
         """Tokens that have no KV yet and get it by the pass that is made next: bool `[end]`. The first pass through all
@@ -246,7 +251,7 @@ class _Blend:
         reused = value.clone()
         everything = (self.required | self.candidates).nonzero().flatten()
         yield from self._blender.run(self._plan, everything, lambda part: Pass(workspace, part, stop_after=layer))
-        return (value.float() - reused.float()).square().sum((1, 2))
+        return (value.float() - reused.float()).square().sum((1, 2)).cpu()
 
     def count(self, recomputed: Tensor) -> None:
         """Fill the report's token counts; tokens in the local prefix cache count as local only."""
@@ -267,7 +272,7 @@ class _Blend:
     def _trace(self, recomputed: Tensor) -> tuple[tuple[str, int], ...]:
         """What the prompt's tokens came from, in runs; see `ReuseReport.trace`."""
         kinds = ("unknown", "missed", "reused", "carried", "recomputed", "local")
-        found = torch.zeros(self._plan.end, dtype=torch.int8, device=recomputed.device)
+        found = torch.zeros(self._plan.end, dtype=torch.int8)
         found[self._missed] = kinds.index("missed")
         found[~self.required] = kinds.index("reused")
         if self._selector.extrapolates and bool(recomputed.any()):
@@ -287,6 +292,7 @@ class _Blend:
             self.required[: preamble.length] = False
             reused.add(preamble)
         wanted = [segment for segment in plan.known if segment not in reused]
+        placed: list[tuple[PlannedSegment, Loaded, _Verdicts]] = []
         found_in_order = blender.loader.load(
             chunks,
             wanted,
@@ -299,39 +305,48 @@ class _Blend:
             if found is None:
                 yield from allowance.pause()
                 continue
-            yield from allowance.take(found[0].length // _PLACED_FOR_ONE)
-            if self._placed(*found):
-                reused.add(found[0])
+            segment, kv = found
+            yield from allowance.take(segment.length // _PLACED_FOR_ONE)
+            verdicts: _Verdicts = []
+            wrong = kv if isinstance(kv, str) else self._placed(segment, kv, verdicts)
+            if wrong or isinstance(kv, str):
+                self._miss(segment, wrong)
+            else:
+                placed.append((segment, kv, verdicts))
+        for segment, kv, verdicts in placed:  # what a device decodes, it decodes meanwhile
+            if any(verdict() is not None for verdict in verdicts):
+                self._miss(segment, "corrupt")
+            else:
+                self._count_placed(segment, kv)
+                reused.add(segment)
         for segment in plan.segments:
             if segment.name is None:
                 self._miss(segment, segment.reason)
         return reused
 
-    def _placed(self, segment: PlannedSegment, kv: Loaded | str) -> bool:
-        """Put what was loaded in its place; False, and a miss, where that cannot be."""
-        reason = kv if isinstance(kv, str) else ""
-        if not isinstance(kv, str):
-            tokens = slice(segment.start, segment.end)
-            if segment.offset + segment.length > kv.tokens:
-                reason = "shorter than planned"
-            elif kv.token_ids[segment.offset :][: segment.length].tolist() != list(self._plan.token_ids[tokens]):
-                reason = "of other tokens"  # whatever the records say
-            else:
-                try:
-                    self._blender.workspace.place(kv, segment.start, segment.offset, segment.length)
-                    self._report.bytes_loaded += kv.size_bytes
-                    written = max(0, segment.end - max(segment.start, self._plan.local_tokens))
-                    self._report.hot_tokens += 0 if kv.size_bytes else written
-                    if not CODECS[kv.codec].lossless:
-                        self._lossy.add(segment)
-                    codecs = self._report.codecs
-                    codecs[kv.codec] = codecs.get(kv.codec, 0) + segment.length
-                    self.required[segment.start : segment.end] = False
-                except CorruptObjectError:
-                    reason = "corrupt"
-        if reason:
-            self._miss(segment, reason)
-        return not reason
+    def _placed(self, segment: PlannedSegment, kv: Loaded, verdicts: _Verdicts) -> str:
+        """Put what was loaded in its place; why that cannot be, or nothing."""
+        if segment.offset + segment.length > kv.tokens:
+            return "shorter than planned"
+        wanted = list(self._plan.token_ids[segment.start : segment.end])
+        if kv.token_ids[segment.offset :][: segment.length].tolist() != wanted:
+            return "of other tokens"  # whatever the records say
+        try:
+            self._blender.workspace.place(kv, segment.start, segment.offset, segment.length, verdicts)
+        except CorruptObjectError:
+            return "corrupt"
+        return ""
+
+    def _count_placed(self, segment: PlannedSegment, kv: Loaded) -> None:
+        """Note where a segment's KV is from, and that it needs no computing."""
+        report, codecs = self._report, self._report.codecs
+        report.bytes_loaded += kv.size_bytes
+        written = max(0, segment.end - max(segment.start, self._plan.local_tokens))
+        report.hot_tokens += 0 if kv.size_bytes else written
+        if not CODECS[kv.codec].lossless:
+            self._lossy.add(segment)
+        codecs[kv.codec] = codecs.get(kv.codec, 0) + segment.length
+        self.required[segment.start : segment.end] = False
 
     def _miss(self, segment: PlannedSegment, reason: str) -> None:
         self._missed[segment.start : segment.end] = True

@@ -9,15 +9,14 @@ attend to repaired neighbours at once, and the question to a repaired chunk. See
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from lmcache_rag_kernels import rotate
+from lmcache_rag_kernels import Lesson, carrier
 from torch import Tensor
 
 from lmcache_rag.blend.passes import Observer
-from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.blend.workspace import Workspace, on_device
 from lmcache_rag.plan.plan import PlannedSegment
 
 _FIRST_LAYER = 4 / 15
@@ -42,7 +41,7 @@ class Extrapolation:
     """Made before the pass that recomputes, while the workspace holds reused KV.
 
     Args:
-        recomputed: bool `[end]`: tokens that the pass computes.
+        recomputed: bool `[end]`, in main memory: tokens that the pass computes.
         segments: the reused segments; those whose KV is exact are left alone.
         layers: in how many layers, from the first one, the pass recomputes.
     """
@@ -52,80 +51,59 @@ class Extrapolation:
     ) -> None:
         self._workspace = workspace
         self._first_layer = int(_FIRST_LAYER * len(workspace.layers))
-        self._chunks: list[_Chunk] = []
+        self._taught: list[Tensor] = []  # positions in main memory, window by window
+        self._lessons: list[Lesson] = []
         for segment in segments:
             if segment.exact:
                 continue
             for rows in _windows(min(segment.start + _HEAD, segment.end), segment.end):
-                span = torch.arange(rows.start, rows.stop, device=recomputed.device)
-                taught = span[recomputed[span]]
-                if 0 < len(taught) < len(span):
-                    key, value = workspace.key[:layers, taught], workspace.value[:layers, taught]
-                    self._chunks.append(_Chunk(rows, span, taught, self._weights(span, taught), key, value))
+                taught = rows.start + recomputed[rows].nonzero().flatten()
+                if 0 < len(taught) < rows.stop - rows.start:
+                    self._taught.append(taught)
+                    there = on_device(taught, workspace.device)
+                    self._lessons.append(Lesson(rows, there, self._weights(rows, there)))
+        if self._lessons:
+            every = torch.cat([lesson.taught for lesson in self._lessons])
+            self._key, self._value = workspace.key[:layers, every], workspace.value[:layers, every]
 
     @property
     def ends(self) -> list[int]:
         """Where what is carried over among ends: up to there, tokens that are recomputed belong in one pass."""
-        return [chunk.rows.stop for chunk in self._chunks]
+        return [lesson.rows.stop for lesson in self._lessons]
 
     def after(self, positions: Tensor) -> Observer:
-        """What is done in each layer of the pass of the recomputed tokens at `positions`. A long pass comes in parts: a
-        chunk's turn is the part in which all that teaches it is known."""
+        """What is done in each layer of the pass of the recomputed tokens at `positions`, in main memory. A long pass
+        comes in parts: a chunk's turn is the part in which all that teaches it is known."""
         first, last = int(positions[0]), int(positions[-1])
-        chunks = [chunk for chunk in self._chunks if first <= int(chunk.taught[-1]) <= last]
+        turns = [number for number, taught in enumerate(self._taught) if first <= int(taught[-1]) <= last]
+        if not turns:
+            return lambda _: None
+        carry = carrier([self._lessons[number] for number in turns])
+        start = sum(len(taught) for taught in self._taught[: turns[0]])
+        before = slice(start, start + sum(len(self._taught[number]) for number in turns))  # turns follow each other
 
         def carry_over(layer: int) -> None:
             if layer >= self._first_layer:
-                for chunk in chunks:
-                    self._carry_over(chunk, layer)
+                workspace, rotation = self._workspace, self._workspace.layers[layer].rotation
+                key, value = self._key[layer, before], self._value[layer, before]
+                carry(workspace.key[layer], workspace.value[layer], key, value, rotation)
 
         return carry_over
 
-    def _carry_over(self, chunk: _Chunk, layer: int) -> None:
-        workspace, rotation = self._workspace, self._workspace.layers[layer].rotation
-        key = workspace.key[layer, chunk.taught] - chunk.key[layer]
-        value = workspace.value[layer, chunk.taught] - chunk.value[layer]
-        if rotation is not None:
-            rotate(key, rotation, chunk.taught, inverse=True, out=key)
-        # Gathered and scattered is what few tokens change; what all the others get is added to whole rows.
-        carried = (chunk.weights @ key.flatten(1).float()).to(key.dtype).unflatten(1, key.shape[1:])
-        if rotation is not None:
-            rotate(carried, rotation, chunk.span, out=carried)
-        workspace.key[layer, chunk.rows] += carried
-        carried = (chunk.weights @ value.flatten(1).float()).to(value.dtype).unflatten(1, value.shape[1:])
-        workspace.value[layer, chunk.rows] += carried
-
-    def _weights(self, span: Tensor, taught: Tensor) -> Tensor:
-        """`[span, taught]`: how each token's change follows from the recomputed ones', zero for those themselves."""
-        workspace, rows = self._workspace, taught - span[0]
-        features = workspace.value[self._first_layer, span].float().flatten(1)
+    def _weights(self, rows: slice, taught: Tensor) -> Tensor:
+        """`[rows, taught]`: how each token's change follows from the recomputed ones', zero for those themselves."""
+        workspace, own = self._workspace, taught - rows.start
+        span = torch.arange(rows.start, rows.stop, device=taught.device)
+        features = workspace.value[self._first_layer, rows].float().flatten(1)
         features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-        apart = torch.cdist(features, features[rows]).square() / features.shape[1]
+        apart = torch.cdist(features, features[own]).square() / features.shape[1]
         apart += (span[:, None] - taught).abs() / _LENGTH_SCALE
         kernel = torch.exp(-apart)
-        among = kernel[rows]
+        among = kernel[own]
         among.diagonal().add_(_NOISE)
-        kernel[rows] = 0.0
-        return torch.linalg.solve(among, kernel.T).T.contiguous()
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A chunk, or a window of a long one, in part recomputed.
-
-    Attributes:
-        rows, span: positions of its tokens behind the chunk's head.
-        taught: those of them that are recomputed.
-        weights: see `Extrapolation._weights`.
-        key, value: what was reused for `taught`: `[layers, taught, kv_heads, head_size]`.
-    """
-
-    rows: slice
-    span: Tensor
-    taught: Tensor
-    weights: Tensor
-    key: Tensor
-    value: Tensor
+        kernel[own] = 0.0
+        # Never singular, so that nobody waits to hear whether it is.
+        return torch.linalg.solve_ex(among, kernel.T)[0].T.contiguous()
 
 
 def _windows(start: int, end: int) -> list[slice]:

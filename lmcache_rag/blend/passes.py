@@ -9,7 +9,7 @@ import torch
 from lmcache_rag_kernels import attend, attend_weighing
 from torch import Tensor
 
-from lmcache_rag.blend.workspace import Workspace
+from lmcache_rag.blend.workspace import Workspace, on_device
 
 Observer = Callable[[int], None]
 """Called with each layer when the pass's K and V of it are in the workspace, before its attention."""
@@ -19,7 +19,7 @@ class Pass:
     """One nested forward, seen from the attention layers: takes its K and V into the workspace and attends over it.
 
     Args:
-        positions: int64 `[tokens]`, ascending.
+        positions: int64 `[tokens]`, ascending; from main memory they go to the device.
         observe: called in every layer, before its attention.
         stop_after: the pass ends when this layer's K and V are in the workspace.
     """
@@ -27,7 +27,7 @@ class Pass:
     def __init__(
         self, workspace: Workspace, positions: Tensor, observe: Observer | None = None, stop_after: int | None = None
     ) -> None:
-        self.positions = positions
+        self.positions = on_device(positions, workspace.device)
         self._workspace = workspace
         self._observe = observe
         self._stop_after = stop_after
@@ -70,7 +70,7 @@ class ProbePass(Pass):
     def __init__(self, workspace: Workspace, positions: Tensor, end: int, first_layer: int, mass: Tensor) -> None:
         super().__init__(workspace, positions)
         self._end = end
-        self._asking = int(torch.searchsorted(positions, end))
+        self._asking = int(torch.searchsorted(positions, end))  # in main memory
         self._first_layer = first_layer
         self._mass = mass
 

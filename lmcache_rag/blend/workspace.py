@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,10 +67,21 @@ class Workspace:
     def device(self) -> torch.device:
         return self.key.device
 
-    def place(self, kv: LayeredKV, start: int, offset: int, length: int) -> None:
-        """Put tokens `offset` to `offset + length` of stored KV at positions from `start` on."""
+    def place(
+        self,
+        kv: LayeredKV,
+        start: int,
+        offset: int,
+        length: int,
+        verdicts: list[Callable[[], int | None]] | None = None,
+    ) -> None:
+        """Put tokens `offset` to `offset + length` of stored KV at positions from `start` on.
+
+        Args:
+            verdicts: see `Rows`.
+        """
         rows = slice(start, start + length)
-        kv.place(offset, Rows(self.key[:, rows], self.value[:, rows], start, self._rotations))
+        kv.place(offset, Rows(self.key[:, rows], self.value[:, rows], start, self._rotations, verdicts))
 
     def take(self, start: int, length: int) -> Tensor:
         """A position-free copy of rows in main memory: `[layers, 2, length, kv_heads, head_size]`."""
@@ -81,3 +92,10 @@ class Workspace:
             if spec.rotation is not None:
                 rotate(taken[index, 0], spec.rotation, positions, inverse=True, out=taken[index, 0])
         return taken.cpu()
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in main memory, on the device, which is not waited for: what it has to do before goes on."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from lmcache_rag.blend.passes import Pass
-from lmcache_rag.blend.workspace import LayerSpec, Workspace
+from lmcache_rag.blend.workspace import LayerSpec, Workspace, on_device
 from lmcache_rag.chunk_kv import KVShape
 from lmcache_rag.errors import ModelError
 
@@ -81,7 +81,7 @@ class BoundModel:
         try:
             with override_forward_context(context):
                 self._model(
-                    input_ids=token_ids.to(self.device),
+                    input_ids=on_device(token_ids, self.device),
                     positions=nested.positions,
                     intermediate_tensors=None,
                     inputs_embeds=None,

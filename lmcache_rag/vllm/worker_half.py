@@ -15,6 +15,7 @@ import torch
 
 from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blend.steps import Steps, next_of
+from lmcache_rag.blend.workspace import on_device
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
@@ -313,7 +314,7 @@ class WorkerHalf:
         positions = torch.arange(start, end)
         blocks = torch.tensor(block_ids, dtype=torch.int64)
         slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
-        return slots.to(self._model.device)
+        return on_device(slots, self._model.device)
 
     def _keep(self, job: BlendJob, chunks: ChunkStore, report: ReuseReport) -> None:
         """Store the preamble and the chunk of a precompute request, where they were not loaded from the store."""

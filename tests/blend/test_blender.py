@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lmcache_rag_kernels import Rows
 
 from lmcache_rag.blend import Blender, LayerSpec, Workspace
 from lmcache_rag.blend.passes import Pass
@@ -16,6 +17,7 @@ from lmcache_rag.blend.steps import LEAST_TOKENS, finished, next_of
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import NO_CONTEXT, ChunkKV, KVScope, KVShape
 from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.request import ReuseReport
 from tests.helpers import chunk_store
@@ -224,3 +226,24 @@ def test_a_blend_that_is_dropped_reads_no_more(blends: Blends) -> None:
     steps.close()
     blends.blender.allowance.tokens = math.inf
     assert finished(blends.blender.blend(plan, blends.chunks())).reused_tokens == 36
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_what_a_device_says_later_of_what_it_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int | None
+) -> None:
+    place, asked = LoadedKV.place, []
+
+    def placed_without_waiting(kv: LoadedKV, offset: int, rows: Rows) -> None:
+        place(kv, offset, rows)
+        assert rows.verdicts is not None
+        rows.verdicts.append(lambda: asked.append(offset) or wrong)
+
+    blends = Blends(tmp_path)
+    plan = blends.plan(blends.stored(0, 20), blends.stored(20, 20))
+    monkeypatch.setattr(LoadedKV, "place", placed_without_waiting)
+    report = finished(blends.blender.blend(plan, blends.chunks()))
+    assert len(asked) == 2
+    assert report.misses == ({} if wrong is None else {"corrupt": 40})
+    assert (report.reused_tokens, report.missed_tokens) == ((40, 0) if wrong is None else (0, 40))
+    assert report.codecs == ({"raw": 40} if wrong is None else {})

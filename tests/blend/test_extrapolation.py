@@ -104,7 +104,7 @@ def extrapolated(tokens: int, monkeypatch: pytest.MonkeyPatch | None = None) -> 
 
 def test_the_cost_of_a_long_chunk_grows_with_its_length_only() -> None:
     extrapolation, _ = extrapolated(1 << 15)
-    windows = [chunk.weights.shape for chunk in extrapolation._chunks]
+    windows = [lesson.weights.shape for lesson in extrapolation._lessons]
     assert len(windows) == 32
     assert max(span for span, _ in windows) <= 1024 and max(taught for _, taught in windows) <= 1024 // 7 + 1
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,16 @@ def test_two_servers_on_one_store(smollm_server: RagServer, capsys: pytest.Captu
     reused = [int(count) for count in re.findall(r"(\d+) of \d+ tokens reused", out)]
     assert len(reused) == 2
     assert min(reused) > 500
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_the_check_of_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = "--layers 3 --hidden 128 --heads 4 --kv-heads 2 --chunks 3x100 --repeats 1"
+    for name in ("LMCACHE_RAG_NEVER_SLOWER", "LMCACHE_RAG_REFINE", "LMCACHE_RAG_LEARN"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the script sets them: as they were, afterwards
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *shape.split()])
+    out = run("gpu_check", capsys)
+    kinds = re.findall(r"^(.+?) +[0-9.]+ ms +[0-9.]+x  (off|blend)", out, re.MULTILINE)
+    assert [mode for _, mode in kinds] == ["off"] + ["blend"] * 4
+    distance = re.search(r"KL to full prefill (\S+)", out)
+    assert distance is not None and float(distance[1]) < 1e-4

@@ -41,7 +41,7 @@ def transform_of(heads: int, size: int, head_groups: int) -> Transform:
     return Transform(
         counts,
         np.zeros(counts.sum(), np.uint8),
-        torch.from_numpy(draw.normal(size=(LAYERS, 2, head_groups, width, width)).astype(np.float32)),
+        torch.from_numpy(draw.normal(size=(LAYERS, 2, head_groups, width, width)).astype(np.float16)).float(),
         torch.from_numpy(draw.normal(size=(LAYERS, 2, heads * size)).astype(np.float32)),
         0.25,
         Distributions(frequencies[None]),

@@ -1,4 +1,5 @@
-"""Dense causal attention of queries at scattered positions: in C++ on CPUs, in PyTorch elsewhere."""
+"""Dense causal attention of queries at scattered positions: in C++ on CPUs, in Triton on CUDA, in PyTorch
+elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import logging
 from torch import Tensor
 
 from lmcache_rag_kernels.attend import cpu, reference
-from lmcache_rag_kernels.attend.reference import attend_weighing
 
 __all__ = ["attend", "attend_weighing"]
 
@@ -22,7 +22,8 @@ def attend(
 
     Args:
         query: `[queries, heads, head_size]`, RoPE applied. float32 or bfloat16 on a CPU, and a head size that is a
-            multiple of 8 up to 256, take the C++ kernel; all else is computed by PyTorch.
+            multiple of 8 up to 256, take the C++ kernel; these and float16 on CUDA, and a head size up to 256, the
+            Triton kernel; all else is computed by PyTorch.
         key, value: `[tokens, kv_heads, head_size]`; row i is position i. Head h of the query sees kv head
             `h // (heads // kv_heads)`.
         positions: int64 `[queries]`, ascending, each below `tokens`.
@@ -37,7 +38,31 @@ def attend(
             cpu.attend(query, key, value, positions, scale=scale, window=window, out=out)
             return
         _say_not_compiled()
+    if query.is_cuda:
+        from lmcache_rag_kernels.attend import cuda
+
+        if cuda.fits(query, key, value, positions, out):
+            cuda.attend(query, key, value, positions, scale=scale, window=window, out=out)
+            return
     reference.attend(query, key, value, positions, scale=scale, window=window, out=out)
+
+
+def attend_weighing(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float, window: int | None, out: Tensor
+) -> Tensor:
+    """`attend`, which also returns how much attention each key gets, summed over queries and heads.
+
+    For a few queries, such as a question's. Triton computes it on CUDA, PyTorch elsewhere, CPUs too.
+
+    Returns:
+        float32 `[tokens]`.
+    """
+    if query.is_cuda:
+        from lmcache_rag_kernels.attend import cuda
+
+        if cuda.fits(query, key, value, positions, out):
+            return cuda.attend_weighing(query, key, value, positions, scale=scale, window=window, out=out)
+    return reference.attend_weighing(query, key, value, positions, scale=scale, window=window, out=out)
 
 
 @functools.cache

@@ -22,7 +22,8 @@ class Transform:
     Attributes:
         counts: int64 `[layers, 2, head groups]`: how many coordinates of K and V are stored.
         distribution: uint8 `[coordinates]`: the distribution of each, layer by layer, K's before V's.
-        directions: float32 `[layers, 2, head groups, width, width]`: what coordinate i adds to K or V is row i.
+        directions: float32 `[layers, 2, head groups, width, width]`, of values that float16 holds: what coordinate i
+            adds to K or V is row i.
         mean: float32 `[layers, 2, channels]`.
         step: what coordinates are stored in multiples of.
     """
@@ -58,7 +59,7 @@ def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows) -
     rotations on CPUs, take the PyTorch reference.
 
     Returns:
-        A layer of which a stream does not fit; None where all was restored.
+        A layer of which a stream does not fit; None where all was restored, or `rows.verdicts` will say.
 
     Raises:
         ValueError: the tokens are not among those of `coded`, or shapes do not fit each other.
