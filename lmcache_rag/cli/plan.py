@@ -58,8 +58,8 @@ def plan(
     out.print(_verdict(found, corpus))
     if not hardware.measured:
         out.print(
-            "By data sheets, for kernels that keep up with them. Nothing of this has run on such a GPU, and the CUDA "
-            "path of today is slower (docs/sizing.md)."
+            "By data sheets, and by what one H100 gave with a model of 8B parameters (docs/sizing.md): other GPUs and "
+            "sizes were not measured."
         )
 
 

@@ -1,4 +1,4 @@
-"""How fast a machine computes: of GPUs, by their data sheets."""
+"""How fast a machine computes: of GPUs, by their data sheets and by what one H100 gave (docs/sizing.md)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.sizing.shapes import ModelShape
 
-_UTILISED = 0.5
+_UTILISED = 0.75
 """Of a GPU's peak, what matrix products of a prefill reach."""
 
 _UTILISED_ATTENTION = 0.4
-_RESTORED_SHARE = 0.05
-"""Of a GPU's memory bandwidth: float16 KV that is decoded, rotated and written in a second. Assumed, not measured."""
+_RESTORED_SHARE = 0.005
+"""Of a GPU's memory bandwidth: float16 KV that is decoded, rotated and written in a second."""
+
+_LAYER_S = 0.0008
+"""What a blend's pass takes for each layer at least, since the host launches its operations one by one."""
+
+_NESTED_SHARE = 2.0
+"""A blend's passes also carry changes over, and are too short to fill a GPU."""
 
 _FLOOR_S = 0.02
 """What an answer takes on a GPU beyond computing: scheduling, launches, sampling."""
@@ -77,13 +83,14 @@ def gpus(name: str, count: int, model: ModelShape) -> Hardware:
         raise LmcacheRagError(
             f"--gpus: {model.name} has {weights_bytes / 1e9:.0f} GB of weights, which {count} {name} cannot hold."
         )
-    pass_s = weights_bytes / (count * gpu.bandwidth)
+    weights_s = weights_bytes / (count * gpu.bandwidth)
     return Hardware(
         name=f"{count} {name.upper()}",
         weights_flops=_UTILISED * count * gpu.flops,
         attention_flops=_UTILISED_ATTENTION * count * gpu.flops,
         restored_bytes=_RESTORED_SHARE * count * gpu.bandwidth,
-        floor_s=_FLOOR_S + pass_s,
-        pass_s=pass_s,
+        floor_s=_FLOOR_S + weights_s,
+        pass_s=max(weights_s, _LAYER_S * model.layers),
         kv_memory_bytes=free,
+        nested_share=_NESTED_SHARE,
     )

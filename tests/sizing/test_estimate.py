@@ -65,21 +65,36 @@ def test_a_faster_store_and_a_longer_prompt_pay_more() -> None:
     def found(links: Links = FAST, ratio: float = 0.15, **fields: int):
         return estimate(LLAMA, hardware, Corpus(10_000_000, **fields), links, Load(), ratio=ratio, codec="balanced")
 
-    usual = found()
-    assert usual.speedup > found(ratio=0.4).speedup > 0
-    assert found(passages=20).speedup > usual.speedup > found(Links(store_bytes=5e8)).speedup
+    usual = found(passages=30)
+    assert usual.speedup > found(ratio=0.4, passages=30).speedup > 0
+    assert found(passages=60).speedup > usual.speedup > 1 > found().speedup  # a short prompt is prefilled sooner
+    assert usual.speedup > found(Links(store_bytes=5e8), passages=30).speedup
     assert usual.blend_s == pytest.approx(sum(usual.parts_s.values()))
-    even = found(Links(store_bytes=usual.break_even_bytes))
+    even = found(Links(store_bytes=usual.break_even_bytes), passages=30)
     assert even.speedup == pytest.approx(1.0)
-    assert usual.least_tokens is not None and usual.least_tokens < CORPUS.prompt_tokens
+    assert usual.least_tokens is not None and CORPUS.prompt_tokens < usual.least_tokens < 30 * 512
     assert found(Links(store_bytes=1e6)).least_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "full_s", "blends"),
+    [(2920, 0.075, {0.0: 0.052, 0.05: 0.104, 0.15: 0.099}), (7240, 0.198, {0.0: 0.104, 0.05: 0.178, 0.15: 0.176})],
+)
+def test_what_one_h100_gave(tokens: int, full_s: float, blends: dict[float, float]) -> None:
+    """docs/sizing.md: from memory, so nothing is read."""
+    hardware = gpus("h100", 1, LLAMA)
+    assert full_prefill_s(LLAMA, hardware, tokens + 24) == pytest.approx(full_s, rel=0.25)
+    for ratio, blend_s in blends.items():
+        found = sum(blend_parts(LLAMA, hardware, tokens, 24, ratio, 0.0).values())
+        assert found == pytest.approx(blend_s, rel=0.25), ratio
 
 
 def test_a_load_that_plain_prefill_cannot_bear() -> None:
     hardware = gpus("h100", 1, LLAMA)
-    alone = estimate(LLAMA, hardware, CORPUS, FAST, Load(), ratio=0.15, codec="balanced")
+    corpus = Corpus(10_000_000, passages=30)
+    alone = estimate(LLAMA, hardware, corpus, FAST, Load(), ratio=0.15, codec="balanced")
     between = math.sqrt(alone.full_most_per_s * alone.blend_most_per_s)
-    loaded = estimate(LLAMA, hardware, CORPUS, FAST, Load(between), ratio=0.15, codec="balanced")
+    loaded = estimate(LLAMA, hardware, corpus, FAST, Load(between), ratio=0.15, codec="balanced")
     assert loaded.full_load_s == math.inf and alone.blend_s < loaded.blend_load_s < math.inf
 
 
@@ -101,12 +116,11 @@ def test_what_cannot_be_estimated() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    shown = CliRunner().invoke(app, ["plan", "--model", "llama-3.1-8b", "--store-gb-s", "5"], env={"COLUMNS": "160"})
-    assert (
-        shown.exit_code == 0 and "It pays" in shown.output and "Nothing of this has run on such a GPU" in shown.output
-    )
-    slow = CliRunner().invoke(app, ["plan", "--model", "llama-3.1-8b", "--store-gb-s", "0.1"], env={"COLUMNS": "160"})
-    assert "Plain prefill is faster here, below 0.7" in slow.output
+    usual, wide = ["plan", "--model", "llama-3.1-8b", "--passages", "30"], {"COLUMNS": "160"}
+    shown = CliRunner().invoke(app, [*usual, "--store-gb-s", "5"], env=wide)
+    assert shown.exit_code == 0 and "It pays" in shown.output and "what one H100 gave" in shown.output
+    slow = CliRunner().invoke(app, [*usual, "--store-gb-s", "0.1"], env=wide)
+    assert "Plain prefill is faster here, below 1.49" in slow.output
     as_json = CliRunner().invoke(app, ["plan", "--model", "llama-3.1-8b", "--json"])
     assert json.loads(as_json.output)["blend_s"] > 0
     bad = tmp_path / "rows.json"

@@ -17,7 +17,7 @@ ASKED = {
     "When is it of no use?": "For prompts of less than a few hundred tokens, for text that is read once, for stores "
     "slower than computing, and for whole prompts that come again, which vLLM's prefix cache has exactly. The faster "
     "way is taken by itself.",
-    "What was not measured?": "GPUs, the answers of larger models, real object storage, more than one machine, and "
-    "whatever has no section here.",
+    "What was not measured?": "GPUs but for times on one H100 (docs/sizing.md), the answers of larger models, real "
+    "object storage, more than one machine, and whatever has no section here.",
 }
 """Questions and answers; backquotes are code."""
