@@ -4,8 +4,8 @@
     python examples/gpu_check.py --layers 2 --hidden 64 --heads 2   # tiny, to see that it runs
 
 No model is downloaded. Weights are random, so this tells times, and that recomputing everything is full prefill; not
-how good answers are. Codec tables are made up too, of two bits a value. `--store /dev/shm` leaves the disk out. What one
-H100 gave is in docs/sizing.md.
+how good answers are. Codec tables are made up too, of two bits a value. `--store /dev/shm` leaves the disk out. What
+one H100 gave is in docs/sizing.md.
 """
 
 from __future__ import annotations

@@ -6,31 +6,23 @@ is float16 here: the interpreter multiplies the bits of bfloat16 as if they were
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lmcache_rag_kernels.attend import reference
 from torch import Tensor
 
+from tests.kernels.interpreter import interpreted, not_interpreted, run_interpreted
+
 pytest.importorskip("triton")
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not _INTERPRETED, reason="run by test_under_the_interpreter")
 
 TOKENS = 150
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3}
 
 
-@pytest.mark.skipif(_INTERPRETED, reason="this is that process")
+@not_interpreted
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_interpreted(__file__)
 
 
 def _inputs(

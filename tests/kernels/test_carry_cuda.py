@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lmcache_rag_kernels import Lesson, Rotation
 from lmcache_rag_kernels.carry import reference
 
+from tests.kernels.interpreter import interpreted, not_interpreted, run_interpreted
 from tests.kernels.test_restore import rotation
 
 pytest.importorskip("triton")
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not _INTERPRETED, reason="run by test_under_the_interpreter")
 
-
-@pytest.mark.skipif(_INTERPRETED, reason="this is that process")
+@not_interpreted
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_interpreted(__file__)
 
 
 def lesson(start: int, stop: int, taught: list[int]) -> Lesson:
