@@ -112,7 +112,8 @@ def test_a_stream_ends_with_its_report(server: str, asked: dict[str, Any]) -> No
     assert reuse(streamed[-1])["missed_tokens"] == 0
     assert streamed[-1]["id"] == streamed[0]["id"]
     assert streamed[-1]["choices"] == []
-    assert sum(len(chunk["choices"]) for chunk in streamed) >= 4
+    # vLLM may send several tokens at once; the reason for the end comes before the report.
+    assert [choice["finish_reason"] for chunk in streamed for choice in chunk["choices"]][-1] == "length"
     if "stream_options" in asked:
         cached = [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in streamed if chunk.get("usage")]
         assert cached[-1] == reuse(streamed[-1])["reused_tokens"]
