@@ -7,7 +7,7 @@ and the token ids are concatenated, so that a chunk has the same tokens in every
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Protocol
 
@@ -98,6 +98,14 @@ class MarkedPrompt:
             token_ids.extend(chunk)
         token_ids.extend(rest)
         return cls(tuple(token_ids), len(preamble), tuple(segments))
+
+    def followed_by(
+        self, preamble: Sequence[int], chunks: Sequence[Sequence[int]], rest: Sequence[int]
+    ) -> MarkedPrompt:
+        """With further tokens, as a conversation goes on; here `preamble` is what stands before the further chunks."""
+        shift, more = len(self.token_ids), MarkedPrompt.assemble(preamble, chunks, rest)
+        segments = [Segment(segment.start + shift, segment.length) for segment in more.segments]
+        return replace(self, token_ids=self.token_ids + more.token_ids, segments=(*self.segments, *segments))
 
 
 class PromptFormat(BaseModel):

@@ -56,7 +56,8 @@ class BlendOptions(BaseModel):
 
     Attributes:
         mode: `blend` puts stored chunk KV together and repairs it; `off` is untouched vLLM; `precompute` computes the
-            KV of the prompt's one segment behind what comes before it and stores it.
+            KV of the prompt's one segment behind what comes before it and stores it, unless it is stored; the answer's
+            text means nothing.
         selector: which tokens are recomputed; see `lmcache_rag.blend.selectors`.
         target_kl: how far from full prefill the next-token distributions may be: mean KL divergence in nats. The
             model's calibration says which recompute ratio that takes.

@@ -41,6 +41,14 @@ def test_assemble() -> None:
     assert plan.segments[0].end == 5
 
 
+def test_a_conversation_goes_on_behind_a_prompt() -> None:
+    first = MarkedPrompt((1, 2, 3), 1, (Segment(1, 1),), primer="digest")
+    second = first.followed_by([4, 5], (), ()).followed_by([6], [[7, 8], [9]], [10])
+    assert second.token_ids == tuple(range(1, 11))
+    assert second.segments == (Segment(1, 1), Segment(6, 2), Segment(8, 1))
+    assert (second.preamble_length, second.primer) == (1, "digest")
+
+
 def test_chunks_have_the_same_tokens_in_every_prompt() -> None:
     form = completion_format()
     one = form.plan(Letters(), ["alpha", "beta"], "why?")

@@ -82,11 +82,12 @@ def conversation(
 def prompts(preamble: Sequence[int], turns: Sequence[Turn], workload: str) -> Iterator[MarkedPrompt]:
     """The prompt of each turn."""
     history: list[int] = []
+    said = MarkedPrompt.assemble(preamble, (), ())
     for turn in turns:
         if workload == "more_passages":
-            said = MarkedPrompt.assemble([*preamble, *history], turn.passages, turn.question)
+            said = said.followed_by((), turn.passages, turn.question)
             yield said
-            history = [*said.token_ids[len(preamble) :], *turn.answer]
+            said = said.followed_by(turn.answer, (), ())
             continue
         passages = turn.passages if workload == "new_passages" else turns[0].passages
         yield MarkedPrompt.assemble(preamble, passages, [*history, *turn.question])

@@ -83,6 +83,12 @@ class Workspace:
         rows = slice(start, start + length)
         kv.place(offset, Rows(self.key[:, rows], self.value[:, rows], start, self._rotations, verdicts))
 
+    def clear(self, end: int) -> None:
+        """Make K and V of the first `end` positions zero, so that nothing is left of who was there before."""
+        self.key[:, :end] = 0
+        self.value[:, :end] = 0
+        self.holder = None
+
     def take(self, start: int, length: int) -> Tensor:
         """A position-free copy of rows in main memory: `[layers, 2, length, kv_heads, head_size]`."""
         positions = torch.arange(start, start + length, device=self.device)

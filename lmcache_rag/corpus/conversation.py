@@ -77,17 +77,20 @@ class Conversation:
         for number, turn in enumerate(turns):
             fresh = [text for text in dict.fromkeys(hit.text for hit in turn.hits) if text not in told]
             told.update(fresh)
-            part = self._continued(fresh, turn.question) if number else form.plan(tokenizer, fresh, turn.question)
-            whole = _joined(whole, part, turn.answer)
+            if number:
+                whole = self._continued(whole, fresh, turn.question)
+            else:
+                whole = form.plan(tokenizer, fresh, turn.question)
+            whole = whole.followed_by(turn.answer, (), ())
         return replace(whole, primer=self._corpus.primer_digest)
 
-    def _continued(self, texts: Sequence[str], question: str) -> MarkedPrompt:
-        """What follows an answer."""
+    def _continued(self, whole: MarkedPrompt, texts: Sequence[str], question: str) -> MarkedPrompt:
+        """With what follows an answer."""
         form, tokenizer = self._corpus.manifest.prompt, self._tokenizer
         if not texts:
             form = form.model_copy(update={"question": form.question.lstrip("\n")})
         opening = self._joint + (heading(form) if texts else "")
-        return MarkedPrompt.assemble(
+        return whole.followed_by(
             encode(tokenizer, opening, add_special_tokens=False),
             [form.chunk_ids(tokenizer, text) for text in texts],
             form.question_ids(tokenizer, question),
@@ -122,12 +125,3 @@ def answer_ids(tokenizer: Any, text: str, token_ids: Sequence[int]) -> list[int]
         del kept[-1]
     rest = text[len(tokenizer.decode(kept, skip_special_tokens=False)) :] if kept else text
     return kept + (encode(tokenizer, rest, add_special_tokens=False) if rest else [])
-
-
-def _joined(whole: MarkedPrompt, part: MarkedPrompt, answer: Sequence[int]) -> MarkedPrompt:
-    shift = len(whole.token_ids)
-    return MarkedPrompt(
-        (*whole.token_ids, *part.token_ids, *answer),
-        whole.preamble_length if shift else part.preamble_length,
-        (*whole.segments, *(replace(segment, start=segment.start + shift) for segment in part.segments)),
-    )

@@ -73,6 +73,28 @@ class PrecomputeReport:
     seconds: float = 0.0
     errors: dict[int, str] = field(default_factory=dict)
 
+    def count(self, number: int, requests: Sequence[ReuseReport], refusal: str) -> None:
+        """Add what became of a chunk.
+
+        Args:
+            requests: that were to compute what was missing of it.
+            refusal: why there are none; nothing where it was not refused.
+        """
+        if refusal:
+            self.errors[number] = refusal
+            return
+        for each in requests:
+            self.tokens += each.stored_tokens
+            self.bytes_stored += each.bytes_stored
+            self.evicted_objects += each.evicted_objects
+        failed = [each.reason for each in requests if each.mode != "precompute" or each.reason]
+        if failed:
+            self.errors[number] = failed[0]
+        elif any(each.stored_tokens for each in requests):
+            self.computed += 1
+        else:
+            self.present += 1
+
     def check(self) -> None:
         """Raises `EngineError` where a chunk is not stored."""
         for number, why in self.errors.items():
@@ -157,10 +179,7 @@ class Engine(ABC):
         cache_salt: str | None = None,
     ) -> Completion:
         """The whole answer. Requests with different `cache_salt` share nothing in vLLM's prefix cache."""
-        for delta in self._pieces(prompt, sampling, options, cache_salt, handed_on=False):
-            completion = delta.completion
-        assert completion is not None
-        return completion
+        return completed(self._pieces(prompt, sampling, options, cache_salt, handed_on=False))
 
     def stream(
         self,
@@ -225,3 +244,12 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of all that the engine holds."""
+
+
+def completed(deltas: Iterable[Delta]) -> Completion:
+    """The whole answer, at the end of its pieces."""
+    completion = None
+    for delta in deltas:
+        completion = delta.completion
+    assert completion is not None
+    return completion

@@ -9,13 +9,15 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, Self
 
 from lmcache_rag.blobs.uri import open_store
 from lmcache_rag.chunk_kv import key_of, variant_of
 from lmcache_rag.codec import coded_bytes
-from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt
+from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt, completed
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
@@ -30,6 +32,17 @@ from lmcache_rag.model import resolve_model, tokenizer_fingerprint
 from lmcache_rag.process import OwnProcess
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer, chat_text, encode
 from lmcache_rag.request import BlendOptions
+
+_AHEAD = 1
+"""So many chunks are asked for before the one that is waited for is stored: then the next is computed meanwhile."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, and what comes of it."""
+
+    request: Request
+    events: queue.SimpleQueue[Delta | BaseException]
 
 
 class LocalEngine(Engine):
@@ -169,19 +182,35 @@ class LocalEngine(Engine):
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
-        for number, chunk in enumerate(chunks):
-            failed = [self._unfit(preamble, chunk)]
-            if not failed[0]:
-                fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
-                report.unprimed += not fits
-                missing = self._missing_variants(preamble, chunk, primer if fits else (), self.chunk_store(namespace))
-                failed = [self._precompute(preamble, behind, chunk, namespace, report) for behind in missing]
-                report.present += not missing
-                report.computed += bool(missing) and not any(failed)
-            if any(failed):
-                report.errors[number] = next(filter(None, failed))
+        ahead = deque[tuple[int, str, list[_Asked]]]()
+
+        def end() -> None:
+            number, refusal, asked = ahead[0]
+            report.count(number, [completed(self._deltas(each)).reuse for each in asked], refusal)
+            ahead.popleft()
             if progress is not None:
-                progress(len(chunk))
+                progress(len(chunks[number]))
+
+        try:
+            for number, chunk in enumerate(chunks):
+                missing: list[Sequence[int]] = []
+                refusal = self._unfit(preamble, chunk)
+                if not refusal:
+                    fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
+                    report.unprimed += not fits
+                    missing = self._missing_variants(
+                        preamble, chunk, primer if fits else (), self.chunk_store(namespace)
+                    )
+                asked = [self._ask_to_precompute(preamble, behind, chunk, namespace) for behind in missing]
+                ahead.append((number, refusal, asked))
+                if len(ahead) > _AHEAD:
+                    end()
+            while ahead:
+                end()
+        finally:
+            for *_, asked in ahead:
+                for each in asked:
+                    self._loop.abort(each.request.request_id)
         report.seconds = time.perf_counter() - start
         return report
 
@@ -208,15 +237,10 @@ class LocalEngine(Engine):
             missing.append(())
         return missing
 
-    def _precompute(
-        self,
-        preamble: Sequence[int],
-        primer: Sequence[int],
-        chunk: Sequence[int],
-        namespace: str | None,
-        report: PrecomputeReport,
-    ) -> str:
-        """Compute and store one variant; returns why it failed, or nothing."""
+    def _ask_to_precompute(
+        self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], namespace: str | None
+    ) -> _Asked:
+        """Have one variant computed and stored, without waiting for it."""
         context = [*preamble, *primer]
         options = BlendOptions(
             mode="precompute",
@@ -224,11 +248,25 @@ class LocalEngine(Engine):
             primer_tokens=len(primer),
             namespace=namespace,
         )
-        reuse = self.generate([*context, *chunk], Sampling(max_tokens=1), options).reuse
-        report.tokens += reuse.stored_tokens
-        report.bytes_stored += reuse.bytes_stored
-        report.evicted_objects += reuse.evicted_objects
-        return reuse.reason
+        return self._ask([*context, *chunk], Sampling(max_tokens=1), options, None)
+
+    def _ask(
+        self, prompt: Prompt, sampling: Sampling | None, options: BlendOptions | None, cache_salt: str | None
+    ) -> _Asked:
+        events = queue.SimpleQueue[Delta | BaseException]()
+        return _Asked(self._submit(prompt, sampling, options, cache_salt, events.put), events)
+
+    def _deltas(self, asked: _Asked) -> Iterator[Delta]:
+        """The answer piece by piece; it is aborted where that is left early."""
+        try:
+            while True:
+                self._process.check()
+                delta = _raised(asked.events.get())
+                yield delta
+                if delta.completion is not None:
+                    return
+        finally:
+            self._loop.abort(asked.request.request_id)
 
     def _pieces(
         self,
@@ -239,17 +277,7 @@ class LocalEngine(Engine):
         *,
         handed_on: bool,
     ) -> Iterator[Delta]:
-        events: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
-        request = self._submit(prompt, sampling, options, cache_salt, events.put)
-        try:
-            while True:
-                self._process.check()
-                delta = _raised(events.get())
-                yield delta
-                if delta.completion is not None:
-                    return
-        finally:
-            self._loop.abort(request.request_id)
+        yield from self._deltas(self._ask(prompt, sampling, options, cache_salt))
 
     async def _apieces(
         self,

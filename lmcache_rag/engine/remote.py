@@ -179,7 +179,7 @@ class RemoteEngine(Engine):
                 refusal = str(error)
             with lock:
                 report.unprimed += not fits
-                _count(report, number, reports, refusal)
+                report.count(number, reports, refusal)
                 if progress is not None:
                     progress(len(chunks[number]))
 
@@ -373,21 +373,3 @@ def _openai() -> Any:
 
 def _from_settings(settings: RemoteSettings) -> RemoteEngine:
     return RemoteEngine(**{name: getattr(settings, name) for name in RemoteSettings.model_fields})
-
-
-def _count(report: PrecomputeReport, number: int, reports: Sequence[ReuseReport], refusal: str) -> None:
-    """Add what became of a chunk."""
-    if refusal:
-        report.errors[number] = refusal
-        return
-    for each in reports:
-        report.tokens += each.stored_tokens
-        report.bytes_stored += each.bytes_stored
-        report.evicted_objects += each.evicted_objects
-    failed = [each.reason for each in reports if each.mode != "precompute" or each.reason]
-    if failed:
-        report.errors[number] = failed[0]
-    elif any(each.stored_tokens for each in reports):
-        report.computed += 1
-    else:
-        report.present += 1

@@ -64,6 +64,9 @@ class EngineSettings(BaseSettings):
             ingest takes half the time and, in a transform codec, four fifths of the space; reuse loses more.
         prefix_caching: vLLM's own exact prefix cache.
         max_num_seqs: how many requests are computed at the same time.
+        speculative_config: vLLM's speculative decoding, by its own options; `{"method": "ngram",
+            "num_speculative_tokens": 4, "prompt_lookup_max": 4}` drafts what passages say. With drafts of a model
+            nothing is blended.
         seed: of vLLM's sampler.
     """
 
@@ -97,6 +100,7 @@ class EngineSettings(BaseSettings):
     primed: bool = True
     prefix_caching: bool = True
     max_num_seqs: int = Field(default=16, ge=1)
+    speculative_config: dict[str, Any] | None = None
     seed: int = 0
 
     @classmethod

@@ -98,6 +98,7 @@ def engine_arguments(
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_num_seqs": settings.max_num_seqs,
+        "speculative_config": settings.speculative_config,
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
         "block_size": settings.block_tokens or (_CPU_BLOCK_TOKENS if on_cpu else None),
         "enforce_eager": on_cpu,

@@ -125,9 +125,14 @@ def model_folder(vllm_config: VllmConfig) -> Path:
     return resolve_model(str(vllm_config.model_config.model), vllm_config.model_config.revision)
 
 
+_MODELLESS = ("ngram",)
+"""Drafts that no model makes, whose KV would be missing where a prompt was blended."""
+
+
 def unsupported_engine(vllm_config: VllmConfig, kv_cache_groups: int = 1) -> str:
     """Why an engine's requests all pass through untouched, or nothing."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    speculative = vllm_config.speculative_config
     of_experts = model.is_moe or parallel.enable_expert_parallel
     kv_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
     reasons = {
@@ -138,7 +143,7 @@ def unsupported_engine(vllm_config: VllmConfig, kv_cache_groups: int = 1) -> str
         "expert load balancing": parallel.enable_eplb,
         "elastic expert parallelism": parallel.enable_elastic_ep,
         "dual batch overlap": parallel.enable_dbo or parallel.ubatch_size > 1,
-        "speculative decoding": vllm_config.speculative_config is not None,
+        "speculative decoding other than by n-grams": speculative is not None and speculative.method not in _MODELLESS,
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in kv_dtypes,
         "multimodal RoPE": model.uses_mrope,
         "several KV cache groups": kv_cache_groups != 1,

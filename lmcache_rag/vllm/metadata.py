@@ -102,14 +102,22 @@ class Refined:
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
-    """From the worker half back: request id -> `ReuseReport` as a dict, how fast it computes and loads, and what it
-    did meanwhile."""
+    """From the worker half back.
+
+    Attributes:
+        reports: request id -> `ReuseReport` as a dict, of blends that ended.
+        placed: the requests whose chunk is computed and being stored: the next blend may begin.
+        rates: how fast it computes and loads.
+        refined: what it did meanwhile.
+    """
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    placed: set[str] = field(default_factory=set)
     rates: Rates | None = None
     refined: Refined | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         assert isinstance(other, StepReports)
         refined = other.refined or self.refined
-        return StepReports({**self.reports, **other.reports}, other.rates or self.rates, refined)
+        rates = other.rates or self.rates
+        return StepReports({**self.reports, **other.reports}, self.placed | other.placed, rates, refined)

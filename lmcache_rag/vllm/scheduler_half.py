@@ -288,6 +288,8 @@ class SchedulerHalf:
             self._planner.cost.learn(step.rates)
         if step.refined is not None and self._refinements is not None:
             self._take_refined(self._refinements, step.refined)
+        if self._blending in step.placed:
+            self._blending = None
         for request_id, figures in step.reports.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,13 +18,13 @@ from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blend.steps import Steps, next_of
 from lmcache_rag.blend.workspace import on_device
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import ChunkKV, variant_of
+from lmcache_rag.chunk_kv import ChunkKV, key_of, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
 from lmcache_rag.conversation.refinement import PIECE_S, Refiner
 from lmcache_rag.errors import CorruptObjectError, StoreError
-from lmcache_rag.library.chunks import ChunkStore, ChunkStores
+from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.hot import HotChunks
 from lmcache_rag.library.room import Limits, Rooms
 from lmcache_rag.library.tables import ModelCodecs, machine_store
@@ -32,6 +33,7 @@ from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
+from lmcache_rag.vllm.saving import PAUSE_S, Saved, Saving, What, save_behind, save_in_order
 
 _PIECES = 8
 """So many pieces of a conversation are loaded, or handed on to be stored, in a step."""
@@ -39,19 +41,8 @@ _PIECES = 8
 _WITHOUT_TABLES = "q8"
 """Learned text is in this codec where the engine's own has no tables yet: nobody waits for them to be learned."""
 
-_PAUSE_S = 0.001
-
 _RECENT_BLENDS = 8
 """The least overhead of so many counts, so that what else the machine did in one of them does not."""
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a thread has stored, and whether there was no room for some of it."""
-
-    size_bytes: int = 0
-    tokens: int = 0
-    is_full: bool = False
 
 
 class WorkerHalf:
@@ -106,11 +97,13 @@ class WorkerHalf:
         self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
         self._refined: Refined | None = None
         self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
-        self._saving: tuple[RefineJob, Future[_Saved]] | None = None
+        self._saving: tuple[RefineJob, Future[Saved]] | None = None
         self._next_run = 0  # of the prompt that is learned from
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
+        self._storing = Saving(self._saver, self._rooms, self._failures)
+        self._placed: set[str] = set()
         self._under_way: tuple[BlendJob, Steps[ReuseReport]] | None = None
         self._done: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -123,7 +116,11 @@ class WorkerHalf:
     @torch.inference_mode()
     def go_on(self, tokens: float) -> None:
         """Go on with the blend that is under way, if any, by so many tokens about. At its end its report is kept for
-        the scheduler half. Where it fails, whatever the reason, vLLM is told that its blocks were not loaded."""
+        the scheduler half, of a precompute request when its chunk is stored too. Where it fails, whatever the reason,
+        vLLM is told that its blocks were not loaded."""
+        is_waiting = math.isinf(tokens) and (self._under_way is None or self._storing.is_busy)
+        for request_id, stored in self._storing.take(PAUSE_S if is_waiting else 0.0):
+            self._end(request_id, stored)
         if self._under_way is None:
             return
         job, steps = self._under_way
@@ -136,8 +133,14 @@ class WorkerHalf:
         if report is None:
             return
         self._under_way = None
-        self._done.add(job.request_id)
-        self._reports[job.request_id] = report.model_dump()
+        if job.request_id in self._storing:
+            self._placed.add(job.request_id)
+        else:
+            self._end(job.request_id, report)
+
+    def _end(self, request_id: str, report: ReuseReport) -> None:
+        self._done.add(request_id)
+        self._reports[request_id] = report.model_dump()
 
     def drop(self, request_id: str) -> None:
         """A request was aborted: its blend ends here, and vLLM may free its blocks."""
@@ -180,7 +183,7 @@ class WorkerHalf:
             if found is None:
                 if time.perf_counter() - start > PIECE_S:
                     break
-                time.sleep(_PAUSE_S)
+                time.sleep(PAUSE_S)
                 continue
             if found[0].start > done or isinstance(found[1], str):
                 break
@@ -219,7 +222,7 @@ class WorkerHalf:
             for piece in itertools.islice(missing, _PIECES)
         ]
         if wanted:
-            self._saving = job, self._saver.submit(_saved, chunks, wanted)
+            self._saving = job, self._saver.submit(save_in_order, chunks, wanted)
         return Refined(done=not wanted, stored_bytes=saved.size_bytes)
 
     def _learn_runs(self, job: RefineJob) -> Refined:
@@ -244,28 +247,25 @@ class WorkerHalf:
     def _taken_from_refiner(self, token_ids: np.ndarray, start: int, length: int) -> ChunkKV:
         return ChunkKV(token_ids[start : start + length], self._refiner.taken(start, length))
 
-    def _save_run(self, namespace: str, preamble: ChunkKV, run: ChunkKV, variant: str) -> _Saved:
+    def _save_run(self, namespace: str, preamble: ChunkKV, run: ChunkKV, variant: str) -> Saved:
         try:
             self._codecs.for_writing(self._codec)
             chunks = self._chunks.of(namespace)
         except StoreError:
             chunks = self._without_tables.of(namespace)
-        chunks.refresh()
-        stored_bytes = chunks.save_preamble(preamble) if chunks.lacks_preamble(preamble.token_ids) else 0
-        saved = _saved(chunks, [(run, variant)] if chunks.missing(run.token_ids, variant) else [])
-        return replace(saved, size_bytes=saved.size_bytes + stored_bytes)
+        return save_behind(chunks, preamble, run, variant)
 
     def _is_saving(self) -> bool:
         """Whether a thread is still storing something."""
         if self._saving is None or self._saving[1].done():
             return False
-        time.sleep(_PAUSE_S)  # vLLM steps on meanwhile
+        time.sleep(PAUSE_S)  # vLLM steps on meanwhile
         return True
 
-    def _take_saved(self) -> tuple[RefineJob | None, _Saved]:
+    def _take_saved(self) -> tuple[RefineJob | None, Saved]:
         """What a thread has stored last, and for which job. Raises what it raised."""
         saving, self._saving = self._saving, None
-        return (None, _Saved()) if saving is None else (saving[0], saving[1].result())
+        return (None, Saved()) if saving is None else (saving[0], saving[1].result())
 
     def take_done(self) -> set[str]:
         """The requests whose blends ended since the last call, well or not."""
@@ -279,26 +279,30 @@ class WorkerHalf:
 
     def _blended(self, job: BlendJob) -> Steps[ReuseReport]:
         plan = job.plan
-        report = yield from self._blender.blend(plan, self._hot)
+        before = self._stored_before(job) if plan.mode == "precompute" else None
+        report = before if before is not None else (yield from self._blender.blend(plan, self._hot))
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
         if end > plan.local_tokens:
             slots = self._slots(job.block_ids, plan.local_tokens, end)
             self._model.write_paged(self._blender.workspace, plan.local_tokens, end, slots)
         report.phases_s["write"] = time.perf_counter() - start
+        if before is not None:
+            return report
         self._learn(plan, report)
         if plan.mode == "precompute":
-            start = time.perf_counter()
-            self._keep(job, self._chunks.of(plan.namespace), report)
-            report.phases_s["store"] = time.perf_counter() - start
+            while self._storing.is_busy:
+                yield
+            self._store_chunk(job, report)
         return report
 
     def take_reports(self) -> StepReports | None:
         """What was done since the last call."""
         reports, self._reports = self._reports, {}
+        placed, self._placed = self._placed, set()
         refined, self._refined = self._refined, None
         rates, self._learned = self._rates if self._learned else None, False
-        return StepReports(reports, rates, refined) if reports or refined else None
+        return StepReports(reports, placed, rates, refined) if reports or placed or refined else None
 
     def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
         """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""
@@ -316,27 +320,34 @@ class WorkerHalf:
         slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
         return on_device(slots, self._model.device)
 
-    def _keep(self, job: BlendJob, chunks: ChunkStore, report: ReuseReport) -> None:
-        """Store the preamble and the chunk of a precompute request, where they were not loaded from the store."""
-        plan = job.plan
-        start, length = plan.segments[0].start, plan.segments[0].length
-        preamble = start - plan.primer_tokens
-        variant = variant_of(plan.token_ids[:preamble], plan.token_ids[preamble:start])
+    def _stored_before(self, job: BlendJob) -> ReuseReport | None:
+        """The report of a precompute request of which all is stored, or is being stored for another: nothing is
+        computed for it, and its answer is over zeros. None where something is to be computed."""
+        plan, made = job.plan, _made_by(job.plan)
+        report = ReuseReport(mode=plan.mode, prompt_tokens=len(plan.token_ids))
+        chunks = self._chunks.of(plan.namespace)
         try:
-            chunks.refresh()
-            if preamble and chunks.lacks_preamble(plan.token_ids[:preamble]):
-                report.bytes_stored += chunks.save_preamble(self._taken(plan, 0, preamble))
-                report.stored_tokens += preamble
-            if chunks.missing(plan.token_ids[start:], variant):
-                report.bytes_stored += chunks.save(self._taken(plan, start, length), variant)
-                report.stored_tokens += length
-        except StoreError as error:
-            report.reason = str(error)
-        except Exception as error:  # noqa: BLE001  # the blend is done, and the request can be answered
-            report.failure = self._failures.note("Storing KV", error)
-            report.reason = f"failed: {report.failure}"
-        evicted = self._rooms.take_evicted()
-        report.evicted_objects, report.evicted_bytes = evicted.objects, evicted.size_bytes
+            chunks.follow()
+            is_stored = not chunks.lacks_preamble(made.preamble) and not chunks.missing(made.chunk, made.variant)
+        except StoreError:
+            return None  # storing will say why it cannot be
+        if not is_stored and not self._storing.join(job.request_id, report, made.what):
+            return None
+        self._blender.workspace.clear(plan.end)
+        report.local_tokens, report.reused_tokens = plan.local_tokens, plan.end - plan.local_tokens
+        return report
+
+    def _store_chunk(self, job: BlendJob, report: ReuseReport) -> None:
+        """Have a thread store the preamble and the chunk of a precompute request, where they are missing."""
+        made = _made_by(job.plan)
+        preamble = ChunkKV(made.preamble, self._blender.workspace.take(0, len(made.preamble)))
+        chunk = ChunkKV(made.chunk, self._blender.workspace.take(made.start, len(made.chunk)))
+        self._storing.begin(
+            job.request_id,
+            report,
+            made.what,
+            lambda: save_behind(self._chunks.of(made.namespace), preamble, chunk, made.variant),
+        )
 
     def close(self) -> None:
         """Record what was used and is not yet recorded."""
@@ -344,20 +355,31 @@ class WorkerHalf:
             chunks.flush()
         self._saver.shutdown()
 
-    def _taken(self, plan: BlendPlan, start: int, length: int) -> ChunkKV:
-        token_ids = np.array(plan.token_ids[start : start + length], dtype=np.int32)
-        return ChunkKV(token_ids, self._blender.workspace.take(start, length))
+
+@dataclass(frozen=True)
+class _Made:
+    """What a precompute request makes: a chunk's variant, from token `start` of its prompt on.
+
+    Attributes:
+        preamble, chunk: token ids, int32.
+    """
+
+    namespace: str
+    preamble: np.ndarray
+    start: int
+    chunk: np.ndarray
+    variant: str
+
+    @property
+    def what(self) -> What:
+        return self.namespace, key_of(self.chunk), self.variant
 
 
-def _saved(chunks: ChunkStore, wanted: Sequence[tuple[ChunkKV, str]]) -> _Saved:
-    """Store what is missing, in order, as far as there is room: what follows a piece that is missing is of no use."""
-    stored_bytes = tokens = 0
-    for kv, variant in wanted:
-        saved_bytes = chunks.save(kv, variant)
-        if not saved_bytes:
-            return _Saved(stored_bytes, tokens, is_full=True)
-        stored_bytes, tokens = stored_bytes + saved_bytes, tokens + kv.tokens
-    return _Saved(stored_bytes, tokens)
+def _made_by(plan: BlendPlan) -> _Made:
+    token_ids, segment = np.array(plan.token_ids, np.int32), plan.segments[0]
+    preamble = token_ids[: segment.start - plan.primer_tokens]
+    variant = variant_of(preamble, token_ids[len(preamble) : segment.start])
+    return _Made(plan.namespace, preamble, segment.start, token_ids[segment.start : segment.end], variant)
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:

@@ -1,0 +1,218 @@
+"""Chunks are stored while vLLM steps on: nobody else waits, few are kept in memory, and requests are answered after."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_rag.engine import LocalEngine, Sampling
+from lmcache_rag.errors import StoreError
+from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.room import Evicted
+from lmcache_rag.request import BlendOptions, ReuseReport
+from lmcache_rag.vllm.failures import Failures
+from lmcache_rag.vllm.saving import MOST_SAVING, Saved, Saving
+from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half
+
+REPAIR = BlendOptions(ratio=0.2)
+WHAT = ("namespace", b"key", "variant")
+
+
+class Gate:
+    """Where every chunk waits that is to be stored, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Semaphore(0)
+        self._opened = threading.Event()
+
+    def wait(self) -> None:
+        self.reached.release()
+        self._opened.wait()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def close(self) -> None:
+        self.reached = threading.Semaphore(0)
+        self._opened.clear()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    closed, save = Gate(), ChunkStore.save
+
+    def waiting(*arguments: Any) -> int:
+        closed.wait()
+        return save(*arguments)
+
+    monkeypatch.setattr(ChunkStore, "save", waiting)
+    yield closed
+    closed.open()
+
+
+def precompute(preamble: list[int], chunk: list[int]) -> tuple[list[int], Sampling, BlendOptions]:
+    """What asks for one chunk."""
+    options = BlendOptions(mode="precompute", segments=((len(preamble), len(chunk)),))
+    return [*preamble, *chunk], Sampling(max_tokens=1), options
+
+
+def test_others_are_answered_while_chunks_are_stored(llama: LocalEngine, gate: Gate) -> None:
+    asked, stored = random_plan(900), random_plan(901)
+    gate.open()
+    ingest(llama, asked)
+    expected, _ = answer(llama, asked, REPAIR)
+    gate.close()
+    preamble, chunks, _ = parts(stored)
+    with ThreadPoolExecutor(1) as pool:
+        storing = pool.submit(llama.precompute, preamble, chunks)
+        gate.reached.acquire()
+        found, done = answer(llama, asked, REPAIR)
+        assert not storing.done()
+        gate.open()
+        report = storing.result()
+    tolerance = 20 * noise(llama, asked)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert done.reuse.mode == "blend" and not done.reuse.missed_tokens
+    assert (report.computed, report.tokens) == (3, len(preamble) + sum(map(len, chunks)))
+    # What is stored is what was computed for the chunks, though another prompt was blended in between.
+    undisturbed = llama.precompute(preamble, chunks, namespace="undisturbed")
+    assert undisturbed.computed == 3
+    expected, _ = answer(llama, stored, BlendOptions(ratio=0.0, namespace="undisturbed"))
+    found, done = answer(llama, stored, BlendOptions(ratio=0.0))
+    assert done.reuse.reused_tokens == report.tokens
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_only_some_chunks_wait_in_memory(llama: LocalEngine, gate: Gate) -> None:
+    plan = random_plan(902, chunks=(40,) * (MOST_SAVING + 3))
+    preamble, chunks, _ = parts(plan)
+    worker, ended = worker_half(), queue.SimpleQueue[ReuseReport]()
+    counts, begin = list[int](), worker._storing.begin
+
+    def counted(*arguments: Any) -> None:
+        begin(*arguments)
+        counts.append(len(worker._storing._under_way))
+        if len(counts) == MOST_SAVING:
+            threading.Timer(0.0, gate.open).start()
+
+    def deliver(delta: Any) -> None:
+        if delta.completion is not None:
+            ended.put(delta.completion.reuse)
+
+    worker._storing.begin = counted
+    try:
+        for chunk in chunks:
+            llama._submit(*precompute(preamble, chunk), None, deliver)
+        reports = [ended.get() for _ in chunks]
+    finally:
+        worker._storing.begin = begin
+    assert max(counts) == MOST_SAVING
+    assert sum(report.stored_tokens for report in reports) == len(preamble) + sum(map(len, chunks))
+    assert all(report.phases_s["store"] > 0.0 for report in reports)
+
+
+def test_a_request_aborted_while_its_chunk_is_stored_leaves_no_blocks(llama: LocalEngine, gate: Gate) -> None:
+    llama.settle()
+    pool = connector(llama).scheduler._chooser.prefixes._pool
+    free, plan = pool.get_num_free_blocks(), random_plan(903)
+    preamble, chunks, _ = parts(plan)
+    asked = llama._submit(*precompute(preamble, chunks[0]), None, lambda _: None)
+    gate.reached.acquire()
+    llama._loop.abort(asked.request_id)
+    # A later request's answer is behind the abortion.
+    llama.generate([5, 6, 7], Sampling(max_tokens=1), OFF, cache_salt=uuid.uuid4().hex)
+    gate.open()
+    llama.settle()
+    assert not worker_half()._storing._under_way and not connector(llama).scheduler._tracked
+    assert pool.get_num_free_blocks() == free
+    assert llama.precompute(preamble, chunks[:1]).present == 1  # what was computed was not thrown away
+
+
+def test_of_several_who_want_the_same_chunk_stored_one_has_it_computed(
+    llama: LocalEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preamble, chunks, _ = parts(random_plan(904, chunks=(50, 60)))
+    worker, blended, ended = worker_half(), list[int](), queue.SimpleQueue[ReuseReport]()
+    blend = worker._blender.blend
+
+    def counted(plan: Any, *arguments: Any) -> Any:
+        blended.append(len(plan.token_ids))
+        return blend(plan, *arguments)
+
+    def deliver(delta: Any) -> None:
+        if delta.completion is not None:
+            ended.put(delta.completion.reuse)
+
+    monkeypatch.setattr(worker._blender, "blend", counted)
+    for chunk in (chunks[0], chunks[0], chunks[1], chunks[0]):
+        llama._submit(*precompute(preamble, chunk), None, deliver)
+    gate.reached.acquire()
+    llama.generate([5, 6, 7], Sampling(max_tokens=8, ignore_eos=True), OFF, cache_salt=uuid.uuid4().hex)
+    gate.open()
+    reports = [ended.get() for _ in range(4)]
+    assert blended == [len(preamble) + len(chunk) for chunk in chunks]
+    assert sorted(report.stored_tokens for report in reports) == [0, 0, 60, len(preamble) + 50]
+    assert all(report.mode == "precompute" and not report.reason for report in reports)
+    # Nor is it computed where it is stored; the request's blocks hold nobody's KV then.
+    llama._submit(*precompute(preamble, chunks[0]), None, deliver)
+    again = ended.get()
+    assert len(blended) == 2 and not again.stored_tokens
+    assert again.reused_tokens == len(preamble) + 50 and not again.missed_tokens
+    assert not worker._blender.workspace.key[:, : len(preamble) + 50].any()
+
+
+class _Rooms:
+    def take_evicted(self) -> Evicted:
+        return Evicted(2, 300)
+
+
+class _AtOnce(Executor):
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*arguments, **named))
+        except Exception as error:  # noqa: BLE001
+            future.set_exception(error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "failure"),
+    [
+        (StoreError("The disk is full."), "The disk is full.", ""),
+        (ZeroDivisionError(), "failed: ZeroDivisionError", "ZeroDivisionError"),
+    ],
+)
+def test_what_cannot_be_stored_is_reported(error: Exception, reason: str, failure: str) -> None:
+    def save() -> Saved:
+        raise error
+
+    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, save)
+    ((request_id, report),) = saving.take()
+    assert (request_id, report.reason, report.failure) == ("7", reason, failure)
+    assert (report.stored_tokens, report.evicted_objects, report.evicted_bytes) == (0, 2, 300)
+    assert "7" not in saving and not list(saving.take())
+
+
+def test_what_is_stored_is_counted() -> None:
+    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10))
+    ((_, report),) = saving.take()
+    assert (report.bytes_stored, report.stored_tokens, report.reason) == (100, 50, "")
+
+
+def test_who_joins_another_shares_its_end_and_stored_nothing() -> None:
+    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
+    assert not saving.join("8", ReuseReport(mode="precompute"), WHAT)
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10))
+    assert saving.join("8", ReuseReport(mode="precompute"), WHAT)
+    assert not saving.join("9", ReuseReport(mode="precompute"), ("namespace", b"key", "another variant"))
+    assert {request_id: report.stored_tokens for request_id, report in saving.take()} == {"7": 50, "8": 0}
