@@ -21,7 +21,7 @@ from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt, com
 from lmcache_rag.engine.chat import Chat
 from lmcache_rag.engine.loop import EngineLoop, Request
 from lmcache_rag.engine.settings import EngineSettings, Sampling
-from lmcache_rag.engine.start import start_vllm
+from lmcache_rag.engine.start import runs_on_cpu, start_vllm
 from lmcache_rag.engine.tools import ToolReader, tool_parser_of
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.learn.codec import CodecLearning, LearnedModel
@@ -31,18 +31,20 @@ from lmcache_rag.library.tables import TableStore
 from lmcache_rag.model import resolve_model, tokenizer_fingerprint
 from lmcache_rag.process import OwnProcess
 from lmcache_rag.prompt import MarkedPrompt, Tokenizer, chat_text, encode
-from lmcache_rag.request import BlendOptions
+from lmcache_rag.request import BlendOptions, ReuseReport
 
-_AHEAD = 1
-"""So many chunks are asked for before the one that is waited for is stored: then the next is computed meanwhile."""
+_MOST_AHEAD = 3
+"""So many are asked for behind the one that is waited for: what is stored over a network, or coded beside a GPU,
+takes nothing from what is computed meanwhile. On a CPU both are in each other's way."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
-    """A request, and what comes of it."""
+    """A request, what comes of it, and its report when it has ended."""
 
     request: Request
     events: queue.SimpleQueue[Delta | BaseException]
+    reuse: ReuseReport | None = None
 
 
 class LocalEngine(Engine):
@@ -182,35 +184,36 @@ class LocalEngine(Engine):
         report = PrecomputeReport()
         start = time.perf_counter()
         primer = self._primer if primer is None else primer
-        ahead = deque[tuple[int, str, list[_Asked]]]()
+        ahead = _MOST_AHEAD if self.store.remote or not runs_on_cpu() else 0
+        under_way, asked_of = deque[_Asked](), deque[tuple[int, str, list[_Asked]]]()
 
-        def end() -> None:
-            number, refusal, asked = ahead[0]
-            report.count(number, [completed(self._deltas(each)).reuse for each in asked], refusal)
-            ahead.popleft()
-            if progress is not None:
-                progress(len(chunks[number]))
+        def wait(most: int) -> None:
+            while len(under_way) > most:
+                under_way[0].reuse = completed(self._deltas(under_way[0])).reuse
+                under_way.popleft()
+            while asked_of and all(each.reuse is not None for each in asked_of[0][2]):
+                number, refusal, asked = asked_of.popleft()
+                report.count(number, [each.reuse for each in asked if each.reuse is not None], refusal)
+                if progress is not None:
+                    progress(len(chunks[number]))
 
         try:
             for number, chunk in enumerate(chunks):
-                missing: list[Sequence[int]] = []
-                refusal = self._unfit(preamble, chunk)
-                if not refusal:
-                    fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
-                    report.unprimed += not fits
-                    missing = self._missing_variants(
-                        preamble, chunk, primer if fits else (), self.chunk_store(namespace)
-                    )
-                asked = [self._ask_to_precompute(preamble, behind, chunk, namespace) for behind in missing]
-                ahead.append((number, refusal, asked))
-                if len(ahead) > _AHEAD:
-                    end()
-            while ahead:
-                end()
+                refusal, asked = self._unfit(preamble, chunk), list[_Asked]()
+                fits = len(preamble) + len(primer) + len(chunk) < self.max_model_len
+                report.unprimed += not refusal and not fits
+                stored = self.chunk_store(namespace)
+                for behind in (
+                    [] if refusal else self._missing_variants(preamble, chunk, primer if fits else (), stored)
+                ):
+                    wait(ahead)
+                    asked.append(self._ask_to_precompute(preamble, behind, chunk, namespace))
+                    under_way.append(asked[-1])
+                asked_of.append((number, refusal, asked))
+            wait(0)
         finally:
-            for *_, asked in ahead:
-                for each in asked:
-                    self._loop.abort(each.request.request_id)
+            for each in under_way:
+                self._loop.abort(each.request.request_id)
         report.seconds = time.perf_counter() - start
         return report
 

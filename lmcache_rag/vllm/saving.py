@@ -101,14 +101,18 @@ class Saving:
         """Whether no more chunks are to be kept in memory."""
         return sum(waiting.is_own for waiting in self._under_way.values()) >= MOST_SAVING
 
-    def begin(self, request_id: str, report: ReuseReport, what: What, save: Callable[[], Saved]) -> None:
+    def begin(
+        self, request_id: str, report: ReuseReport, what: What, save: Callable[[], Saved], *, here: bool = False
+    ) -> None:
         """Have the thread store a request's chunk.
 
         Args:
             report: of the request, to be completed.
+            here: store it now, and not by the thread.
         """
-        saved = self._thread.submit(save)
-        self._under_way[request_id] = _Waiting(report, what, time.perf_counter(), saved)
+        begun_at = time.perf_counter()
+        saved = _done(save) if here else self._thread.submit(save)
+        self._under_way[request_id] = _Waiting(report, what, begun_at, saved)
 
     def join(self, request_id: str, report: ReuseReport, what: What) -> bool:
         """Have a request wait for a chunk that is being stored for another; False where it is not."""
@@ -149,3 +153,12 @@ class Saving:
             if waiting.is_own:
                 report.bytes_stored = saved.size_bytes
                 report.stored_tokens = saved.preamble_tokens + saved.tokens
+
+
+def _done(save: Callable[[], Saved]) -> Future[Saved]:
+    saved: Future[Saved] = Future()
+    try:
+        saved.set_result(save())
+    except Exception as error:  # noqa: BLE001  # whoever asks for the result gets it
+        saved.set_exception(error)
+    return saved

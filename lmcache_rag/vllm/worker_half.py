@@ -102,6 +102,7 @@ class WorkerHalf:
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
         self._failures = Failures()
+        self._stores_aside = store.remote or model.device.type != "cpu"
         self._storing = Saving(self._saver, self._rooms, self._failures)
         self._placed: set[str] = set()
         self._under_way: tuple[BlendJob, Steps[ReuseReport]] | None = None
@@ -119,8 +120,7 @@ class WorkerHalf:
         the scheduler half, of a precompute request when its chunk is stored too. Where it fails, whatever the reason,
         vLLM is told that its blocks were not loaded."""
         is_waiting = math.isinf(tokens) and (self._under_way is None or self._storing.is_busy)
-        for request_id, stored in self._storing.take(PAUSE_S if is_waiting else 0.0):
-            self._end(request_id, stored)
+        self._end_stored(PAUSE_S if is_waiting else 0.0)
         if self._under_way is None:
             return
         job, steps = self._under_way
@@ -135,8 +135,13 @@ class WorkerHalf:
         self._under_way = None
         if job.request_id in self._storing:
             self._placed.add(job.request_id)
+            self._end_stored()
         else:
             self._end(job.request_id, report)
+
+    def _end_stored(self, wait_s: float = 0.0) -> None:
+        for request_id, report in self._storing.take(wait_s):
+            self._end(request_id, report)
 
     def _end(self, request_id: str, report: ReuseReport) -> None:
         self._done.add(request_id)
@@ -338,7 +343,8 @@ class WorkerHalf:
         return report
 
     def _store_chunk(self, job: BlendJob, report: ReuseReport) -> None:
-        """Have a thread store the preamble and the chunk of a precompute request, where they are missing."""
+        """Store the preamble and the chunk of a precompute request, where they are missing: by a thread, unless that would
+        be in the way of what is computed meanwhile, and nobody else waits."""
         made = _made_by(job.plan)
         preamble = ChunkKV(made.preamble, self._blender.workspace.take(0, len(made.preamble)))
         chunk = ChunkKV(made.chunk, self._blender.workspace.take(made.start, len(made.chunk)))
@@ -347,6 +353,7 @@ class WorkerHalf:
             report,
             made.what,
             lambda: save_behind(self._chunks.of(made.namespace), preamble, chunk, made.variant),
+            here=self._blender.allowance.alone and not self._stores_aside,
         )
 
     def close(self) -> None:

@@ -45,7 +45,8 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+def gate(llama: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    monkeypatch.setattr(worker_half(), "_stores_aside", True)  # as over a network, also where nobody else waits
     closed, save = Gate(), ChunkStore.save
 
     def waiting(*arguments: Any) -> int:
@@ -96,8 +97,8 @@ def test_only_some_chunks_wait_in_memory(llama: LocalEngine, gate: Gate) -> None
     worker, ended = worker_half(), queue.SimpleQueue[ReuseReport]()
     counts, begin = list[int](), worker._storing.begin
 
-    def counted(*arguments: Any) -> None:
-        begin(*arguments)
+    def counted(*arguments: Any, **named: Any) -> None:
+        begin(*arguments, **named)
         counts.append(len(worker._storing._under_way))
         if len(counts) == MOST_SAVING:
             threading.Timer(0.0, gate.open).start()
@@ -166,6 +167,21 @@ def test_of_several_who_want_the_same_chunk_stored_one_has_it_computed(
     assert len(blended) == 2 and not again.stored_tokens
     assert again.reused_tokens == len(preamble) + 50 and not again.missed_tokens
     assert not worker._blender.workspace.key[:, : len(preamble) + 50].any()
+
+
+def test_on_a_cpu_what_nobody_waits_for_is_stored_in_the_step(
+    llama: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a thread would slow down what is computed meanwhile."""
+    threads, save = set[str](), ChunkStore.save
+
+    def noted(*arguments: Any) -> int:
+        threads.add(threading.current_thread().name)
+        return save(*arguments)
+
+    monkeypatch.setattr(ChunkStore, "save", noted)
+    ingest(llama, random_plan(905))
+    assert len(threads) == 1 and not threads.pop().startswith("lmcache-rag-save")
 
 
 class _Rooms:
