@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 
-from lmcache_rag.chunk_kv import ChunkKV
+import numpy as np
+
+from lmcache_rag.chunk_kv import ChunkKV, key_of, variant_of
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.room import Rooms
+from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 
@@ -19,6 +22,37 @@ MOST_SAVING = 4
 
 PAUSE_S = 0.001
 """So long a step waits for a thread where it has nothing else to do."""
+
+
+What = tuple[str, bytes, str]
+"""Namespace, key and variant of a chunk."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a precompute request makes: a chunk's variant, from token `start` of its prompt on.
+
+    Attributes:
+        preamble, chunk: token ids, int32.
+    """
+
+    namespace: str
+    preamble: np.ndarray
+    start: int
+    chunk: np.ndarray
+    variant: str
+
+    @classmethod
+    def by(cls, plan: BlendPlan) -> Made:
+        """What the request of a plan makes."""
+        token_ids, segment = np.array(plan.token_ids, np.int32), plan.segments[0]
+        preamble = token_ids[: segment.start - plan.primer_tokens]
+        variant = variant_of(preamble, token_ids[len(preamble) : segment.start])
+        return cls(plan.namespace, preamble, segment.start, token_ids[segment.start : segment.end], variant)
+
+    @property
+    def what(self) -> What:
+        return self.namespace, key_of(self.chunk), self.variant
 
 
 @dataclass(frozen=True)
@@ -57,10 +91,6 @@ def save_behind(chunks: ChunkStore, preamble: ChunkKV, chunk: ChunkKV, variant: 
     return Saved(
         preamble_bytes + saved.size_bytes, saved.tokens, preamble.tokens if is_new else 0, is_full=saved.is_full
     )
-
-
-What = tuple[str, bytes, str]
-"""Namespace, key and variant of a chunk."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blend.steps import Steps, next_of
 from lmcache_rag.blend.workspace import on_device
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.chunk_kv import ChunkKV, key_of, variant_of
+from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.conversation.prefixes import PIECE_TOKENS, pieces, stored_pieces
@@ -33,7 +33,7 @@ from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
-from lmcache_rag.vllm.saving import PAUSE_S, Saved, Saving, What, save_behind, save_in_order
+from lmcache_rag.vllm.saving import PAUSE_S, Made, Saved, Saving, save_behind, save_in_order
 
 _PIECES = 8
 """So many pieces of a conversation are loaded, or handed on to be stored, in a step."""
@@ -328,7 +328,7 @@ class WorkerHalf:
     def _stored_before(self, job: BlendJob) -> ReuseReport | None:
         """The report of a precompute request of which all is stored, or is being stored for another: nothing is
         computed for it, and its answer is over zeros. None where something is to be computed."""
-        plan, made = job.plan, _made_by(job.plan)
+        plan, made = job.plan, Made.by(job.plan)
         report = ReuseReport(mode=plan.mode, prompt_tokens=len(plan.token_ids))
         chunks = self._chunks.of(plan.namespace)
         try:
@@ -343,9 +343,9 @@ class WorkerHalf:
         return report
 
     def _store_chunk(self, job: BlendJob, report: ReuseReport) -> None:
-        """Store the preamble and the chunk of a precompute request, where they are missing: by a thread, unless that would
-        be in the way of what is computed meanwhile, and nobody else waits."""
-        made = _made_by(job.plan)
+        """Store the preamble and the chunk of a precompute request, where they are missing: by a thread, but where that
+        would be in the way of what is computed meanwhile, and nobody else waits."""
+        made = Made.by(job.plan)
         preamble = ChunkKV(made.preamble, self._blender.workspace.take(0, len(made.preamble)))
         chunk = ChunkKV(made.chunk, self._blender.workspace.take(made.start, len(made.chunk)))
         self._storing.begin(
@@ -361,32 +361,6 @@ class WorkerHalf:
         for chunks in (self._chunks, self._chats):
             chunks.flush()
         self._saver.shutdown()
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What a precompute request makes: a chunk's variant, from token `start` of its prompt on.
-
-    Attributes:
-        preamble, chunk: token ids, int32.
-    """
-
-    namespace: str
-    preamble: np.ndarray
-    start: int
-    chunk: np.ndarray
-    variant: str
-
-    @property
-    def what(self) -> What:
-        return self.namespace, key_of(self.chunk), self.variant
-
-
-def _made_by(plan: BlendPlan) -> _Made:
-    token_ids, segment = np.array(plan.token_ids, np.int32), plan.segments[0]
-    preamble = token_ids[: segment.start - plan.primer_tokens]
-    variant = variant_of(preamble, token_ids[len(preamble) : segment.start])
-    return _Made(plan.namespace, preamble, segment.start, token_ids[segment.start : segment.end], variant)
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:
