@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -189,14 +189,9 @@ class _Rooms:
         return Evicted(2, 300)
 
 
-class _AtOnce(Executor):
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*arguments, **named))
-        except Exception as error:  # noqa: BLE001
-            future.set_exception(error)
-        return future
+def saving_here() -> Saving:
+    """Without a thread."""
+    return Saving(None, _Rooms(), Failures())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +205,8 @@ def test_what_cannot_be_stored_is_reported(error: Exception, reason: str, failur
     def save() -> Saved:
         raise error
 
-    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
-    saving.begin("7", ReuseReport(mode="precompute"), WHAT, save)
+    saving = saving_here()
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, save, here=True)
     ((request_id, report),) = saving.take()
     assert (request_id, report.reason, report.failure) == ("7", reason, failure)
     assert (report.stored_tokens, report.evicted_objects, report.evicted_bytes) == (0, 2, 300)
@@ -219,16 +214,16 @@ def test_what_cannot_be_stored_is_reported(error: Exception, reason: str, failur
 
 
 def test_what_is_stored_is_counted() -> None:
-    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
-    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10))
+    saving = saving_here()
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10), here=True)
     ((_, report),) = saving.take()
     assert (report.bytes_stored, report.stored_tokens, report.reason) == (100, 50, "")
 
 
 def test_who_joins_another_shares_its_end_and_stored_nothing() -> None:
-    saving = Saving(_AtOnce(), _Rooms(), Failures())  # type: ignore[arg-type]
+    saving = saving_here()
     assert not saving.join("8", ReuseReport(mode="precompute"), WHAT)
-    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10))
+    saving.begin("7", ReuseReport(mode="precompute"), WHAT, lambda: Saved(100, 40, 10), here=True)
     assert saving.join("8", ReuseReport(mode="precompute"), WHAT)
     assert not saving.join("9", ReuseReport(mode="precompute"), ("namespace", b"key", "another variant"))
     assert {request_id: report.stored_tokens for request_id, report in saving.take()} == {"7": 50, "8": 0}
