@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -26,6 +28,10 @@ from lmcache_rag.library.hot import DEFAULT_HOT_BYTES
 from lmcache_rag.library.room import DAY_S
 from lmcache_rag.model import DEFAULT_MODEL
 from lmcache_rag.request import DEFAULT_NAMESPACE, NAMESPACE_PATTERN, Conversations, Learn, Refine, first_problem
+
+
+def _path_as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class EngineSettings(BaseSettings):
@@ -72,7 +78,7 @@ class EngineSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    model: str = DEFAULT_MODEL
+    model: Annotated[str, BeforeValidator(_path_as_text)] = DEFAULT_MODEL
     store: StoreURI = ".lmcache-rag/kv"
     tiers: tuple[TierURI, ...] = ()
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
         LmcacheRagError: one of our own parts refuses: the model cannot be blended, the store cannot be written to.
     """
     _quieten()
+    bear_numba()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.forced_answers:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface
@@ -69,6 +71,18 @@ def start_vllm(settings: EngineSettings, model_folder: Path, threads: int) -> LL
         raise _failure(error) from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM disables it on CPUs, for the whole process
+
+
+def bear_numba() -> None:
+    """Let vLLM start in a process that has imported numba, as notebooks do, and as vLLM's own n-gram speculation does.
+
+    On CPUs, vLLM 0.32 looks for kernels in the attributes of all that any module holds; llvmlite's library looks every
+    name up as a symbol, `__dict__` too, and vLLM fails over the function that it gets. An empty one is found here.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    symbols = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if symbols is not None:
+        symbols["__dict__"] = {}
 
 
 def runs_on_cpu() -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lmcache_rag.engine import EngineSettings, LocalEngine
+from lmcache_rag.engine.start import bear_numba
 from tests.helpers import OFF, answer, ingest, random_plan
 from tests.models import make_tiny
 
@@ -20,6 +21,7 @@ def test_off_is_vllm_without_our_worker_and_connector(tmp_path: Path, monkeypatc
     folder = make_tiny("llama", tmp_path / "model")
     plan = random_plan(60)
     set_num_threads = torch.set_num_threads
+    bear_numba()  # earlier tests may have imported it
     plain = LLM(
         str(folder), dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=64 << 20,
         max_logprobs=-1, max_num_batched_tokens=256,
