@@ -34,6 +34,9 @@ _PLACED_FOR_ONE = 16
 _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""
 
+_MEASURED_CONTEXT = 2048
+"""What attention takes is measured behind so many tokens."""
+
 
 _Verdicts = list[Callable[[], int | None]]
 
@@ -100,8 +103,8 @@ class Blender:
         """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
         if plan.ttft_goal_s is None:
             return None
-        rates, question = self.rates, len(plan.token_ids) - plan.end
-        vllm_s = question / rates.prefill_tokens_per_s + rates.pass_s
+        rates = self.rates
+        vllm_s = rates.prefill_s(plan.end, len(plan.token_ids)) + rates.pass_s
         return plan.ttft_goal_s - rates.computing_s(plan) - self._slower_s - vllm_s
 
     def _measured_rates(self) -> Rates:
@@ -114,11 +117,15 @@ class Blender:
             many_s = self._pass_s(many)
         few_s = min(few_s, many_s)
         token_s = (many_s - few_s) / (many - few) if many_s > few_s else many_s / many
-        return Rates(1 / token_s, pass_s=max(0.0, few_s - few * token_s))
+        pass_s = max(0.0, few_s - few * token_s)
+        late, before = max(1, min(many, limit // 2)), min(_MEASURED_CONTEXT, self.workspace.max_tokens // 2)
+        key_s = max(0.0, self._pass_s(late, before) - pass_s - late * token_s) / (late * max(1, before))
+        attending_s = min(key_s * (many + few) / 2, token_s / 2)
+        return Rates(1 / (token_s - attending_s), pass_s=pass_s, key_s=key_s)
 
-    def _pass_s(self, tokens: int) -> float:
-        """Seconds of a pass of so many tokens."""
-        positions = torch.arange(tokens, device=self.workspace.device)
+    def _pass_s(self, tokens: int, before: int = 0) -> float:
+        """Seconds of a pass of so many tokens, with others before them."""
+        positions = torch.arange(before, before + tokens, device=self.workspace.device)
         seconds = []
         for _ in range(3):  # the first one pays for what is only done once
             start = time.perf_counter()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmcache_rag.blend.passes import Pass, PassRunner
 from lmcache_rag.blend.workspace import LayeredKV, Workspace
+from lmcache_rag.plan.cost import Rates
 
 _PIECE_TOKENS = 128
 PIECE_S = 0.3
@@ -22,15 +23,13 @@ class Refiner:
     memory, and a blend may come in between.
 
     Args:
-        prefill_tokens_per_s: how fast tokens are computed.
-        pass_s: what a pass takes however few its tokens.
+        rates: how fast tokens are computed.
     """
 
-    def __init__(self, workspace: Workspace, run: PassRunner, prefill_tokens_per_s: float, pass_s: float) -> None:
+    def __init__(self, workspace: Workspace, run: PassRunner, rates: Rates) -> None:
         self._workspace = workspace
         self._run = run
-        in_time = int((PIECE_S - pass_s) * prefill_tokens_per_s)
-        self._piece_tokens = max(_LEAST_TOKENS, min(_PIECE_TOKENS, in_time))
+        self._rates = rates
         self._token_ids: tuple[int, ...] = ()
         self._pieces: list[Tensor] = []
 
@@ -54,7 +53,9 @@ class Refiner:
     def advance(self) -> int:
         """Compute the next piece; returns how many of the prompt's first tokens are done."""
         start = self.place()
-        end = min(start + self._piece_tokens, len(self._token_ids))
+        in_time = int((PIECE_S - self._rates.pass_s) / self._rates.prefill_s(start, start + 1))
+        piece = max(_LEAST_TOKENS, min(_PIECE_TOKENS, in_time))
+        end = min(start + piece, len(self._token_ids))
         if start < end:
             positions = torch.arange(start, end, device=self._workspace.device)
             ids = torch.tensor(self._token_ids[start:end], dtype=torch.int64, device=self._workspace.device)

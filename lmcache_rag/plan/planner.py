@@ -274,7 +274,7 @@ class Planner:
         share = 0.0 if segment.exact else share_of(ratio, foreign=segment.foreign)
         if segment.name is None:
             return segment
-        if self.cost.worth_loading(segment.size_bytes, segment.length, share, among, segment.tier):
+        if self.cost.worth_loading(segment, share, among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
 

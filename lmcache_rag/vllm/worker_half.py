@@ -93,8 +93,7 @@ class WorkerHalf:
             trace=trace,
         )
         self._rates = self._blender.rates
-        rates = self._rates
-        self._refiner = Refiner(self._blender.workspace, model, rates.prefill_tokens_per_s, rates.pass_s)
+        self._refiner = Refiner(self._blender.workspace, model, self._rates)
         self._refined: Refined | None = None
         self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
         self._saving: tuple[RefineJob, Future[Saved]] | None = None

@@ -247,3 +247,24 @@ def test_what_a_device_says_later_of_what_it_decoded(
     assert report.misses == ({} if wrong is None else {"corrupt": 40})
     assert (report.reused_tokens, report.missed_tokens) == ((40, 0) if wrong is None else (0, 40))
     assert report.codecs == ({"raw": 40} if wrong is None else {})
+
+
+@pytest.mark.parametrize("context_tokens", [8192, 512, 1])
+def test_rates_are_measured_as_they_are(context_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of 50 ms, 1 ms for each token, and 1 us for each one that it attends to."""
+    now = 0.0
+    monkeypatch.setattr("lmcache_rag.blend.blender.time.perf_counter", lambda: now)
+
+    def run(token_ids: torch.Tensor, nested: Pass) -> None:
+        nonlocal now
+        now += 0.05 + len(token_ids) * 0.001 + float(nested.positions.sum()) * 1e-6
+
+    workspace = Workspace(
+        [LayerSpec(scale=1.0)], kv_heads=1, head_size=8, max_tokens=context_tokens, dtype=torch.float32
+    )
+    rates = Blender(workspace, run, SHAPE, max_pass_tokens=1000).rates
+    if context_tokens == 1:  # what a pass costs cannot be told from what a token does
+        assert rates.prefill_tokens_per_s > 0 and rates.key_s == 0
+        return
+    assert rates.prefill_s(0, 100) == pytest.approx(0.1 + 50 * 100e-6, rel=0.05)
+    assert rates.key_s == pytest.approx(1e-6, rel=0.1) and rates.pass_s == pytest.approx(0.05, rel=0.1)

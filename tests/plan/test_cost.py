@@ -12,6 +12,10 @@ from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 MB = 1_000_000
 
 
+def chunk(tokens: int = 1000, *, start: int = 0, size_bytes: int = 40 * MB, tier: str = "") -> PlannedSegment:
+    return PlannedSegment(start, tokens, name="chunk", size_bytes=size_bytes, tier=tier)
+
+
 @pytest.mark.parametrize(
     ("bytes_per_s", "ratio", "worth"),
     [
@@ -25,17 +29,17 @@ MB = 1_000_000
 def test_loading_and_repairing_must_be_faster_than_computing(bytes_per_s: float, ratio: float, worth: bool) -> None:
     cost = CostModel()
     cost.learn(Rates(prefill_tokens_per_s=1000, load_bytes_per_s={"": bytes_per_s}))
-    assert cost.worth_loading(40 * MB, tokens=1000, ratio=ratio) is worth
+    assert cost.worth_loading(chunk(), ratio) is worth
 
 
 def test_what_is_not_known_or_costs_next_to_nothing_is_tried() -> None:
     cost = CostModel()
-    assert cost.worth_loading(40 * MB, 1000, 0.15)
+    assert cost.worth_loading(chunk(), 0.15)
     cost.learn(Rates(1000))
-    assert cost.worth_loading(40 * MB, 1000, 0.15)
+    assert cost.worth_loading(chunk(), 0.15)
     cost.learn(Rates(1e6, {"": 1 * MB}))
-    assert cost.worth_loading(1000, 10, 0.15)
-    assert not cost.worth_loading(40 * MB, 1000, 0.15)
+    assert cost.worth_loading(chunk(10, size_bytes=1000), 0.15)
+    assert not cost.worth_loading(chunk(), 0.15)
 
 
 def test_a_slow_store_is_tried_again_after_a_minute_and_not_forgotten_before() -> None:
@@ -44,9 +48,9 @@ def test_a_slow_store_is_tried_again_after_a_minute_and_not_forgotten_before() -
     cost.learn(Rates(1000, {"": 1 * MB}))
     cost.learn(Rates(1000))  # a request that loads nothing
     now = 59.0
-    assert not cost.worth_loading(40 * MB, 1000, 0.15)
+    assert not cost.worth_loading(chunk(), 0.15)
     now = 61.0
-    assert cost.worth_loading(40 * MB, 1000, 0.15)
+    assert cost.worth_loading(chunk(), 0.15)
 
 
 def blend_plan(
@@ -97,6 +101,20 @@ def test_a_blend_must_pay_with_all_that_it_costs() -> None:
     assert not cost.worth_blending(blend_plan(120, 0.15, size_bytes=1 * MB))
 
 
+def test_tokens_cost_more_the_more_they_attend_to() -> None:
+    """Of 1000 tokens behind 4000 each takes 1 ms, and 1 ms more for each 1000 tokens before it."""
+    rates = replace(RATES, key_s=1e-6)
+    assert rates.prefill_s(4000, 5000) == pytest.approx(1000 * (0.001 + 0.0045))
+    plan = blend_plan(4980, 0.1)
+    probe_s, repair_s = 0.030 * (1 + 5.0), 0.498 * (1 + (20 + 5000) / 2 / 1000)
+    assert rates.computing_s(plan) == pytest.approx(2 * 0.025 + probe_s + repair_s)
+    cost = CostModel()
+    for learned, worth in ((RATES, False), (rates, True)):
+        cost.learn(replace(learned, load_bytes_per_s={"": 1000 * MB}))
+        assert cost.worth_blending(blend_plan(4980, 0.2), held_tokens=4000) is worth
+        assert cost.worth_loading(chunk(start=4000, size_bytes=2000 * MB), 0.15) is worth
+
+
 def test_overhead_is_forgotten_after_a_minute_so_that_a_blend_is_tried_again() -> None:
     now = 0.0
     cost = CostModel(clock=lambda: now)
@@ -110,8 +128,8 @@ def test_overhead_is_forgotten_after_a_minute_so_that_a_blend_is_tried_again() -
 def test_each_tier_has_a_rate_of_its_own() -> None:
     cost = CostModel()
     cost.learn(Rates(1000, {"bucket": 1 * MB}))
-    assert not cost.worth_loading(40 * MB, 1000, 0.15, tier="bucket")
-    assert cost.worth_loading(40 * MB, 1000, 0.15, tier="disk")
+    assert not cost.worth_loading(chunk(tier="bucket"), 0.15)
+    assert cost.worth_loading(chunk(tier="disk"), 0.15)
     cost.learn(Rates(1000, {"disk": 1000 * MB}))  # what is known of the bucket is kept
     plan = blend_plan(400, 0.0, size_bytes=20 * MB)
     for tier, worth in (("bucket", False), ("disk", True)):
