@@ -36,8 +36,8 @@ def printable(text: str) -> str:
 class PlainConsole(Console):
     """A console to which text is text."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As `Console.print`."""
@@ -77,14 +77,18 @@ def encode_anything() -> None:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print figures as a table: a line per row where the terminal is wide enough, else a line per field. A figure that
-    has parts takes a field for each; fields without any value are left out."""
+    """Print figures as a table: a line per row where the terminal is wide enough, else a line per field; in a file or a
+    pipe a line per row however long. A figure that has parts takes a field for each; fields without any value are left
+    out."""
     flat = [_flat(row) for row in rows]
     fields = [name for name in dict.fromkeys(itertools.chain(*flat)) if any(row.get(name) for row in flat)]
     lines = [fields, *([row.get(name, "") for name in fields] for row in flat)]
     upright, turned = _table(lines), _table([list(line) for line in zip(*lines, strict=True)])
     width = _width(upright)
-    out.print(upright if width <= out.width or width < _width(turned) else turned)
+    if not out.is_terminal:
+        PlainConsole(width=width).print(upright)
+    else:
+        out.print(upright if width <= out.width or width < _width(turned) else turned)
 
 
 def _width(table: Table) -> int:

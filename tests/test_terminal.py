@@ -74,11 +74,13 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("width", [100, 50])
+@pytest.mark.parametrize(("width", "is_terminal"), [(100, True), (50, True), (50, False)])
 def test_figures_with_parts_take_a_field_for_each(
-    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    width: int, is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a file a line per row is never folded."""
     monkeypatch.setattr(out, "_width", width)
+    monkeypatch.setattr(PlainConsole, "is_terminal", property(lambda _: is_terminal))
     show_rows(ROWS)
     shown = capsys.readouterr().out
     assert not set("{}[]'") & set(shown)
@@ -95,4 +97,4 @@ def test_figures_with_parts_take_a_field_for_each(
         ["phases ms: load", "3"],
         ["phases ms: write", "14"],
     ]
-    assert lines == (upright if width == 100 else turned)
+    assert lines == (upright if width == 100 or not is_terminal else turned)
