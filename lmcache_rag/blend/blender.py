@@ -96,7 +96,7 @@ class Blender:
         state.count(recomputed)
         computing_s = report.phases_s["select"] + report.phases_s["recompute"]
         self._slower_s = max(0.0, computing_s - self.rates.computing_s(plan))
-        self.preambles.keep(self.workspace, plan.namespace, plan.token_ids[: plan.preamble.length])
+        self.preambles.keep(self.workspace, plan.preamble_of, plan.token_ids[: plan.preamble.length])
         return report
 
     def loading_s(self, plan: BlendPlan) -> float | None:
@@ -295,7 +295,7 @@ class _Blend:
         plan, blender, reused = self._plan, self._blender, set()
         allowance = blender.allowance
         preamble = plan.preamble
-        if blender.preambles.place(blender.workspace, plan.namespace, plan.token_ids[: preamble.length]):
+        if blender.preambles.place(blender.workspace, plan.preamble_of, plan.token_ids[: preamble.length]):
             self.required[: preamble.length] = False
             reused.add(preamble)
         wanted = [segment for segment in plan.known if segment not in reused]

@@ -4,7 +4,7 @@ same in every prompt that begins with them."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ _CAPACITY_BYTES = 256 << 20
 
 
 class Preambles:
-    """K (RoPE applied) and V of what prompts began with, in main memory, those used last. Namespaces share nothing.
+    """K (RoPE applied) and V of what prompts began with, in main memory, those used last. What is kept for one owner is
+    not placed for another.
 
     Args:
         capacity_bytes: of all that is kept; what is longer alone is not kept.
@@ -23,21 +24,21 @@ class Preambles:
 
     def __init__(self, capacity_bytes: int = _CAPACITY_BYTES) -> None:
         self._capacity_bytes = capacity_bytes
-        self._kept: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
 
-    def place(self, workspace: Workspace, namespace: str, token_ids: Sequence[int]) -> bool:
+    def place(self, workspace: Workspace, owner: Hashable, token_ids: Sequence[int]) -> bool:
         """Put K and V of these first tokens in their place; False where they are not kept."""
-        kept = self._kept.get((namespace, tuple(token_ids)))
+        kept = self._kept.get((owner, tuple(token_ids)))
         if kept is None:
             return False
-        self._kept.move_to_end((namespace, tuple(token_ids)))
+        self._kept.move_to_end((owner, tuple(token_ids)))
         workspace.key[:, : len(token_ids)], workspace.value[:, : len(token_ids)] = kept
         return True
 
-    def keep(self, workspace: Workspace, namespace: str, token_ids: Sequence[int]) -> None:
+    def keep(self, workspace: Workspace, owner: Hashable, token_ids: Sequence[int]) -> None:
         """Keep what the workspace holds of these first tokens; what was used longest ago makes room."""
-        name, rows = (namespace, tuple(token_ids)), slice(len(token_ids))
+        name, rows = (owner, tuple(token_ids)), slice(len(token_ids))
         size_bytes = workspace.key[:, rows].nbytes + workspace.value[:, rows].nbytes
         if not token_ids or name in self._kept or size_bytes > self._capacity_bytes:
             return

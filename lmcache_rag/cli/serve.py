@@ -17,7 +17,7 @@ from lmcache_rag.terminal import CapacityOption, CodecOption, DtypeOption, Threa
 if TYPE_CHECKING:
     from lmcache_rag.engine import EngineSettings
 
-_OURS = ("--kv-transfer-config", "--worker-cls", "--model", "--host", "--port")
+_OURS = ("--kv-transfer-config", "--worker-cls", "--model", "--host", "--port", "--api-server-count")
 _MIDDLEWARE = "lmcache_rag.vllm.http.ReuseMiddleware"
 _ANY_PARSER = "hermes"
 """vLLM takes no tools without a parser, not even forced calls, which every model can make."""
@@ -140,6 +140,8 @@ def server_command(
     on_cpu = runs_on_cpu()
     model_folder = resolve_model(settings.model)
     arguments = engine_arguments(settings, model_folder, connector or {}, on_cpu=on_cpu)
+    if "max_num_seqs" not in settings.model_fields_set:
+        del arguments["max_num_seqs"]  # vLLM knows how many a server can have
     parser = settings.tool_parser or tool_parser_of(chat_template(model_folder))
     arguments |= {
         "served_model_name": settings.model,
@@ -148,7 +150,7 @@ def server_command(
         "enable_auto_tool_choice": True,
         "tool_call_parser": parser or _ANY_PARSER,
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` fails in vLLM's CPU build
     for name, value in arguments.items():
         command += _flag(name, value)
     cores = sorted(os.sched_getaffinity(0))[: settings.threads]

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from lmcache_rag.engine.base import Completion, Prompt
 from lmcache_rag.engine.chat import Chat, ToolCall
 from lmcache_rag.engine.settings import Sampling
@@ -178,11 +180,16 @@ class Answer:
 
 
 def report_of(params: Mapping[str, Any], prompt_tokens: int) -> ReuseReport:
-    """The reuse report in a server's `kv_transfer_params`, without what a later release has added to it."""
-    figures = params.get(PARAMS_KEY)
-    if not isinstance(figures, Mapping):
-        return ReuseReport(reason="the server reports nothing", prompt_tokens=prompt_tokens, vllm_tokens=prompt_tokens)
-    return ReuseReport(**{name: value for name, value in figures.items() if name in ReuseReport.model_fields})
+    """The reuse report in a server's `kv_transfer_params`, without what a later release has added to it. The answer is
+    worth more than its report, so one that cannot be read is no error."""
+    figures, reason = params.get(PARAMS_KEY), "the server reports nothing"
+    if isinstance(figures, Mapping):
+        known = {name: value for name, value in figures.items() if name in ReuseReport.model_fields}
+        try:
+            return ReuseReport(**known)
+        except ValidationError:
+            reason = "the server's report is another release's"
+    return ReuseReport(reason=reason, prompt_tokens=prompt_tokens, vllm_tokens=prompt_tokens)
 
 
 def precompute_call(

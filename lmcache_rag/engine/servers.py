@@ -13,6 +13,9 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 """A server that fails is left alone for so long, twice as long each time that it fails again."""
 
+_MOST_DOUBLED = 16
+"""Further failures change nothing."""
+
 _SHORTEST_WAIT_S = 0.05
 
 _REMEMBERED = 1024
@@ -85,12 +88,16 @@ class Servers:
             server.running -= 1
 
     def failed(self, server: Server) -> None:
-        """It could not be reached, or failed: it is left alone for a while."""
+        """It could not be reached, or failed: it is left alone for a while. Requests that were under way together fail
+        together, and count once."""
         with self._lock:
             server.running -= 1
-            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**server.failures)
+            now = self._clock()
+            if now < server.out_until:
+                return
+            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(server.failures, _MOST_DOUBLED))
             server.failures += 1
-            server.out_until = self._clock() + pause_s
+            server.out_until = now + pause_s
 
     def _former(self, text: str) -> Server | None:
         """Who answered the longest prompt that this one continues."""

@@ -52,6 +52,7 @@ class BlendPlan:
         begun: stored exact KV of the prompt's beginning, from position 0 on without gaps; then there is no preamble.
         segments: ascending, not overlapping, none behind `end`.
         ttft_goal_s: see `BlendOptions`.
+        cache_salt: the request's; text of its own is kept for that one only.
         local_tokens: that many first tokens are in the paged cache already and are not written.
     """
 
@@ -64,9 +65,17 @@ class BlendPlan:
     selector: str
     ratio: float
     ttft_goal_s: float | None = None
+    cache_salt: str | None = None
     begun: tuple[PlannedSegment, ...] = ()
     local_tokens: int = 0
     primer_tokens: int = 0
+
+    @property
+    def preamble_of(self) -> tuple[str, str | None]:
+        """Whose prompts the preamble is shared by: those of the namespace where it is stored there, or is to be, else
+        those of the namespace with this cache salt."""
+        is_shared = self.preamble.name is not None or self.mode == "precompute"
+        return self.namespace, None if is_shared else self.cache_salt
 
     @property
     def known(self) -> list[PlannedSegment]:

@@ -17,7 +17,7 @@ from lmcache_rag.plan.budget import Calibration, share_of
 from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.plan.matching import NO_TOKEN, History, Matcher
 from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
-from lmcache_rag.plan.sources import EVERY_RUN, Sources
+from lmcache_rag.plan.sources import Sources
 from lmcache_rag.plan.variants import MERGED, Context, context_of, suited
 from lmcache_rag.records.catalog import Match
 from lmcache_rag.request import BlendOptions, ReuseReport
@@ -167,10 +167,11 @@ class Planner:
         return self._worthwhile(plan, chunks, report, held_tokens)
 
     def is_stored(self, token_ids: Sequence[int] | np.ndarray, namespace: str, learned: str) -> np.ndarray:
-        """Which tokens of a prompt are stored ones, of chunks or learned: bool. Raises `StoreError`."""
+        """Which tokens of a prompt are stored ones, of chunks or learned: bool. In the units in which they may be
+        reused, or what is learned would tell more of what is stored than reports do. Raises `StoreError`."""
         chunks = self._chunks.of(namespace)
         chunks.follow()
-        return self._sources(chunks, learned).taken(np.asarray(token_ids, dtype=np.int32), EVERY_RUN)
+        return self._sources(chunks, learned).taken(np.asarray(token_ids, dtype=np.int32), self._matcher)
 
     def _sources(self, chunks: ChunkStore, learned: str) -> Sources:
         if not learned:
@@ -321,10 +322,10 @@ def _placed(segment: PlannedSegment, form: StoredForm | None) -> PlannedSegment:
     return segment if form is None else replace(segment, name=form.name, size_bytes=form.size_bytes)
 
 
-def plan_digest(plan: BlendPlan, caller_salt: str | None) -> str:
+def plan_digest(plan: BlendPlan) -> str:
     """Names everything that shapes a blend's KV, so that it is found again only by a request with the same plan."""
     shaped_by = (
-        caller_salt,
+        plan.cache_salt,
         plan.namespace,
         plan.token_ids,
         plan.preamble,

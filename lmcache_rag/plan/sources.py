@@ -11,7 +11,6 @@ from lmcache_rag.chunk_kv import StoredForm
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.plan.matching import NO_TOKEN, Matcher
 from lmcache_rag.records.catalog import Match
-from lmcache_rag.records.fingerprints import SHORTEST
 from lmcache_rag.records.part import VariantRow
 
 
@@ -68,10 +67,6 @@ class Sources:
         """See `ChunkStore.forms`."""
         namespace = name.partition("/")[0]
         return next(each for each in self._both if each.scope.namespace == namespace).forms(name)
-
-
-EVERY_RUN = Matcher(SHORTEST)
-"""Finds all that is stored of a prompt, in whatever units it may be reused."""
 
 
 def _overlap(one: Match, other: Match) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmcache_rag.codec import CODECS
@@ -133,7 +133,7 @@ class Chooser:
                 request.prompt_token_ids, options, report, held_tokens=there, history=history, learned=learned
             )
         if plan is not None:
-            return self._blended(request, names, held, plan)
+            return self._blended(request, names, held, replace(plan, cache_salt=names.cache_salt))
         if there:
             report.misses.clear()
             report.missed_tokens = 0
@@ -177,7 +177,7 @@ class Chooser:
         if exact_tokens == plan.end:
             return Choice(plan, held, names)
         precomputed = plan.mode == "precompute"  # it is to find nothing, so that its whole KV is captured
-        digest = uuid.uuid4().hex if precomputed else plan_digest(plan, names.cache_salt)
+        digest = uuid.uuid4().hex if precomputed else plan_digest(plan)
         kept = kept_blocks(exact_tokens, names, self._block_tokens)
         return Choice(plan, held, names.salted(request, digest, kept), kept, digest)
 

@@ -18,7 +18,7 @@ from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 
 MOST_SAVING = 4
-"""So many chunks wait in memory to be stored at most."""
+"""So many chunks wait in memory to be stored at most; the scheduler half sees to it."""
 
 PAUSE_S = 0.001
 """So long a step waits for a thread where it has nothing else to do."""
@@ -72,13 +72,15 @@ class Saved:
 
 
 def save_in_order(chunks: ChunkStore, wanted: Sequence[tuple[ChunkKV, str]]) -> Saved:
-    """Store what is missing, in order, as far as there is room: what follows a piece that is missing is of no use."""
+    """Store what is missing, in order, as far as there is room: what follows a piece that is missing is of no use. What
+    another engine has stored meanwhile is not missing."""
     stored_bytes = tokens = 0
     for kv, variant in wanted:
         saved_bytes = chunks.save(kv, variant)
-        if not saved_bytes:
+        if saved_bytes:
+            stored_bytes, tokens = stored_bytes + saved_bytes, tokens + kv.tokens
+        elif chunks.missing(kv.token_ids, variant):
             return Saved(stored_bytes, tokens, is_full=True)
-        stored_bytes, tokens = stored_bytes + saved_bytes, tokens + kv.tokens
     return Saved(stored_bytes, tokens)
 
 
@@ -125,11 +127,6 @@ class Saving:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._under_way
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether no more chunks are to be kept in memory."""
-        return sum(waiting.is_own for waiting in self._under_way.values()) >= MOST_SAVING
 
     def begin(
         self, request_id: str, report: ReuseReport, what: What, save: Callable[[], Saved], *, here: bool = False

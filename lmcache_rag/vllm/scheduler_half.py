@@ -26,6 +26,7 @@ from lmcache_rag.vllm.isolation import BlockNames, PrefixCache
 from lmcache_rag.vllm.metadata import BlendJob, Learning, Refined, RefineJob, StepJobs, StepReports
 from lmcache_rag.vllm.metrics import ReuseStats
 from lmcache_rag.vllm.refinements import Refinements
+from lmcache_rag.vllm.saving import MOST_SAVING
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -127,6 +128,7 @@ class SchedulerHalf:
         self._tracked: dict[str, _Tracked] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._blending: str | None = None  # the request whose blend is under way, until vLLM has computed the rest
+        self._storing: set[str] = set()  # the requests whose chunks are kept in memory until they are stored
         self._taken_over = False  # its rest is computed in this step
         self._begun: BlendJob | None = None
         self._dropped: list[str] = []
@@ -184,11 +186,19 @@ class SchedulerHalf:
         if tracked is None:
             return 0
         tracked.local_tokens = computed_tokens
-        if _matched(tracked.plan, computed_tokens) and self._blending is not None:
+        if self._is_to_wait(tracked, computed_tokens) or self._chosen_anew(request, tracked):
             return None
-        if self._chosen_anew(request, tracked):
+        if self._is_to_wait(tracked, computed_tokens):  # what was chosen now is another blend
             return None
         return _matched(tracked.plan, computed_tokens)
+
+    def _is_to_wait(self, tracked: _Tracked, computed_tokens: int) -> bool:
+        """Whether there is a blend to do for a request, and another is under way, or what it would make cannot be kept
+        in memory until it is stored."""
+        plan = tracked.plan
+        if plan is None or not _matched(plan, computed_tokens):
+            return False
+        return self._blending is not None or (plan.mode == "precompute" and len(self._storing) >= MOST_SAVING)
 
     def _chosen_anew(self, request: Request, tracked: _Tracked) -> bool:
         """Choose again where the prefix cache holds more or less than it did: blocks come and go while a request
@@ -290,6 +300,8 @@ class SchedulerHalf:
             self._take_refined(self._refinements, step.refined)
         if self._blending in step.placed:
             self._blending = None
+        self._storing |= step.placed
+        self._storing -= step.reports.keys()
         for request_id, figures in step.reports.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:
@@ -386,7 +398,8 @@ def _count_cached(request: Request, reused_tokens: int) -> None:
     blend provides, recomputed tokens too."""
     stats = request.prefill_stats
     if stats is not None and stats.num_prompt_tokens:
-        stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, reused_tokens)
+        most = stats.num_prompt_tokens - stats.num_local_cached_tokens  # less than was reused after a preemption
+        stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, min(reused_tokens, most))
 
 
 def _matched(plan: BlendPlan | None, computed_tokens: int) -> int:

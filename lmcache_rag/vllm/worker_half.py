@@ -111,6 +111,7 @@ class WorkerHalf:
 
     def begin(self, job: BlendJob) -> None:
         """Take a blend; none is under way."""
+        assert self._under_way is None, "two blends at once"
         self._under_way = job, self._blended(job)
 
     @torch.inference_mode()
@@ -118,7 +119,7 @@ class WorkerHalf:
         """Go on with the blend that is under way, if any, by so many tokens about. At its end its report is kept for
         the scheduler half, of a precompute request when its chunk is stored too. Where it fails, whatever the reason,
         vLLM is told that its blocks were not loaded."""
-        is_waiting = math.isinf(tokens) and (self._under_way is None or self._storing.is_busy)
+        is_waiting = math.isinf(tokens) and self._under_way is None
         self._end_stored(PAUSE_S if is_waiting else 0.0)
         if self._under_way is None:
             return
@@ -295,8 +296,6 @@ class WorkerHalf:
             return report
         self._learn(plan, report)
         if plan.mode == "precompute":
-            while self._storing.is_busy:
-                yield
             self._store_chunk(job, report)
         return report
 

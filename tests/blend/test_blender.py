@@ -71,9 +71,11 @@ class Blends:
         selector: str = "none",
         ratio: float = 0.0,
         namespace: str = "default",
+        cache_salt: str | None = None,
     ) -> BlendPlan:
         return BlendPlan(
             mode="blend",
+            cache_salt=cache_salt,
             namespace=namespace,
             token_ids=tuple(range(TOKENS + QUESTION)),
             preamble=preamble or PlannedSegment(0, segments[0].start, exact=True),
@@ -196,6 +198,22 @@ def test_one_namespace_does_not_get_anothers_preamble(blends: Blends) -> None:
     assert blends.sizes == [(10, 12)]
     blends.blend(blends.stored(10, 30))
     assert blends.sizes == []
+
+
+def test_text_of_a_callers_own_is_not_kept_for_others(blends: Blends) -> None:
+    """Else its report would tell a caller that another one's prompt began with what it guessed."""
+
+    def computed(cache_salt: str | None, preamble: PlannedSegment | None = None) -> bool:
+        blends.blend(blends.stored(10, 30), cache_salt=cache_salt, preamble=preamble)
+        return blends.sizes != []
+
+    assert computed("one") and not computed("one")
+    assert computed("another") and computed(None) and not computed(None)
+    stored = blends.stored(0, 10, exact=True)  # by which a namespace shares it
+    computed("one", stored)
+    assert stored.name is not None
+    blends.store.delete([stored.name])
+    assert not computed("another", stored)
 
 
 def test_a_blend_pauses_where_no_more_may_be_computed(blends: Blends) -> None:

@@ -38,9 +38,11 @@ def test_the_server_is_set_as_the_index_needs_it(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("LMCACHE_RAG_CODEC", raising=False)
     index = made_index(tmp_path)
     command, environment = server_command(settings_of(index, threads=1), {"clients_precompute": True})
+    model = str(tmp_path / "model")
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     flags = dict(pairwise(command))
-    assert flags["--model"] == flags["--served-model-name"] == str(tmp_path / "model")
+    assert flags["--model"] == flags["--served-model-name"] == model
+    assert "--max-num-seqs" not in flags
     assert flags["--dtype"] == "float32" and "--enforce-eager" in command
     assert flags["--worker-cls"] == "lmcache_rag.vllm.worker.BlendWorker"
     assert environment == {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
@@ -70,6 +72,8 @@ def test_a_model_is_served_without_an_index(tmp_path: Path, monkeypatch: pytest.
     assert settings_of(None, model=str(model)).store == str(tmp_path / "cache" / "kv")
     settings = settings_of(None, model=str(model), store="redis://host:1/0", namespace="mine")
     assert (settings.store, settings.namespace) == ("redis://host:1/0", "mine")
+    limited = settings_of(None, model=str(model), max_num_seqs=3)
+    assert dict(pairwise(server_command(limited)[0]))["--max-num-seqs"] == "3"
     (model / "chat_template.jinja").write_text("{% if tools %}[TOOL_CALLS]{% endif %}")
     assert dict(pairwise(server_command(settings)[0]))["--tool-call-parser"] == "mistral"
 
@@ -78,7 +82,8 @@ def test_options_of_vllm_are_passed_on_and_ours_are_not(tmp_path: Path) -> None:
     assert _split(["org/model", "--max-model-len", "4096"]) == ("org/model", ["--max-model-len", "4096"])
     assert _split(["--max-model-len", "4096"]) == (None, ["--max-model-len", "4096"])
     parts = ("--kv-transfer-config.kv_role", "--kv_transfer_config.kv_connector_extra_config.clients_precompute=true")
-    for option in ("--kv-transfer-config={}", "--worker-cls", "--worker_cls", "--worker-c", "--kv-transfer", *parts):
+    whole = ("--api-server-count=2", "--kv-transfer-config={}", "--worker-cls", "--worker_cls")
+    for option in (*whole, "--worker-c", "--kv-transfer", *parts):
         with pytest.raises(EngineError, match="leave it out"):
             _split(["org/model", option, "{}"])
 

@@ -36,3 +36,5 @@ def test_a_report_of_a_later_release_is_read_as_far_as_it_is_known() -> None:
     assert report_of({PARAMS_KEY: {"mode": "blend", "reused_tokens": 7, "added_later": 1}}, 9).reused_tokens == 7
     assert report_of({}, 9).vllm_tokens == 9
     assert "reports nothing" in report_of({PARAMS_KEY: "text"}, 9).reason
+    for value in ({"mode": "a later mode"}, {"reused_tokens": "many"}):
+        assert "another release's" in report_of({PARAMS_KEY: value}, 9).reason  # the answer is not lost over it

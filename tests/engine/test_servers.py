@@ -75,6 +75,22 @@ def test_a_failing_server_is_left_alone_ever_longer_and_an_answer_clears_it(cloc
     assert servers.take("") == pytest.approx(0.5)
 
 
+def test_requests_that_were_under_way_together_fail_once(clock: Clock) -> None:
+    servers = Servers(["a"], clock)
+    together = [taken(servers) for _ in range(20)]
+    for server in together:
+        servers.failed(server)
+    assert servers.take("") == pytest.approx(0.5) and not together[0].running
+
+
+def test_a_server_that_never_comes_back_is_no_error_of_arithmetic(clock: Clock) -> None:
+    servers = Servers(["a"], clock)
+    for _ in range(2000):
+        servers.failed(taken(servers))
+        clock.now += 30.0
+    assert isinstance(servers.take(""), Server)
+
+
 def status_error(status: int, message: str = "so it is") -> openai.APIStatusError:
     library = __import__(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
     response = library.Response(status, request=library.Request("POST", "http://a"))

@@ -44,8 +44,9 @@ def record(chunks: ChunkStores, namespace: str, token_ids: list[int], *variants:
     chunks.of(namespace).records.add({key: np.array(token_ids, np.int32)}, rows)
 
 
-def planner(chunks: ChunkStores) -> Planner:
-    return Planner(chunks, ASSUMED, namespace="default", matcher=Matcher(), max_tokens=4096, never_slower=False)
+def planner(chunks: ChunkStores, unit_tokens: int = 1) -> Planner:
+    matcher = Matcher(unit_tokens=unit_tokens)
+    return Planner(chunks, ASSUMED, namespace="default", matcher=matcher, max_tokens=4096, never_slower=False)
 
 
 def planned(chunks: ChunkStores, learned: str = LEARNED, options: BlendOptions | None = None) -> BlendPlan | None:
@@ -113,3 +114,14 @@ def test_what_is_stored_of_a_prompt(chunks: ChunkStores) -> None:
     stored = planner(chunks).is_stored(PROMPT, "default", LEARNED)
     assert np.flatnonzero(stored).tolist() == list(range(140, 340))
     assert not planner(chunks).is_stored(PROMPT, "another", "").any()
+
+
+def test_what_is_learned_does_not_tell_whether_a_guess_was_right(chunks: ChunkStores) -> None:
+    """A client that knows the beginning of a chunk, and guesses its next token."""
+    record(chunks, "default", [*A, *B], variant_of(PREAMBLE))
+    known = A[:70]
+    free = [
+        planner(chunks, unit_tokens=64).is_stored([*PREAMBLE, *known, token, *C], "default", LEARNED).tolist()
+        for token in (A[70], 7777)
+    ]
+    assert free[0] == free[1] and sum(free[0]) == 64

@@ -10,20 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.v1.metrics.stats import PrefillStats
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import key_of
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.matching import Matcher
+from lmcache_rag.plan.plan import BlendPlan, PlannedSegment
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.records.part import VariantRow
 from lmcache_rag.request import INGEST_KEY, PARAMS_KEY, ReuseReport, grant_of
 from lmcache_rag.vllm.admission import namespace_of_salt
+from lmcache_rag.vllm.choosing import Choice, Held
 from lmcache_rag.vllm.config import ConnectorConfig
 from lmcache_rag.vllm.connector import _warn_of_failures
 from lmcache_rag.vllm.metadata import StepReports
-from lmcache_rag.vllm.scheduler_half import SchedulerHalf
+from lmcache_rag.vllm.scheduler_half import SchedulerHalf, _count_cached
 
 
 def half_of(folder: Path, **settings: Any) -> SchedulerHalf:
@@ -186,6 +189,53 @@ def test_the_misses_of_a_blend_that_was_preempted_are_not_counted_twice(tmp_path
         half.receive(StepReports({"1": blended.model_dump()}))
         report = half.report_of("1")
         assert (report.missed_tokens, report.misses, report.vllm_tokens) == (30, {"absent": 30}, 10)
+
+
+def test_a_blend_that_is_chosen_while_another_is_under_way_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was exact in the prefix cache when a request came was evicted while it waited."""
+    half, request = half_of(tmp_path), request_of(None)
+    half.add(request)
+    tracked = half._tracked["1"]
+    plan = BlendPlan("prefix", "default", tuple(range(64)), PlannedSegment(0, 0), (), 60, "none", 0.0)
+    held = Held(0, None, 0, tracked.names)
+
+    def chosen_anew(*_: Any) -> bool:
+        tracked.choice = Choice(plan, held, tracked.names)
+        return False  # its blocks have the names that they had
+
+    monkeypatch.setattr(half, "_chosen_anew", chosen_anew)
+    half._blending = "another"
+    assert half.matched_tokens(request, 0) is None
+    half._blending = None
+    assert half.matched_tokens(request, 0) == 60
+
+
+def test_chunks_that_wait_to_be_stored_hold_up_those_only_that_would_too(tmp_path: Path) -> None:
+    half = half_of(tmp_path, clients_precompute=True, never_slower=False)
+    chunk = np.arange(8, 56, dtype=np.int32)
+    chunks = ChunkStores(DiskStore(tmp_path), "model", "raw").of("default")
+    chunks.records.add({key_of(chunk): chunk}, [VariantRow(key_of(chunk), f"{0:016}.raw", 1000, 1)])
+    asked, storing = request_of(None), request_of({PARAMS_KEY: {"mode": "precompute", "segments": [[8, 56]]}})
+    asked.request_id = "asked"
+    for request in (asked, storing):
+        half.add(request)
+        assert half.matched_tokens(request, 0)
+    half.receive(StepReports(placed={"a", "b", "c", "d"}))
+    assert half.matched_tokens(storing, 0) is None and half.matched_tokens(asked, 0)
+    half.receive(StepReports({"b": ReuseReport(mode="precompute").model_dump()}))
+    assert half.matched_tokens(storing, 0)
+
+
+def test_what_was_reused_before_a_preemption_and_after_it_is_no_more_than_the_prompt() -> None:
+    """vLLM keeps the statistics of the first time, and asserts that they fit the prompt."""
+    stats = PrefillStats()
+    stats.set(64, 32, 0)
+    request = request_of(None)
+    request.prefill_stats = stats
+    _count_cached(request, 48)
+    assert (stats.num_local_cached_tokens, stats.num_external_cached_tokens) == (32, 32)
 
 
 def test_while_a_request_is_there_nothing_else_keeps_the_engine_stepping(tmp_path: Path) -> None:

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lmcache_rag.chunk_kv import ChunkKV
 from lmcache_rag.engine import LocalEngine, Sampling
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.room import Evicted
 from lmcache_rag.request import BlendOptions, ReuseReport
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.saving import MOST_SAVING, Saved, Saving
+from lmcache_rag.vllm.saving import MOST_SAVING, Saved, Saving, save_in_order
 from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half
 
 REPAIR = BlendOptions(ratio=0.2)
@@ -182,6 +184,22 @@ def test_on_a_cpu_what_nobody_waits_for_is_stored_in_the_step(
     monkeypatch.setattr(ChunkStore, "save", noted)
     ingest(llama, random_plan(905))
     assert len(threads) == 1 and not threads.pop().startswith("lmcache-rag-save")
+
+
+@pytest.mark.parametrize(("is_missing", "stored"), [(False, Saved(200, 60)), (True, Saved(100, 20, is_full=True))])
+def test_what_another_engine_stored_meanwhile_is_no_lack_of_room(is_missing: bool, stored: Saved) -> None:
+    """A piece of a conversation whose record came after what is missing was listed; the pieces behind it are stored."""
+    others = np.arange(20, 40)
+
+    class Chunks:
+        def save(self, kv: ChunkKV, variant: str) -> int:
+            return 0 if kv.token_ids is others else 100
+
+        def missing(self, token_ids: np.ndarray, variant: str) -> bool:
+            return is_missing
+
+    wanted = [(ChunkKV(ids, torch.zeros(1, 2, len(ids), 1, 8)), "v") for ids in (np.arange(20), others, np.arange(40))]
+    assert save_in_order(Chunks(), wanted) == stored  # type: ignore[arg-type]
 
 
 class _Rooms:
