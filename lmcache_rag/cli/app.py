@@ -26,6 +26,12 @@ from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.library.commands import store_app
 from lmcache_rag.terminal import encode_anything, err, out
 
+_EXTRAS = {
+    **dict.fromkeys(("lmcache_rag_kernels", "safetensors", "torch", "vllm"), "`cpu` or `cuda`"),
+    **dict.fromkeys(("faiss", "langchain_text_splitters", "sentence_transformers"), "`local`"),
+}
+"""The packages that commands import, and which extra has them. Others say so where they are used."""
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="RAG on vLLM in which the model reads each document once."
 )
@@ -54,4 +60,10 @@ def main() -> None:
         app(standalone_mode=True)
     except LmcacheRagError as error:
         err.problem("error:", str(error))
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        err.problem("error:", f"The package {error.name} is missing: install the extra {extra}.")
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -63,8 +64,6 @@ def ask(
 
     if not question.strip():
         raise PromptError("The question is empty.")
-    if trace is not None and server is not None:
-        raise PromptError("--trace: a server does not tell what each token came from; leave --server out.")
     options = BlendOptions.checked(mode="off" if off else "blend", selector=selector, target_kl=target_kl, ratio=ratio)
     settings, engine_options = IndexSettings.checked(model=model), given(dtype=dtype, threads=threads, tiers=tiers)
     engine_options["trace"] = trace is not None
@@ -74,14 +73,14 @@ def ask(
         sampling = Sampling(max_tokens=max_tokens, stop=corpus.manifest.prompt.stop)
         if server is None:
             warm_up(engine, prompt.token_ids)
-        for delta in engine.stream(prompt, sampling, options, cache_salt="blended"):
+        for delta in engine.stream(prompt, sampling, options):
             if not as_json:
                 out.print(delta.text, end="")
             answer = delta.completion
         assert answer is not None
         if trace is not None:
             write_trace(trace, engine.tokenizer, prompt.token_ids, answer)
-        plain = engine.generate(prompt, sampling, BlendOptions(mode="off"), cache_salt="plain") if compare else None
+        plain = engine.generate(prompt, sampling, BlendOptions(mode="off"), cache_salt=_nobodys()) if compare else None
     if as_json:
         result = as_row(answer, hits)
         if plain is not None:
@@ -100,7 +99,12 @@ def warm_up(engine: Engine, token_ids: Sequence[int]) -> None:
     """Have the engine compute something, which takes longer the first time."""
     from lmcache_rag.engine import Sampling
 
-    engine.generate(token_ids[:64], Sampling(max_tokens=1), BlendOptions(mode="off"))
+    engine.generate(token_ids[:64], Sampling(max_tokens=1), BlendOptions(mode="off"), cache_salt=_nobodys())
+
+
+def _nobodys() -> str:
+    """A cache salt of which nothing is in any prefix cache."""
+    return uuid.uuid4().hex
 
 
 def as_row(answer: Completion, hits: Sequence[Hit]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def index(
     """Index documents: find passages, compute the KV of each once, and store it. Run again, it does what changed."""
     from lmcache_rag.corpus import IndexSettings, Manifest, find_files, updating
 
+    folder = folder.expanduser()
     settings = IndexSettings.checked(
         model=model,
         store=store,

@@ -72,6 +72,8 @@ def serve(
         "namespace_per_salt": namespace_per_salt,
         "learn_unsalted": learn_unsalted,
     }
+    if any(option.partition("=")[0] == "--tool-call-parser" for option in vllm_options):
+        connector["offers_tools"] = True
     engine = given(
         model=model, store=store, namespace=namespace, capacity_bytes=capacity, codec=codec, dtype=dtype,
         threads=threads, tiers=tiers,
@@ -100,7 +102,10 @@ def settings_of(folder: Path | None, **engine: Any) -> EngineSettings:
     from lmcache_rag.model import cache_folder
 
     if folder is None and "model" in engine:
-        return EngineSettings.checked(**{"store": str(cache_folder() / "kv"), **engine})
+        settings = EngineSettings.checked(**engine)
+        if "store" in settings.model_fields_set:  # also by the environment
+            return settings
+        return EngineSettings.checked(**{**engine, "store": str(cache_folder() / "kv")})
     folder = (folder or Path(".lmcache-rag")).expanduser()
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -139,10 +144,11 @@ def server_command(
 
     on_cpu = runs_on_cpu()
     model_folder = resolve_model(settings.model)
-    arguments = engine_arguments(settings, model_folder, connector or {}, on_cpu=on_cpu)
+    parser = settings.tool_parser or tool_parser_of(chat_template(model_folder))
+    connector = {"offers_tools": parser is not None, **(connector or {})}
+    arguments = engine_arguments(settings, model_folder, connector, on_cpu=on_cpu)
     if "max_num_seqs" not in settings.model_fields_set:
         del arguments["max_num_seqs"]  # vLLM knows how many a server can have
-    parser = settings.tool_parser or tool_parser_of(chat_template(model_folder))
     arguments |= {
         "served_model_name": settings.model,
         "middleware": _MIDDLEWARE,

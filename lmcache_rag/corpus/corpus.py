@@ -341,6 +341,7 @@ def updating(folder: Path) -> Iterator[None]:
     Raises:
         CorpusError: another process holds it, or the folder cannot be written to.
     """
+    folder = Path(folder).expanduser()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")

@@ -23,7 +23,7 @@ from lmcache_rag.errors import CorpusError
 from lmcache_rag.library.chunks import ChunkStores
 from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import PromptFormat, chat_format, completion_format
-from lmcache_rag.request import DEFAULT_NAMESPACE, INGEST_KEY, NAMESPACE_PATTERN, first_problem
+from lmcache_rag.request import INGEST_KEY, NAMESPACE_PATTERN, first_problem
 
 
 class IndexSettings(BaseModel):
@@ -96,14 +96,16 @@ def open_corpus(
     known = Manifest.read(folder)
     if known is None and not create:
         raise _no_index(folder)
-    model = _model(settings.model) if settings.model else (known.model if known else EngineSettings().model)
+    model = _model(settings.model) if settings.model else (known.model if known else EngineSettings.checked().model)
     if known is not None and model != known.model:
         raise CorpusError(
             f"The index {folder} was made with the model {known.model!r}: use that one, "
             "or index the documents into another folder."
         )
-    store = _store(settings, known, folder, OWN_STORE)
-    namespace = settings.namespace or (known.namespace if known else DEFAULT_NAMESPACE)
+    of_environment = EngineSettings.checked()
+    own_store = _absolute(of_environment.store) if "store" in of_environment.model_fields_set else OWN_STORE
+    store = _store(settings, known, folder, own_store)
+    namespace = settings.namespace or (known.namespace if known else of_environment.namespace)
     if known is not None:
         engine.setdefault("dtype", known.dtype)
         engine.setdefault("codec", known.codec)

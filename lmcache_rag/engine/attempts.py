@@ -15,7 +15,11 @@ from lmcache_rag.request import STORE_FAILED
 
 _OVERLOADED = 429
 _SERVER_ERRORS = 500
-_REFUSED = (401, 403)
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
+
+
+class NotFoundError(EngineError):
+    """A server lacks what every one of ours has."""
 
 
 class Attempts:
@@ -69,7 +73,7 @@ class Attempts:
         try:
             yield
         except Exception as error:
-            refusal = _refusal(error)
+            refusal = _refusal(error, server.url, is_answer=answer is not None)
             if refusal is not None:
                 self._servers.left(server)
                 raise refusal from error
@@ -88,8 +92,12 @@ class Attempts:
             self._servers.answered(server, self._text)
 
 
-def _refusal(error: Exception) -> LmcacheRagError | None:
-    """What a server's answer that is no failure of its own is to the caller."""
+def _refusal(error: Exception, url: str, *, is_answer: bool) -> LmcacheRagError | None:
+    """What a server's answer that is no failure of its own is to the caller.
+
+    Args:
+        is_answer: whether it was asked to answer a prompt, and not for what every server of ours knows.
+    """
     status = getattr(error, "status_code", None)
     if status is None or status == _OVERLOADED or status >= _SERVER_ERRORS:
         return None
@@ -97,8 +105,15 @@ def _refusal(error: Exception) -> LmcacheRagError | None:
     said = body.get("message") if isinstance(body, dict) else None
     if status == STORE_FAILED:
         return StoreError(f"The server's store failed: {said or error}")
-    if status in _REFUSED:
+    if status == _UNAUTHORIZED:
+        return EngineError(f"The server {url} asks for a key: set LMCACHE_RAG_API_KEY, or api_key ({said or error}).")
+    if status == _FORBIDDEN:
         return EngineError(f"The server refused: {said or error}")
+    if status == _NOT_FOUND and not is_answer:
+        return NotFoundError(
+            f"The server {url} lacks what it was asked for ({said or error}): is it `lmcache-rag serve`, and the "
+            "address right?"
+        )
     return PromptError(f"The server refused the request: {said or error}")
 
 

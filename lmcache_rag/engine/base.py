@@ -127,6 +127,15 @@ class Engine(ABC):
     def calls_tools(self) -> bool:
         """Whether the model can choose to call tools."""
 
+    @property
+    def is_described(self) -> bool:
+        """Whether what it says of itself, `model_name` and the like, is at hand: of a server it is asked for, once."""
+        return True
+
+    def describe(self) -> None:
+        """Have that at hand. Raises `EngineError` where no server answers."""
+        _ = self.model_name, self.max_model_len, self.calls_tools
+
     @abstractmethod
     def render(self, chat: Chat) -> str:
         """The text of a conversation in the model's own chat template, up to where its answer begins.

@@ -64,6 +64,14 @@ class Chat:
         """Whether the answer must be a call."""
         return self.offers_tools and self.tool_choice != "auto"
 
+    def check_callable(self, *, calls_tools: bool) -> None:
+        """Raises `PromptError` where the model is to choose whether to call, and is not known to be able to."""
+        if self.offers_tools and not self.forces_tools and not calls_tools:
+            raise PromptError(
+                "The model's chat template is not known to offer tools: name vLLM's parser (tool_parser; of a server "
+                "--tool-call-parser), or force a call by tool_choice."
+            )
+
     @property
     def choice(self) -> str | dict[str, Any]:
         """`tool_choice` in OpenAI's form."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from lmcache_rag.engine.attempts import Attempts
+from lmcache_rag.engine.attempts import Attempts, NotFoundError
 from lmcache_rag.engine.base import Delta, Engine, PrecomputeReport, Prompt
 from lmcache_rag.engine.calls import Answer, Call, call_of, precompute_call, report_of
 from lmcache_rag.engine.chat import Chat
@@ -81,10 +81,18 @@ class RemoteEngine(Engine):
         """See `Engine.scope`."""
         return f"{' '.join(self.settings.base_url)} {self.model_name}"
 
-    @property
+    @functools.cached_property
     def calls_tools(self) -> bool:
-        """Whether the model can choose to call tools: the server knows, and refuses where it cannot."""
-        return True
+        """Whether the model can choose to call tools, as `lmcache-rag serve` says; of another server it is taken to."""
+        try:
+            return bool(self.get("/lmcache-rag/status").get("calls_tools", True))
+        except NotFoundError:
+            return True
+
+    @property
+    def is_described(self) -> bool:
+        """See `Engine.is_described`."""
+        return "_model" in self.__dict__ and "calls_tools" in self.__dict__
 
     def render(self, chat: Chat) -> str:
         """See `Engine.render`."""
@@ -101,7 +109,7 @@ class RemoteEngine(Engine):
         *,
         handed_on: bool,
     ) -> Iterator[Delta]:
-        call = call_of(prompt, sampling, options, cache_salt or self._salt)
+        call = self._call(prompt, sampling, options, cache_salt)
         submitted_at = time.perf_counter()
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
@@ -131,9 +139,10 @@ class RemoteEngine(Engine):
         *,
         handed_on: bool,
     ) -> AsyncIterator[Delta]:
-        call = call_of(prompt, sampling, options, cache_salt or self._salt)
+        if not self.is_described:
+            await asyncio.to_thread(self.describe)  # the event loop runs on meanwhile
+        call = self._call(prompt, sampling, options, cache_salt)
         submitted_at = time.perf_counter()
-        await asyncio.to_thread(lambda: self.model_name)  # asked for once; the event loop runs on meanwhile
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)
         while True:
             server = attempts.next()
@@ -259,6 +268,13 @@ class RemoteEngine(Engine):
         fields["cache_salt"] = self._salt
         for first in range(0, len(chunks), _BATCH):
             yield {**fields, "chunks": [list(map(int, chunk)) for chunk in chunks[first : first + _BATCH]]}
+
+    def _call(
+        self, prompt: Prompt, sampling: Sampling | None, options: BlendOptions | None, cache_salt: str | None
+    ) -> Call:
+        if isinstance(prompt, Chat) and prompt.offers_tools:
+            prompt.check_callable(calls_tools=self.calls_tools)
+        return call_of(prompt, sampling, options, cache_salt or self._salt)
 
     def _precompute(
         self, preamble: Sequence[int], primer: Sequence[int], chunk: Sequence[int], namespace: str | None

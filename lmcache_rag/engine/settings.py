@@ -213,3 +213,11 @@ class Sampling(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise PromptError(first_problem(error)) from None
+
+    @classmethod
+    def for_text(cls, **values: Any) -> Sampling:
+        """Like `checked`, for callers who hand on text: raises `PromptError` for what that does not show."""
+        for name in ("logprobs", "forced_token_ids"):
+            if values.get(name) is not None:
+                raise PromptError(f"{name}: only engine.generate takes it, since the answer here is text.")
+        return cls.checked(**values)

@@ -46,11 +46,7 @@ class ToolReader:
         from vllm.tool_parsers import ToolParserManager
 
         self._chat = chat
-        if parser is None and not chat.forces_tools:
-            raise PromptError(
-                "The model's chat template is not known to offer tools: name vLLM's parser (tool_parser), "
-                "or force a call by tool_choice."
-            )
+        chat.check_callable(calls_tools=parser is not None)
         try:
             self._request = ChatCompletionRequest(
                 messages=[{"role": "user", "content": ""}], tools=list(chat.tools), tool_choice=chat.choice

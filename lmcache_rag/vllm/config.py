@@ -35,6 +35,7 @@ class ConnectorConfig(BaseModel):
         clients_precompute: whether requests may store KV, which all later requests of the namespace are answered from.
         ingest_key: whether those may only who have shown the key in the environment (`INGEST_KEY`) to the server's
             middleware.
+        offers_tools: whether the model is known to choose by itself to call tools, for clients that ask the server.
         codec: the one of `codec.CODECS` in which KV is stored.
         extra_codecs: in which chunks are stored as well, for requests with a TTFT goal to choose from.
         automatic: whether stored chunks are looked for in prompts of requests that say nothing about blending.
@@ -69,6 +70,7 @@ class ConnectorConfig(BaseModel):
     clients_choose_namespace: bool = False
     clients_precompute: bool = False
     ingest_key: bool = False
+    offers_tools: bool = True
     codec: Annotated[str, AfterValidator(codec_named)] = DEFAULT_CODEC
     extra_codecs: tuple[Annotated[str, AfterValidator(codec_named)], ...] = ()
     automatic: bool = True

@@ -146,6 +146,7 @@ class _Server:
             "max_model_len": self._model.max_model_len,
             "fingerprint": self._fingerprint,
             "codec": config.codec,
+            "calls_tools": config.offers_tools,
             "may_store": config.clients_precompute and may_store,
             "namespace_per_salt": config.namespace_per_salt,
             "totals": totals(get_prometheus_registry()),

@@ -60,9 +60,13 @@ def test_settings_from_the_environment(
     monkeypatch.setenv("LMCACHE_RAG_MODEL", str(model))
     monkeypatch.setenv("LMCACHE_RAG_DTYPE", "bfloat16")
     monkeypatch.setenv("LMCACHE_RAG_MAX_MODEL_LEN", "256")
+    monkeypatch.setenv("LMCACHE_RAG_STORE", str(tmp_path / "shared"))
+    monkeypatch.setenv("LMCACHE_RAG_NAMESPACE", "acme")
     folder = tmp_path / "index"
     assert run("index", documents, "--index", folder, "--chunk-tokens", 40).exit_code == 0
-    monkeypatch.delenv("LMCACHE_RAG_DTYPE")
+    assert (tmp_path / "shared" / "acme").is_dir() and not (folder / "kv").exists()
+    for name in ("DTYPE", "STORE", "NAMESPACE"):
+        monkeypatch.delenv(f"LMCACHE_RAG_{name}")
     question = " ".join(["w20"] * 250)
     assert "the model takes 255 at most" in error_of(run("ask", question, "--index", folder))
     assert run("ask", "w20", "--index", folder, "--max-tokens", 2).exit_code == 0  # the index knows its compute type
@@ -204,6 +208,21 @@ def test_an_error_is_shown_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch, 
     assert f"nowhere/{ascii(name)[1:-1]} is not there: name a file or a folder." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("package", "extra"), [("faiss", "`local`"), ("torch", "`cpu` or `cuda`")])
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    package: str, extra: str, documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(name=package)
+
+    monkeypatch.setattr("lmcache_rag.cli.index.started", missing)
+    monkeypatch.setattr(sys, "argv", ["lmcache-rag", "index", str(documents)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert f"The package {package} is missing: install the extra {extra}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_files_that_cannot_be_used_are_named_once(tmp_path: Path, model: Path, documents: Path) -> None:
     (documents / "bad.md").write_bytes(BINARY)
     (documents / "empty [red].txt").write_text("")
@@ -241,6 +260,9 @@ def test_what_is_to_be_mended_is_an_error_every_time(
         (["ask", "why?", "--selector", "best"], "selector"),
         (["ask", "why?"], "There is no index in .lmcache-rag"),
         (["ask", " "], "The question is empty"),
+        (["ask", "why?", "--server", "http://a", "--model", "other"], "--model: a server has its own"),
+        (["ask", "why?", "--server", "http://a", "--trace", "page.html"], "--trace: a server"),
+        (["chat", "--server", "http://a", "--tier", "cache"], "--tier: a server"),
         (["bench", "ttft", "--ratios", "0.1,2"], "ratio"),
         (["bench", "ttft", "--selectors", "best"], "selector"),
     ],

@@ -66,16 +66,25 @@ def test_a_folder_without_an_index_is_refused_in_words(tmp_path: Path) -> None:
         settings_of(made_index(tmp_path), store="s3://other/kv")
 
 
+def offers_tools(flags: dict[str, str]) -> bool:
+    """What clients are told."""
+    return bool(json.loads(flags["--kv-transfer-config"])["kv_connector_extra_config"]["offers_tools"])
+
+
 def test_a_model_is_served_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "cache"))
     model = make_tiny("llama", tmp_path / "model")
     assert settings_of(None, model=str(model)).store == str(tmp_path / "cache" / "kv")
+    monkeypatch.setenv("LMCACHE_RAG_STORE", "redis://of-the-environment:1/0")
+    assert settings_of(None, model=str(model)).store == "redis://of-the-environment:1/0"
     settings = settings_of(None, model=str(model), store="redis://host:1/0", namespace="mine")
     assert (settings.store, settings.namespace) == ("redis://host:1/0", "mine")
+    assert not offers_tools(dict(pairwise(server_command(settings)[0])))
     limited = settings_of(None, model=str(model), max_num_seqs=3)
     assert dict(pairwise(server_command(limited)[0]))["--max-num-seqs"] == "3"
     (model / "chat_template.jinja").write_text("{% if tools %}[TOOL_CALLS]{% endif %}")
-    assert dict(pairwise(server_command(settings)[0]))["--tool-call-parser"] == "mistral"
+    flags = dict(pairwise(server_command(settings)[0]))
+    assert flags["--tool-call-parser"] == "mistral" and offers_tools(flags)
 
 
 def test_options_of_vllm_are_passed_on_and_ours_are_not(tmp_path: Path) -> None:

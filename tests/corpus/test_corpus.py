@@ -491,3 +491,10 @@ def test_kv_that_somebody_else_owns_survives(tmp_path: Path, documents: Path, ll
     update(two, documents)
     assert stored(llama) == 1 + 1  # the preamble, and what the framework has
     assert precompute_texts(llama, preamble, passages[:1]).present == 1
+
+
+def test_the_folder_that_is_held_is_the_one_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with updating(Path("~/index")):
+        assert (tmp_path / "index" / "lock").exists() and not (tmp_path / "~").exists()

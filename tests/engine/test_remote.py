@@ -112,6 +112,9 @@ def test_answers_follow_a_structure(remote: RemoteEngine) -> None:
 
 
 def test_a_forced_tool_is_called(remote: RemoteEngine) -> None:
+    assert not remote.calls_tools  # this model's template leaves tools out: it would answer without having seen them
+    with pytest.raises(PromptError, match="not known to offer tools"):
+        remote.generate(Chat(MESSAGES, [GREET]))
     answer = remote.generate(Chat(MESSAGES, [GREET], "greet"), Sampling(max_tokens=96))
     assert [call.name for call in answer.tool_calls] == ["greet"]
     assert set(json.loads(answer.tool_calls[0].arguments)) == {"name", "age"}

@@ -137,16 +137,24 @@ def test_what_was_handed_on_is_not_asked_for_again(servers: Servers, clock: Cloc
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(400, PromptError), (404, PromptError), (401, EngineError), (403, EngineError)]
+    ("status", "answer", "kind", "advice"),
+    [
+        (400, Answer(0.0), PromptError, "refused the request"),
+        (404, Answer(0.0), PromptError, "refused the request"),  # another model's name
+        (404, None, EngineError, "is it `lmcache-rag serve`"),
+        (401, Answer(0.0), EngineError, "LMCACHE_RAG_API_KEY"),
+        (403, None, EngineError, "refused"),
+    ],
 )
 def test_a_refusal_is_final_and_no_failure_of_the_server(
-    servers: Servers, clock: Clock, status: int, kind: type[Exception]
+    servers: Servers, clock: Clock, status: int, answer: Answer | None, kind: type[Exception], advice: str
 ) -> None:
     attempts = Attempts(servers, "", 10.0, clock)
     server = attempts.next()
     assert isinstance(server, Server)
-    with pytest.raises(kind, match="so it is"), attempts.at(server):
+    with pytest.raises(kind, match="so it is") as refusal, attempts.at(server, answer):
         raise status_error(status)
+    assert advice in str(refusal.value)
     assert (server.failures, server.running) == (0, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import zlib
@@ -50,6 +51,8 @@ class StubEngine:
         stored: chunk -> who owns it.
         computed: all chunks that were computed, in turn.
     """
+
+    is_described: bool = True
 
     def __init__(self, *answers: Completion, calls_tools: bool = True) -> None:
         self.answers = list(answers) or [answer()]
@@ -127,6 +130,33 @@ class StubEngine:
         for start in range(0, len(completion.text), 4):
             yield Delta(completion.text[start : start + 4])
         yield Delta("", completion)
+
+
+class UndescribedEngine(StubEngine):
+    """One that does not know its model before it is asked for it.
+
+    Attributes:
+        described_by: the thread that asked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_described, self.described_by = False, ""
+        del self.model_name, self.scope
+
+    def describe(self) -> None:
+        self.is_described, self.described_by = True, threading.current_thread().name
+
+    async def agenerate(self, *arguments: Any) -> Completion:
+        if not self.is_described:
+            await asyncio.to_thread(self.describe)
+        return await super().agenerate(*arguments)
+
+    def __getattr__(self, name: str) -> str:
+        if name not in ("model_name", "scope"):
+            raise AttributeError(name)
+        assert self.is_described, "an event loop would wait for it"
+        return "stub"
 
 
 class StubServer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any, Literal, TypedDict
 
 import pytest
@@ -20,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from lmcache_rag.engine import LocalEngine, ToolCall
 from lmcache_rag.errors import PromptError
+from tests.integrations.stub import UndescribedEngine
 
 
 @tool
@@ -222,6 +224,22 @@ def test_an_agent_calls_and_answers(calling: LocalEngine) -> None:
     assert isinstance(llm, BaseChatModel)
     structured = agents.create_agent(llm, [], response_format=Station).invoke({"messages": [HumanMessage(TEXT)]})
     assert isinstance(structured["structured_response"], Station)
+
+
+@pytest.mark.parametrize("option", [{"logprobs": 5}, {"forced_token_ids": (1, 2)}])
+def test_what_no_message_shows_is_refused(llm: ChatLmcacheRag, option: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match="only engine"):
+        llm.bind(**option).invoke("Why?")
+
+
+def test_a_server_is_asked_what_it_is_beside_the_event_loop() -> None:
+    async def asked(engine: UndescribedEngine, *, streams: bool) -> None:
+        llm = ChatLmcacheRag(engine=engine)  # type: ignore[arg-type]
+        answer = await llm.ainvoke("Why?") if not streams else [piece async for piece in llm.astream("Why?")]
+        assert answer and engine.described_by not in ("", threading.current_thread().name)
+
+    for streams in (False, True):
+        asyncio.run(asked(UndescribedEngine(), streams=streams))
 
 
 def test_over_a_server(smollm_server: Any) -> None:

@@ -8,6 +8,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from llama_index.core.instrumentation.span import BaseSpan
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
 from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.program import FunctionCallingProgram
-from llama_index.core.prompts import ChatPromptTemplate
+from llama_index.core.prompts import ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.response_synthesizers import SimpleSummarize
 from llama_index.core.schema import QueryBundle
@@ -39,7 +40,7 @@ from pydantic import BaseModel, Field
 
 from lmcache_rag.engine import Chat, ToolCall
 from lmcache_rag.errors import EngineError, PromptError
-from tests.integrations.stub import StubEngine, StubServer, answer, call
+from tests.integrations.stub import StubEngine, StubServer, UndescribedEngine, answer, call
 
 
 @pytest.fixture
@@ -422,6 +423,34 @@ def test_a_client_of_a_server_imports_neither_vllm_nor_torch() -> None:
 def test_exactly_one_engine_is_named(stub: StubEngine) -> None:
     with pytest.raises(EngineError, match="base_url="):
         LmcacheRag(engine=stub, base_url="http://127.0.0.1:9/v1")  # type: ignore[arg-type]
+
+
+def test_lists_are_the_templates_own_elsewhere(stub: StubEngine) -> None:
+    llm = model(stub, chat_template=False)
+    llm.predict(RichPromptTemplate("{% for topic in topics %}- {{ topic }}\n{% endfor %}"), topics=["one", "two"])
+    assert stub.asked[-1][0] == "- one\n- two\n"
+    llm.predict(RichPromptTemplate("{% for part in context_str %}<{{ part }}>{% endfor %}"), context_str=["a", "b"])
+    assert stub.asked[-1][0] == "<a><b>"
+    llm.predict(PromptTemplate("{names}"), names=["one", "two"])
+    assert stub.asked[-1][0] == "['one', 'two']"
+
+
+@pytest.mark.parametrize("option", [{"logprobs": 5}, {"forced_token_ids": (1, 2)}])
+def test_what_no_answer_of_llama_index_shows_is_refused(stub: StubEngine, option: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match="only engine"):
+        model(stub).complete("Why?", **option)
+
+
+def test_a_server_is_asked_what_it_is_beside_the_event_loop() -> None:
+
+    async def asked(*, predicts: bool) -> None:
+        engine = UndescribedEngine()
+        llm = model(engine)
+        await (llm.apredict(PromptTemplate("Why?")) if predicts else llm.acomplete("Why?"))
+        assert engine.described_by not in ("", threading.current_thread().name)
+
+    for predicts in (False, True):
+        asyncio.run(asked(predicts=predicts))
 
 
 @pytest.mark.parametrize("chat_template", [False, True])

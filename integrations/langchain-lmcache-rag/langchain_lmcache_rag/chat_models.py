@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from langchain_core.language_models.base import LangSmithParams, LanguageModelIn
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, SkipValidation
@@ -158,6 +159,27 @@ class ChatLmcacheRag(BaseChatModel):
         """
         return structured(self, schema, method, strict=strict, include_raw=include_raw, **kwargs)
 
+    async def agenerate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
+        """See `BaseChatModel.agenerate`."""
+        await self._described()
+        return await super().agenerate(messages, *args, **kwargs)
+
+    async def astream(
+        self,
+        input: LanguageModelInput,  # noqa: A002  # LangChain's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """See `BaseChatModel.astream`."""
+        await self._described()
+        async for piece in super().astream(input, config, **kwargs):
+            yield piece
+
+    async def _described(self) -> None:
+        """Have at hand what identifies the model, which LangChain asks for, while the event loop runs on."""
+        if not self.engine.is_described:
+            await asyncio.to_thread(self.engine.describe)
+
     @property
     def _llm_type(self) -> str:
         return "lmcache-rag"
@@ -226,7 +248,7 @@ class ChatLmcacheRag(BaseChatModel):
         if "target_kl" in kwargs and "ratio" not in kwargs:
             values["ratio"] = None
         options = BlendOptions.checked(**{name: values.pop(name) for name in _BLEND_FIELDS})
-        sampling = Sampling.checked(**values)
+        sampling = Sampling.for_text(**values)
         has_form = bool(sampling.structure) or (isinstance(prompt, Chat) and prompt.forces_tools)
         if has_form and stop is None and "stop" not in kwargs:  # the fields' are for prose: within JSON they would cut
             sampling = sampling.model_copy(update={"stop": ()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import TokenAsyncGen
 from llama_index.llms.lmcache_rag.copies import Copyable
 from llama_index.llms.lmcache_rag.events import KVReuseEvent, figures_of
 from llama_index.llms.lmcache_rag.messages import (
@@ -146,9 +148,14 @@ class LmcacheRag(Copyable, StructuredAnswers):
             is_function_calling_model=self.chat_template and self._engine.calls_tools,
         )
 
+    def to_payload(self) -> dict[str, Any]:
+        """See `BaseLLM.to_payload`. It is asked for before every call, also within event loops, so no server is."""
+        return super().to_payload() if self._engine.is_described else {"class_name": self.class_name()}
+
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling`, and some of `BlendOptions`: see the class."""
+        """See `BaseLLM.complete`. `kwargs` are fields of `Sampling` that shape the answer's text, and some of
+        `BlendOptions`: see the class."""
         call = self._completion(prompt, kwargs, formatted=formatted)
         return self._text_response(call, self._engine.generate(*call[:3]))
 
@@ -264,11 +271,26 @@ class LmcacheRag(Copyable, StructuredAnswers):
         to plain text the tokenizer adds its own."""
         return encode(self._engine.tokenizer, text, add_special_tokens=not self.chat_template)
 
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """See `LLM.apredict`."""
+        await self._described()
+        return await super().apredict(prompt, **prompt_args)
+
+    async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
+        """See `LLM.astream`."""
+        await self._described()
+        return await super().astream(prompt, **prompt_args)
+
+    async def _described(self) -> None:
+        """Have the metadata at hand that LlamaIndex reads, while the event loop runs on."""
+        if not self._engine.is_described:
+            await asyncio.to_thread(self._engine.describe)
+
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        return super()._get_prompt(prompt, **as_texts(prompt_args))
+        return super()._get_prompt(prompt, **as_texts(prompt, prompt_args))
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
-        return super()._get_messages(prompt, **as_texts(prompt_args))
+        return super()._get_messages(prompt, **as_texts(prompt, prompt_args))
 
     def _prepare_chat_with_tools(
         self,
@@ -322,7 +344,7 @@ class LmcacheRag(Copyable, StructuredAnswers):
         if "target_kl" in kwargs and "ratio" not in kwargs:
             values["ratio"] = None
         blend = {name: values.pop(name) for name in _BLEND_FIELDS}
-        return _Call(prompt, Sampling.checked(**values), BlendOptions.checked(**blend), active_span_id.get())
+        return _Call(prompt, Sampling.for_text(**values), BlendOptions.checked(**blend), active_span_id.get())
 
     def _text_response(self, call: _Call, completion: Completion) -> CompletionResponse:
         return CompletionResponse(text=completion.text, raw=self._ended(call, completion))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, RichPromptTemplate
 
 from lmcache_rag.errors import PromptError
 
@@ -13,17 +13,14 @@ CONTEXT = "context_str"
 """LlamaIndex's own name of the variable that stands for the retrieved nodes."""
 
 
-def as_texts(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A template's variables, where lists of texts are these texts. LlamaIndex's `SimpleSummarize` gives the context as
-    a list, which templates write as Python does, in quotes and with escaped ends of lines: models read it worse, and
-    no stored passage is in it."""
-    return {name: _as_text(value) for name, value in variables.items()}
-
-
-def _as_text(value: Any) -> Any:
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-        return "\n\n".join(value)
-    return value
+def as_texts(template: BasePromptTemplate, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A template's variables, where a context that is a list of texts is these texts. LlamaIndex's `SimpleSummarize`
+    gives it so, which templates write as Python does, in quotes and with escaped ends of lines: models read it worse,
+    and no stored passage is in it. Templates of Jinja may go through a list themselves."""
+    context = variables.get(CONTEXT)
+    if isinstance(context, list) and context and not isinstance(template, RichPromptTemplate):
+        return {**variables, CONTEXT: "\n\n".join(map(str, context))}
+    return dict(variables)
 
 
 def preamble_of(template: BasePromptTemplate, render: Callable[..., str]) -> str:

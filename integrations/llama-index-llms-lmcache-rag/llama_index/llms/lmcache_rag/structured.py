@@ -187,7 +187,7 @@ class StructuredProgram(BasePydanticProgram[Model]):
     def _asked(self, variables: dict[str, Any]) -> str | list[ChatMessage]:
         """The prompt, with the schema at its end."""
         schema = PydanticOutputParser(self._output_cls).get_format_string(escape_json=False)
-        if not self._llm.metadata.is_chat_model:
+        if not self._llm.chat_template:
             return f"{self._llm._get_prompt(self._prompt, **variables)}\n\n{schema}"
         *before, last = self._llm._get_messages(self._prompt, **variables)
         return [*before, last.model_copy(update={"blocks": [*last.blocks, TextBlock(text=schema)]})]
