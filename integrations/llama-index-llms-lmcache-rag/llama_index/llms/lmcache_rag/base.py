@@ -103,9 +103,6 @@ class LmcacheRag(Copyable, StructuredAnswers):
     ratio: float | None = Field(
         default=None, ge=0.0, le=1.0, description="The share of stored chunks' tokens that is repaired, not a target."
     )
-    chat_template: bool = Field(
-        default=False, description="Whether prompts are written in the model's own chat template, or as plain text."
-    )
 
     _engine: Engine = PrivateAttr()
     _reports: deque[ReuseReport] = PrivateAttr(default_factory=lambda: deque(maxlen=1))

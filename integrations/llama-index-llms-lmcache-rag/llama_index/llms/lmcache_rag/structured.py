@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator
 from typing import Any, Generic, Self
 
 from llama_index.core.base.llms.types import ChatMessage, TextBlock
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.llms.function_calling import FunctionCallingLLM
@@ -33,6 +33,10 @@ _SENTENCE = {"type": "string", "maxLength": 200}
 
 class StructuredAnswers(FunctionCallingLLM):
     """A language model whose answers can be made to follow a JSON schema, by a grammar."""
+
+    chat_template: bool = Field(
+        default=False, description="Whether prompts are written in the model's own chat template, or as plain text."
+    )
 
     _json_schema: dict[str, Any] | None = PrivateAttr(default=None)
 
