@@ -136,6 +136,8 @@ def _asked(
 ) -> Iterator[tuple[tuple[int, str], tuple[Completion, float]]]:
     """One conversation: (turn, mode), and what came of it with its divergence from exact KV."""
     engine.settle()
+    if second is not None:
+        second.settle()
     salts = {mode: uuid.uuid4().hex for mode in _MODES}
     for number, (turn, prompt) in enumerate(zip(turns, prompts(preamble, turns, workload), strict=True), start=1):
         forced = Sampling(max_tokens=len(turn.answer), ignore_eos=True, forced_token_ids=turn.answer)

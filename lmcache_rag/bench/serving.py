@@ -74,7 +74,7 @@ def read_trace(path: Path) -> list[Recorded]:
     """
     read: list[Recorded] = []
     try:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
                 read.append(Recorded.model_validate_json(line))
                 if not read[-1].asked():

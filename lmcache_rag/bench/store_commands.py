@@ -42,12 +42,12 @@ def bench_store_command(
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-", dir=folder))
         status = stack.enter_context(err.status(""))
+        uris = _started(chosen, stack)
         row = bench_store(Path(store), chunks, status.update)
         rates = []
         for tier in chosen:
             status.update(f"writing and reading: {tier}")
-            uri = f"{store}/blobs" if tier == "disk" else _started(tier, stack)
-            rates.append({"tier": tier, **tier_rates(open_store(uri))})
+            rates.append({"tier": tier, **tier_rates(open_store(uris.get(tier, f"{store}/blobs")))})
     for name, value in row.items():
         out.print(f"{name}: {value}", highlight=False)
     show_rows(rates)
@@ -103,6 +103,7 @@ def bench_scale_command(
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lmcache-rag-bench-")))
         status = stack.enter_context(err.status("Starting vLLM"))
+        uris = _started(chosen, stack)
         settings = EngineSettings.checked(
             store=folder, **MEASURED, **given(model=model, codec=codec, dtype=dtype, threads=threads)
         )
@@ -119,9 +120,8 @@ def bench_scale_command(
             records = engine.chunk_store().records
             stored_bytes = sum(row.size_bytes for ids in chunks for row in records.variants(key_of(ids)).values())
         stores: dict[str, dict[str, Any]] = {"disk": {"store": str(folder)}}
-        for tier in (tier for tier in _TIERS[2:] if tier in chosen):
+        for tier, uri in uris.items():
             status.update(f"copying the store to {tier}")
-            uri = _started(tier, stack)
             _copy(store, scope.namespace, open_store(uri))
             stores[tier] = {"store": uri}
 
@@ -150,8 +150,12 @@ def _chosen(tiers: str, known: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _started(tier: str, stack: ExitStack) -> str:
-    """The URI of a store on a server that is started for it on this machine."""
+def _started(tiers: Sequence[str], stack: ExitStack) -> dict[str, str]:
+    """The URIs of stores on servers, which are started on this machine: first of all, since one may be missing."""
+    return {tier: _served(tier, stack) for tier in _TIERS[2:] if tier in tiers}
+
+
+def _served(tier: str, stack: ExitStack) -> str:
     if tier == "s3":
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
             os.environ.setdefault(name, "bench")

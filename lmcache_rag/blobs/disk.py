@@ -135,7 +135,11 @@ class DiskStore(Untiered):
             os.utime(self._path(name))
 
     def _path(self, name: str) -> Path:
-        return self.root.joinpath(*name.split("/"))
+        """Where a blob, or what has a prefix, is. Raises `StoreError` where that would be outside the store."""
+        folders = name.split("/")
+        if ".." in folders or name.startswith("/"):
+            raise StoreError(f"{name!r} is no name of anything in {self.root}.")
+        return self.root.joinpath(*folders)
 
     def _write(self, name: str, parts: Sequence[bytes | memoryview], publish: Callable[[Path, Path], None]) -> int:
         """Write the parts into a file of their own, onto the disk, and have `publish` give it its name; its length."""

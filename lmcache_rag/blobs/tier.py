@@ -284,9 +284,13 @@ class Cache(Tier):
                 found = {}
             with self._lock:
                 for name, held in self._held.items():
-                    newer = name in found and held.used_s > found[name].used_s
-                    if newer or held.used_s >= begun or name in self._written:
+                    there = found.get(name)
+                    if name in self._written or (there is None and held.used_s >= begun):
                         found[name] = held
+                    elif (
+                        there is not None and held.used_s > there.used_s
+                    ):  # of what was read in part, only it knows all
+                        there.used_s, there.touched_s = held.used_s, held.touched_s
                 self._held, self._total = found, sum(held.size for held in found.values())
                 self._filled_bytes, self._scanned_at = 0, time.monotonic()
             self._scanned.set()

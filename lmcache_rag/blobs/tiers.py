@@ -265,6 +265,9 @@ class _Workers:
 
 
 def _is_cacheable(name: str) -> bool:
-    """All but what the records change or must see at once: of them, only the large parts are kept."""
+    """All but what the records change or must see at once, of which only the large parts are kept, and what a store
+    says of itself: a cache may be that of several stores."""
     folders = name.split("/")
-    return folders[0] != ".records" or folders[-2] == "parts"
+    if folders[0] == ".records":
+        return folders[-2] == "parts"
+    return folders[0] == ".tables" or not folders[0].startswith(".")

@@ -101,7 +101,11 @@ def _answer(
     as_json: bool,
 ) -> None:
     remembered = len(conversation)
-    prompt, hits = conversation.ask(question)
+    try:
+        prompt, hits = conversation.ask(question)
+    except KeyboardInterrupt:
+        out.print("\n")
+        return
     if len(conversation) <= remembered:
         err.print(f"The conversation is too long for the model: {remembered + 1 - len(conversation)} turns forgotten")
     text = ""

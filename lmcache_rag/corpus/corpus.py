@@ -14,7 +14,7 @@ import numpy as np
 from lmcache_rag.chunk_kv import context_digest, key_of, variant_of
 from lmcache_rag.corpus.computing import Computing, LocalComputing
 from lmcache_rag.corpus.database import Database, Passage
-from lmcache_rag.corpus.documents import Document, absolute, find_files, read_file
+from lmcache_rag.corpus.documents import Document, absolute, find_files, may_exist, read_file
 from lmcache_rag.corpus.embedder import Embedder
 from lmcache_rag.corpus.formats import UnusableDocumentError, install_note, lacking
 from lmcache_rag.corpus.manifest import Manifest, PrimerSource
@@ -25,6 +25,7 @@ from lmcache_rag.engine.local import LocalEngine
 from lmcache_rag.engine.remote import RemoteEngine
 from lmcache_rag.errors import CorpusError
 from lmcache_rag.learn.primer import default_primer, own_primer, primer_ids
+from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.scopes import check_writable
 from lmcache_rag.prompt import MarkedPrompt, check_text
 
@@ -96,13 +97,14 @@ class Corpus:
             StoreError: the store cannot be written to.
             CorpusError: as `find_files`; a single file that cannot be read or used is listed in the report instead.
         """
-        check_writable(self._computing.chunks().store)
+        chunks = self._computing.chunks()
+        check_writable(chunks.store)
         known, report = self._database.documents(), UpdateReport()
         files = find_files(paths, known)
         roots = [absolute(path) for path in paths]
         seen = set(map(str, files))
         gone = [path for path in known if path not in seen and any(Path(path).is_relative_to(root) for root in roots)]
-        refused = {path: digest for path, digest in self._database.refused().items() if Path(path).exists()}
+        refused = {path: digest for path, digest in self._database.refused().items() if may_exist(path)}
         pending, unchanged = [], set()
         for path in self._readable(files, report):
             try:
@@ -111,7 +113,7 @@ class Corpus:
                     report.refused_before += 1
                     continue
                 same = known.get(file.path) == file.digest
-                if same and self._is_stored(file.path):
+                if same and self._is_stored(file.path, chunks):
                     unchanged.add(file.path)
                     continue
                 refused.pop(file.path, None)
@@ -137,7 +139,7 @@ class Corpus:
             needed_bytes=self._bounded(
                 (fresh * (2 if self.primer else 1) + again) * self._computing.kv_bytes_per_token
             ),
-            free_bytes=self._computing.chunks().store.free_bytes(),
+            free_bytes=chunks.store.free_bytes(),
         )
 
     def update(
@@ -162,6 +164,7 @@ class Corpus:
             )
         report, known = plan.report, self._database.documents()
         if plan.pending:
+            self._embedder.embed(["a"])  # fails before anything is written or computed
             self._computing.learn_codec(plan.texts, learning)
             if learning is not None:
                 learning("tokens")
@@ -197,7 +200,7 @@ class Corpus:
         return report
 
     def search(self, question: str, count: int) -> list[Hit]:
-        """The `count` passages nearest to the question, nearest first.
+        """The `count` passages nearest to the question, nearest first, each text once.
 
         Raises:
             CorpusError: the index is empty.
@@ -214,13 +217,17 @@ class Corpus:
             self._vectors = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
             self._vectors.add_with_ids(np.ascontiguousarray(vectors), ids)
             self._vectors_of = version
-        scores, found = self._vectors.search(self._embedder.embed([question]), count)
-        hits = []
-        for score, passage_id in zip(scores[0].tolist(), found[0].tolist(), strict=True):
-            passage = self._database.passage(passage_id) if passage_id >= 0 else None
-            if passage is not None:
-                hits.append(Hit(*passage, score))
-        return hits
+        asked, hits, wanted = self._embedder.embed([question]), dict[str, Hit](), count
+        while True:
+            scores, found = self._vectors.search(asked, wanted)
+            for score, passage_id in zip(scores[0].tolist(), found[0].tolist(), strict=True):
+                passage = self._database.passage(passage_id) if passage_id >= 0 else None
+                if passage is not None:
+                    hit = Hit(*passage, score)
+                    hits.setdefault(hit.text, hit)
+            if len(hits) >= count or wanted >= self._vectors.ntotal:
+                return list(hits.values())[:count]
+            wanted *= 2  # copies stood in the way of others
 
     def prompt(self, question: str, hits: Sequence[Hit]) -> MarkedPrompt:
         """The prompt for a question over the passages found for it."""
@@ -270,12 +277,11 @@ class Corpus:
 
     def _primer_room(self) -> int:
         """How many tokens fit between the preamble and the longest chunk."""
-        frame = len(self._preamble) + len(self.manifest.prompt.chunk_ids(self._engine.tokenizer, ""))
+        frame = len(self._preamble) + _frame_tokens(self.manifest, self._engine)
         return self._engine.max_model_len - frame - self.manifest.chunk_tokens - 1
 
-    def _is_stored(self, path: str) -> bool:
+    def _is_stored(self, path: str, chunks: ChunkStore) -> bool:
         """Whether the store still holds all variants of a document's passages, and the preamble's KV."""
-        chunks = self._computing.chunks()
         variants = {variant_of(self._preamble)}
         if len(self.primer) <= self._primer_room():  # else some chunks may have no primed variant
             variants.add(variant_of(self._preamble, self.primer))
@@ -322,8 +328,7 @@ class Corpus:
     def _delete_unused_kv(self) -> None:
         """Let go of the KV of passages that are gone; what no other index has a passage of is deleted."""
         chunks, owner = self._computing.chunks(), self.manifest.owner
-        if not chunks.knows(owner):
-            chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))
+        chunks.own(owner, map(bytes.fromhex, self._database.chunk_keys()))  # a rebuilt store knows no owners
         chunks.release(owner, map(bytes.fromhex, self._database.unused_chunks()))
         own = set(map(bytes.fromhex, self._database.chunk_keys()))
         chunks.release(owner, [key for key in chunks.owned(owner) if key not in own])  # of an update that was killed
@@ -367,8 +372,13 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _frame_tokens(manifest: Manifest, engine: Engine) -> int:
+    """How many tokens a passage has at most besides its text's. Around nothing some of them would be one."""
+    return len(manifest.prompt.chunk_ids(engine.tokenizer, "A"))
+
+
 def _check_chunk_length(manifest: Manifest, engine: Engine, preamble_tokens: int) -> None:
-    frame = preamble_tokens + len(manifest.prompt.chunk_ids(engine.tokenizer, "")) + 1
+    frame = preamble_tokens + _frame_tokens(manifest, engine) + 1
     if manifest.chunk_tokens + frame > engine.max_model_len:
         raise CorpusError(
             f"Chunks of {manifest.chunk_tokens} tokens do not fit the model's context of {engine.max_model_len} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,11 @@ def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
     emptied = {path for path in named for document in known if Path(document).is_relative_to(path)}
     found: set[Path] = set()
     for path in named:
-        if path.is_file():
+        if _looked(path, Path.is_file):
             if path.suffix.lower() not in SUFFIXES:
                 raise CorpusError(f"{path} is of no format that is read ({', '.join(SUFFIXES)}): convert it first.")
             found.add(path)
-        elif path.is_dir():
+        elif _looked(path, Path.is_dir):
             found.update(_below(path))
         elif path not in emptied:
             raise CorpusError(f"{path} is not there: name a file or a folder.")
@@ -63,6 +63,21 @@ def find_files(paths: Iterable[Path], known: Iterable[str] = ()) -> list[Path]:
         folders = ", ".join(map(str, named))
         raise CorpusError(f"No documents ({', '.join(SUFFIXES)}) in {folders}: name a folder that has some.")
     return sorted(found)
+
+
+def may_exist(path: Path | str) -> bool:
+    """Whether a file is there, or nobody can tell."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return True
+
+
+def _looked(path: Path, at: Callable[[Path], bool]) -> bool:
+    try:
+        return at(path)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be looked into ({error.strerror}): change its permissions.") from error
 
 
 def read_file(path: Path) -> File:

@@ -163,6 +163,7 @@ def text_of(path: Path | str, content: bytes) -> str:
         ) from error
     if kind.needs:
         text = _without_oddities(text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python's own files give it, and splitters expect it
     if not text.strip():
         raise UnusableDocumentError(f"{path} has no text in it: fill it, or move it away.")
     return text

@@ -224,6 +224,10 @@ def _model(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
+def _embedding_model(settings: IndexSettings) -> str | None:
+    return _model(settings.embedding_model) if settings.embedding_model else None
+
+
 def _absolute(store: str) -> str:
     """A folder by its path from the root, for the same reason; a URI as it is."""
     return str(Path(store).expanduser().resolve()) if is_folder(store) else store
@@ -239,7 +243,7 @@ def _manifest(settings: IndexSettings, known: Manifest | None, engine: Engine, *
         primer_from="given" if settings.primer is not None else (known.primer_from if known else None),
         chunk_tokens=settings.chunk_tokens or (known.chunk_tokens if known else 512),
         overlap_tokens=_first(settings.overlap_tokens, known.overlap_tokens if known else None, 0),
-        embedding_model=settings.embedding_model or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL),
+        embedding_model=_embedding_model(settings) or (known.embedding_model if known else DEFAULT_EMBEDDING_MODEL),
         **fields,
     )
 

@@ -51,7 +51,7 @@ def read_texts(path: Path) -> list[str]:
         content = path.read_text(encoding="utf-8")
         texts = [content]
         if path.suffix == ".jsonl":
-            texts = [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+            texts = [str(json.loads(line)["text"]) for line in content.split("\n") if line.strip()]
         for text in texts:
             check_text(text)
     except (OSError, ValueError, KeyError, TypeError, PromptError) as error:

@@ -169,10 +169,6 @@ class ChunkStore:
         if new:
             self.records.add({}, owners=[OwnerRow(key, number, held=True) for key in new])
 
-    def knows(self, owner: str) -> bool:
-        """Whether anything is recorded of an owner; not after the records were lost."""
-        return self.records.knows(owner_number(owner))
-
     def owned(self, owner: str) -> list[bytes]:
         """The chunks that somebody owns."""
         return self.records.keys_of(owner_number(owner))

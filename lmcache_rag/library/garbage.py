@@ -9,6 +9,7 @@ from typing import Any
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope, codec_in
 from lmcache_rag.codec import CODECS
+from lmcache_rag.errors import StoreError
 from lmcache_rag.library.names import beside, object_name
 from lmcache_rag.library.room import Limits, Room
 from lmcache_rag.library.scopes import scopes_of
@@ -47,7 +48,8 @@ def collect(
         dry_run: find it only.
 
     Raises:
-        StoreError: the store cannot be read or written to.
+        StoreError: the store cannot be read or written to, or some of its records are lost, so that nobody can tell
+            what is not needed.
     """
     found, scopes = Garbage(), scopes_of(store)
     for namespace in dict.fromkeys(beside(scope.namespace) for scope in scopes):
@@ -78,7 +80,13 @@ def _unrecorded(store: Store, scope: KVScope, progress: Callable[[str], Any]) ->
     names = list(store.list(scope.prefix))
     records = Records(store, scope)
     records.refresh()
-    return unrecorded(names, recorded_names(scope, records))
+    found = unrecorded(names, recorded_names(scope, records))
+    if found and not records.is_whole:
+        raise StoreError(
+            f"Some records of {scope.prefix} are lost or damaged, and what they named would be deleted: run "
+            "`lmcache-rag store rebuild` first."
+        )
+    return found
 
 
 def _unused_tables(store: Store, scopes: Sequence[KVScope]) -> list[str]:

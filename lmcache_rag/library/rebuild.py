@@ -12,7 +12,7 @@ import numpy as np
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import KVScope
 from lmcache_rag.codec.container import FORMAT_VERSION
-from lmcache_rag.errors import StoreError
+from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.reading import read_index
 from lmcache_rag.records.part import Part, VariantRow, build
 from lmcache_rag.records.records import Records
@@ -67,7 +67,7 @@ def _row(store: Store, name: str, tokens: dict[bytes, np.ndarray]) -> VariantRow
         key = bytes.fromhex(digits)
         size = store.size(name)
         read = read_index(store, name)
-    except (StoreError, ValueError) as error:
+    except (CorruptObjectError, ValueError) as error:
         _log.warning("%s is left out (%s)", name, error)
         return None
     if read is None or size is None:

@@ -172,7 +172,10 @@ class Part:
         count = len(arrays["key_high"]) + 1
         if any(len(arrays[name]) != count for name in ("token_at", "variant_at", "owner_at")):
             raise CorruptObjectError("a part of the records that contradicts itself")
-        return cls(**arrays, forms=tuple(header["forms"]), mapped=mapped)
+        forms = tuple(map(str, header["forms"]))
+        if any("/" in form for form in forms):  # they are parts of names
+            raise CorruptObjectError("a part of the records with a form that is none")
+        return cls(**arrays, forms=forms, mapped=mapped)
 
 
 def _read_header(data: memoryview) -> tuple[dict[str, Any], int]:

@@ -62,6 +62,7 @@ class Records(View):
         self._frozen: list[Part] = []  # under way to become one of the base's
         self._fresh: list[Part] = []
         self._looked_at = 0.0
+        self._lost = False  # whether something that was recorded cannot be read
         self._size_bytes: int | None = None  # of all objects; None where it is to be counted
         self._remote = store.remote
         self._process = OwnProcess("A view of a store's records", StoreError)
@@ -106,6 +107,12 @@ class Records(View):
             if self._follower is None:
                 self._follower = Follower(self.refresh)
         self._follower.look()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was recorded could be read, and anything was. Raises `StoreError`."""
+        with self._lock:
+            return not self._lost and bool(self._log.epochs())
 
     @property
     def size_bytes(self) -> int:
@@ -250,7 +257,7 @@ class Records(View):
             if epoch:
                 self._log.end(epoch)  # for those who are there
             self._enter(epoch + 1)
-            self._size_bytes = None
+            self._lost, self._size_bytes = False, None
 
     def _has(self, part: Part) -> bool:
         """Whether what was just written has been taken over into the epoch that followed."""
@@ -299,6 +306,7 @@ class Records(View):
         try:
             self._enter(epoch)
         except CorruptObjectError as error:
+            self._lost = True
             _log.warning("epoch %d of the records is passed over (%s)", epoch, error)
             return False
         self._follow()
@@ -319,6 +327,7 @@ class Records(View):
             try:
                 self._take(Part.from_bytes(content))
             except CorruptObjectError as error:
+                self._lost = True
                 _log.warning("segment %d.%d of the records is lost (%s)", self._epoch, self._number + 1, error)
             self._number += 1
 
@@ -398,6 +407,7 @@ class Records(View):
             except CorruptObjectError:
                 return Part.from_bytes(self._log.healed_part(name) or memoryview(b""), mapped=True)
         except CorruptObjectError as error:
+            self._lost = True
             _log.warning("part %s of the records is lost (%s): run `lmcache-rag store rebuild`", name, error)
             return None
 

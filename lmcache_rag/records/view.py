@@ -52,10 +52,6 @@ class View:
             found.update((row.owner, row.held) for row in (part.owners_of(row) if row >= 0 else ()))
         return {owner for owner, held in found.items() if held}
 
-    def knows(self, owner: int) -> bool:
-        """Whether anything is recorded of an owner."""
-        return any(bool((part.owner == np.uint64(owner)).any()) for part in self.parts)
-
     def keys_of(self, owner: int) -> list[bytes]:
         """The chunks that an owner holds."""
         named = dict.fromkeys(key for part in self.parts for key in part.keys_of(owner))

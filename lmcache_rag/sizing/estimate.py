@@ -13,7 +13,7 @@ from lmcache_rag.sizing.hardware import Hardware
 from lmcache_rag.sizing.shapes import ModelShape
 
 SMALLER = {"raw": 0.5, "q8": 1.88, "q4": 3.55, "high": 6.26, "balanced": 8.57, "small": 18.23}
-"""Codec -> how much smaller than float16 it makes KV (docs/codec.md); raw is float32."""
+"""Codec -> how much smaller than float16 it makes KV (docs/codec.md); raw is float32, as CPUs compute."""
 
 _BOTH_VARIANTS = {"high": 1.45, "balanced": 1.42, "small": 1.4}
 """Bytes of a chunk's two variants, of those of one (docs/codec.md); others are stored whole twice."""
@@ -108,7 +108,8 @@ def estimate(
 ) -> Estimate:
     """All of it for one prompt of the corpus, with everything stored."""
     hot = hot_share(corpus, links.memory_bytes / model.kv_bytes, load.zipf)
-    coded = model.kv_bytes / SMALLER[codec]
+    smaller = 1.0 if codec == "raw" and not hardware.measured else SMALLER[codec]  # GPUs compute in 16 bits
+    coded = model.kv_bytes / smaller
     prompt, question = corpus.prompt_tokens, corpus.question_tokens
 
     def parts(tokens: int) -> dict[str, float]:

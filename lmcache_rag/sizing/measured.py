@@ -17,13 +17,17 @@ _QUESTION_TOKENS = 32
 """About what the question of `bench ttft` has."""
 
 
+_FIELDS = {"mode", "selector", "ratio", "prompt_tokens", "ttft_median_s"}
+"""Of `bench ttft`'s rows of TTFT; what ingest took is another."""
+
+
 def measured_hardware(rows: Iterable[Mapping[str, Any]], model: ModelShape, kv_memory_bytes: float = 4e9) -> Hardware:
     """From the rows of `bench ttft` at two lengths of prompts.
 
     Raises:
         LmcacheRagError: they do not have full prefill and reuse at two lengths.
     """
-    found = [row for row in rows if row.get("chunks") != "joined"]
+    found = [row for row in rows if row.get("chunks") != "joined" and row.keys() >= _FIELDS]
     full = sorted((row["prompt_tokens"], row["ttft_median_s"]) for row in found if row["mode"] == "full")
     cached = [row["ttft_median_s"] for row in found if row["mode"] == "prefix_cache"]
     reuse = [row for row in found if row["mode"] == "reuse"]

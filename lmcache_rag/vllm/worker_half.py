@@ -97,6 +97,7 @@ class WorkerHalf:
         self._refined: Refined | None = None
         self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
         self._saving: tuple[RefineJob, Future[Saved]] | None = None
+        self._stored_to = 0  # the last piece that was to be stored of the conversation under way
         self._next_run = 0  # of the prompt that is learned from
         self._learned = True  # since the scheduler half was told
         self._overheads_s: deque[float] = deque(maxlen=_RECENT_BLENDS)
@@ -217,16 +218,21 @@ class WorkerHalf:
         if self._is_saving():
             return Refined()
         of, saved = self._take_saved()
-        if saved.is_full and of is not None and of.token_ids == job.token_ids:
-            return Refined(done=True, stored_bytes=saved.size_bytes)
+        is_same = of is not None and of.token_ids == job.token_ids
         chunks = self._chats.of(job.chats)
         chunks.follow()
         missing = (piece for piece in pieces(job.token_ids) if chunks.missing(piece.token_ids, piece.variant))
+        following = list(itertools.islice(missing, _PIECES))
+        # Where a piece that was stored is missing again, it made room for those behind it.
+        is_full = is_same and (saved.is_full or (bool(following) and following[0].start <= self._stored_to))
+        if is_full:
+            return Refined(done=True, stored_bytes=saved.size_bytes)
         wanted = [
             (ChunkKV(piece.token_ids, self._refiner.taken(piece.start, PIECE_TOKENS)), piece.variant)
-            for piece in itertools.islice(missing, _PIECES)
+            for piece in following
         ]
         if wanted:
+            self._stored_to = following[-1].start
             self._saving = job, self._saver.submit(save_in_order, chunks, wanted)
         return Refined(done=not wanted, stored_bytes=saved.size_bytes)
 

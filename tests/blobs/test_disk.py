@@ -93,6 +93,14 @@ def test_a_killed_writer_leaves_no_object(tmp_path: Path) -> None:
     assert not list((tmp_path / ".unfinished").iterdir())
 
 
+@pytest.mark.parametrize("name", ["../other/x", "a/../../x", "/etc/x"])
+def test_no_name_leads_out_of_the_store(tmp_path: Path, name: str) -> None:
+    store = DiskStore(tmp_path / "store")
+    for act in (store.read, store.size, lambda name: store.write(name, [b"x"]), lambda name: store.delete([name])):
+        with pytest.raises(StoreError, match="no name of anything"):
+            act(name)
+
+
 def test_full_disk(full_disk: Path) -> None:
     store = DiskStore(full_disk)
     store.write(NAME, [b"x" * 1000])

@@ -103,7 +103,9 @@ def test_what_cannot_be_stored_is_in_no_cache(origin: Origin, disk: Cache, tiers
     assert list(disk.store.list("default/")) == []
 
 
-@pytest.mark.parametrize(("name", "cached"), [(SEGMENT, False), (LATEST, False), (PART, True), (TABLES, True)])
+@pytest.mark.parametrize(
+    ("name", "cached"), [(SEGMENT, False), (LATEST, False), (PART, True), (TABLES, True), (".encrypted", False)]
+)
 def test_of_the_records_only_parts_are_cached(
     origin: Origin, disk: Cache, tiers: TieredStore, name: str, cached: bool
 ) -> None:

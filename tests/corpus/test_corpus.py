@@ -7,12 +7,13 @@ import os
 import random
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lmcache_rag.chunk_kv import NO_CONTEXT
 from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, formats, updating
-from lmcache_rag.corpus.corpus import OWN_STORE
+from lmcache_rag.corpus.corpus import OWN_STORE, _frame_tokens
 from lmcache_rag.engine import LocalEngine, precompute_texts
 from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.learn.primer import default_primer
@@ -96,6 +97,34 @@ def test_documents_elsewhere_are_left_alone(corpus: Corpus, documents: Path, tmp
     (other / "x.md").write_text(text(20))
     report = update(corpus, other)
     assert (report.added, report.removed) == (1, 0)
+
+
+def test_an_embedder_that_cannot_be_had_leaves_no_index(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:
+    class Missing:
+        name = "misspelt"
+
+        def embed(self, texts: object) -> None:
+            raise CorpusError("could not be loaded")
+
+    corpus._embedder = Missing()  # type: ignore[assignment]
+    with pytest.raises(CorpusError, match="could not be loaded"):
+        update(corpus, documents)
+    assert Manifest.read(corpus.folder) is None and not stored(llama)
+
+
+def test_copies_do_not_stand_in_the_way_of_other_passages(corpus: Corpus, documents: Path) -> None:
+    for name in ("a", "b", "c"):
+        (documents / f"{name}.md").write_text("The rain gauge has a funnel of brass.")
+    update(corpus, documents)
+    hits = corpus.search("Of what is the funnel of the rain gauge made?", 2)
+    assert len({hit.text for hit in hits}) == len(hits) == 2 and "brass" in hits[0].text
+    assert len(corpus.search("anything", 1000)) == 7
+
+
+def test_a_passages_frame_is_measured_around_a_text(llama: LocalEngine) -> None:
+    """Around nothing two ends of lines are one token, as in SmolLM2's vocabulary."""
+    merging = SimpleNamespace(encode=lambda text, **_: list(text.replace("\n\n", "|")))
+    assert _frame_tokens(manifest(llama, prompt=completion_format()), SimpleNamespace(tokenizer=merging)) == 3  # type: ignore[arg-type]
 
 
 def test_search_and_prompt(corpus: Corpus, documents: Path, llama: LocalEngine) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.corpus import find_files, read_document
+from lmcache_rag.corpus.documents import may_exist
 from lmcache_rag.errors import CorpusError
 
 
@@ -48,6 +49,17 @@ def test_what_is_no_text(tmp_path: Path, content: bytes, problem: str) -> None:
     path.write_bytes(content)
     with pytest.raises(CorpusError, match=problem):
         read_document(path)
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    for look in ("is_file", "exists"):
+        monkeypatch.setattr(Path, look, denied)
+    with pytest.raises(CorpusError, match=r"a\.txt cannot be looked into \(Permission denied\)"):
+        find_files([tmp_path / "a.txt"])
+    assert may_exist(tmp_path / "a.txt")  # what is known of it is kept
 
 
 def test_unreadable(tmp_path: Path) -> None:

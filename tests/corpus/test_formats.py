@@ -90,6 +90,11 @@ def docx(body: str) -> bytes:
     return content.getvalue()
 
 
+def test_ends_of_lines_are_pythons() -> None:
+    """Splitters know no others, and clients that read the same file by Python send these."""
+    assert text_of("a.md", b"One.\r\n\r\nTwo.\rThree.\n") == "One.\n\nTwo.\nThree.\n"
+
+
 def test_pdf() -> None:
     pytest.importorskip("pypdf")
     text = text_of("a.pdf", pdf("Press the reset button.", "Wait for the green light."))

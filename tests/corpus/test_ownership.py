@@ -19,6 +19,7 @@ from lmcache_rag.corpus.corpus import OWN_STORE
 from lmcache_rag.engine.base import PrecomputeReport
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore
+from lmcache_rag.library.rebuild import rebuild
 from lmcache_rag.library.room import Limits, Rooms
 from lmcache_rag.library.tables import ModelCodecs
 from lmcache_rag.prompt import PromptFormat
@@ -150,6 +151,21 @@ def test_what_two_indexes_share_stays_until_both_let_go(tmp_path: Path, document
         update(index, documents)
     assert stored(engine) == 0
     assert len(list(engine.store.list("default/"))) == 1
+
+
+def test_who_owned_what_comes_back_with_any_update(tmp_path: Path, documents: Path) -> None:
+    """A rebuilt store knows no owners: also what an index need not compute again is its own."""
+    engine = MadeUp(MemoryStore())
+    one, two = corpus(tmp_path / "one", engine), corpus(tmp_path / "two", engine)
+    for index in (one, two):
+        update(index, documents)
+    rebuild(engine.store, engine.chunk_store().scope)
+    (documents / "new.txt").write_text(text(11))
+    update(one, documents)
+    (documents / "0.txt").unlink()
+    update(two, documents)
+    owned = {bytes.fromhex(key) for key in one._database.chunk_keys()}
+    assert owned <= set(engine.chunk_store().records.keys())
 
 
 def test_what_is_pinned_outlives_its_documents(tmp_path: Path, documents: Path) -> None:

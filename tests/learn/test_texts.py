@@ -57,6 +57,8 @@ def test_files(tmp_path: Path) -> None:
     wrong.write_text('{"title": "x"}\n')
     assert read_texts(plain) == ["Some text."]
     assert read_texts(lines) == ["One.", "Two."]
+    lines.write_text('{"text": "One.\u2028Two."}\n', encoding="utf-8")  # an end of a line within JSON is none
+    assert read_texts(lines) == ["One.\u2028Two."]
     half = tmp_path / "d.jsonl"
     half.write_text('{"text": "\\ud800"}\n')
     for path in (wrong, half, tmp_path / "absent.txt"):

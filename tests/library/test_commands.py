@@ -175,6 +175,20 @@ def test_gc_deletes_what_no_record_names_and_what_has_expired(folder: Path) -> N
     assert found.expired == [chunks.name(chunk(3).token_ids, OWN)]  # chunk 0 is pinned
 
 
+def test_gc_deletes_nothing_where_it_cannot_know_what_is_needed(folder: Path) -> None:
+    store = DiskStore(folder)
+    objects = [name for name in store.list("docs/") if name.endswith(".v3")]
+    parts = [name for name in store.list(".records/") if "docs" in name]
+    for lose in (lambda: store.write(parts[2], [b"damaged"]), lambda: store.delete(parts)):
+        lose()
+        result = CliRunner().invoke(store_app, ["gc", str(folder), "--grace-s", "0"])
+        assert isinstance(result.exception, StoreError) and "store rebuild" in str(result.exception)
+        assert all(map(store.exists, objects))
+    assert CliRunner().invoke(store_app, ["rebuild", str(folder)]).exit_code == 0
+    assert not run("gc", str(folder), "--grace-s", "0")[0]["unrecorded"]
+    assert all(map(store.exists, objects))
+
+
 def test_gc_deletes_earlier_tables_where_nothing_was_coded_with_any(folder: Path) -> None:
     store = DiskStore(folder)
     run("rm", str(folder), "--namespace", "docs", "--yes")

@@ -11,6 +11,7 @@ import torch
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, key_of
+from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.rebuild import rebuild
 from lmcache_rag.library.scopes import scopes_of
@@ -57,6 +58,21 @@ def test_lost_records_are_made_anew(store: DiskStore) -> None:
             form.name: form.size_bytes for form in found.values()
         }
         assert (before.records.tokens(key) == after.records.tokens(key)).all()
+
+
+def test_what_cannot_be_read_now_is_not_left_out(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that fails for a moment: what it held would be taken for garbage afterwards."""
+    name, size = opened(store).name(chunk(3).token_ids, OWN), store.size
+
+    def fails(asked: str) -> int | None:
+        if asked == name:
+            raise StoreError("it took too long")
+        return size(asked)
+
+    monkeypatch.setattr(store, "size", fails)
+    with pytest.raises(StoreError, match="it took too long"):
+        rebuild(store, SCOPE)
+    assert set(opened(store).variants(key_of(chunk(3).token_ids))) == {OWN}
 
 
 def test_what_was_recorded_and_is_not_there_is_forgotten_also_by_those_who_have_it_open(store: DiskStore) -> None:

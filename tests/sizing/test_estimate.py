@@ -113,6 +113,13 @@ def test_what_cannot_be_estimated() -> None:
         gpus("tpu", 1, LLAMA)
     with pytest.raises(LmcacheRagError, match="two lengths"):
         measured_hardware([], LLAMA)
+    with pytest.raises(LmcacheRagError, match="two lengths"):
+        measured_hardware([{"setting": "default", "questions": 200}, {"mode": "blend", "requests_per_s": 2.0}], LLAMA)
+
+
+def test_raw_kv_is_as_wide_as_the_model_computes() -> None:
+    found = estimate(LLAMA, gpus("h100", 1, LLAMA), CORPUS, FAST, Load(), ratio=0.1, codec="raw")
+    assert found.stored_bytes == pytest.approx(2 * CORPUS.tokens * LLAMA.kv_bytes)
 
 
 def test_the_command(tmp_path: Path) -> None:
