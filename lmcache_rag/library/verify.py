@@ -59,10 +59,10 @@ def verify(
         names = [names[number] for number in np.random.default_rng().choice(len(names), sample, replace=False)]
     for name in names:
         key, form = recorded[name]
-        data = store.read(name)
-        if data is None:
+        problem = _looked_at(store, scope, records, name, key, form)
+        if problem is None:
             found.missing.append(name)
-        elif problem := _problem(name, data, records, key, form) or _base_problem(store, scope, records, key, data):
+        elif problem:
             found.damaged[name] = problem
         found.checked += 1
         if progress is not None:
@@ -74,6 +74,8 @@ def verify(
     found.missing = [name for name in found.missing if name in now]
     found.unrecorded = unrecorded(there, now)
     lost = [*found.damaged, *found.missing]
+    if repair:  # what was stored anew since it was read is whole
+        lost = [name for name in lost if _looked_at(store, scope, records, name, *recorded[name]) != ""]
     if repair and lost:
         gone = records.drop([recorded[name] for name in lost], int(time.time()))
         store.delete({*lost, *(object_name(scope, row.key, row.form) for row in gone)})
@@ -101,6 +103,14 @@ def _is_later(name: str) -> bool:
         return parsed(name)[2] > FORMAT_VERSION
     except (ValueError, IndexError):
         return False
+
+
+def _looked_at(store: Store, scope: KVScope, records: Records, name: str, key: bytes, form: str) -> str | None:
+    """What is wrong with an object, or nothing; None where it is not there."""
+    data = store.read(name)
+    if data is None:
+        return None
+    return _problem(name, data, records, key, form) or _base_problem(store, scope, records, key, data)
 
 
 def _problem(name: str, data: memoryview, records: Records, key: bytes, form: str) -> str:

@@ -250,12 +250,11 @@ class Records(View):
     def restart(self, parts: Iterable[Part]) -> None:
         """Forget all that is recorded, and record this instead. Raises `StoreError`."""
         with self._lock:
-            epoch = max([0, *self._log.epochs()])
+            epoch = max([1, *self._log.epochs()])  # the first one begins with nothing, and somebody may be there
             whole = merge(list(parts), whole=True)
             self._log.begin(epoch + 1, [self._log.write_part(epoch, whole.to_bytes())], replace=True)
             self._log.point(epoch + 1)
-            if epoch:
-                self._log.end(epoch)  # for those who are there
+            self._log.end(epoch)  # for those who are there
             self._enter(epoch + 1)
             self._lost, self._size_bytes = False, None
 

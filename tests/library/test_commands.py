@@ -22,6 +22,7 @@ from lmcache_rag.library.garbage import collect
 from lmcache_rag.library.loaded import LoadedKV
 from lmcache_rag.library.room import Limits
 from lmcache_rag.library.tables import ModelCodecs, TableStore
+from lmcache_rag.library.verify import verify
 from lmcache_rag.plan.budget import ASSUMED
 from lmcache_rag.plan.matching import Matcher
 from lmcache_rag.plan.planner import Planner
@@ -147,6 +148,24 @@ def test_verify_finds_what_is_damaged_and_repairs_it(folder: Path) -> None:
     again = run("verify", str(folder))[0]
     assert not again["damaged"] and not again["missing"] and again["checked"] == 4
     assert opened(DiskStore(folder)).missing(chunk(0).token_ids, OWN) == ["balanced"]
+
+
+def test_what_is_stored_anew_while_others_are_read_is_not_repaired(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = opened(DiskStore(folder))
+    name = chunks.name(chunk(0).token_ids, OWN)
+    path = folder.joinpath(*name.split("/"))
+    whole = path.read_bytes()
+    path.write_bytes(b"damaged")
+
+    def stored_anew(checked: int) -> None:
+        if checked == 7:  # all
+            path.write_bytes(whole)
+
+    found = verify(chunks.store, chunks.scope, chunks.records, repair=True, progress=stored_anew)
+    assert name in found.damaged and path.read_bytes() == whole
+    assert not opened(DiskStore(folder)).missing(chunk(0).token_ids, OWN)
 
 
 def test_gc_deletes_what_no_record_names_and_what_has_expired(folder: Path) -> None:

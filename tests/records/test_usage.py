@@ -77,6 +77,16 @@ def test_the_running_total_is_what_a_recount_says(operations: list[tuple[bool, t
             assert found.tokens[chunk] == len(records.tokens(found.key(chunk)))
 
 
+def test_a_restart_is_seen_by_those_who_found_nothing() -> None:
+    store = MemoryStore()
+    records, other = Records(store, SCOPE), Records(store, SCOPE)
+    other.refresh()
+    records.restart([build({key(1): tokens(1)}, [VariantRow(key(1), FORMS[0], 7, 1)])])
+    add(records, 1, size=8)
+    other.refresh()
+    assert other.tokens(key(1)) is not None and other.variants(key(1))[FORMS[0]].size_bytes == 8
+
+
 def test_uses_are_seen_by_others_and_survive_compaction() -> None:
     store = MemoryStore()
     records, other = Records(store, SCOPE), Records(store, SCOPE)
