@@ -250,11 +250,15 @@ class Records(View):
     def restart(self, parts: Iterable[Part]) -> None:
         """Forget all that is recorded, and record this instead. Raises `StoreError`."""
         with self._lock:
+            whole = merge(list(parts), whole=True).to_bytes()
             epoch = max([1, *self._log.epochs()])  # the first one begins with nothing, and somebody may be there
-            whole = merge(list(parts), whole=True)
-            self._log.begin(epoch + 1, [self._log.write_part(epoch, whole.to_bytes())], replace=True)
+            # It is ended before the next one is begun: else whoever dies in between leaves a base that others, who go
+            # on writing here, would take for the one that follows what they wrote.
+            self._log.end(epoch)
+            while not self._log.begin(epoch + 1, [self._log.write_part(epoch, whole)]):
+                epoch += 1  # another writer has begun it meanwhile
+                self._log.end(epoch)
             self._log.point(epoch + 1)
-            self._log.end(epoch)  # for those who are there
             self._enter(epoch + 1)
             self._lost, self._size_bytes = False, None
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -85,6 +89,36 @@ def test_a_restart_is_seen_by_those_who_found_nothing() -> None:
     add(records, 1, size=8)
     other.refresh()
     assert other.tokens(key(1)) is not None and other.variants(key(1))[FORMS[0]].size_bytes == 8
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_who_dies_while_restarting_costs_nobody_what_is_recorded_afterwards(writes: int) -> None:
+    """After so many writes. What is recorded then is there after the next compaction too."""
+    store = MemoryStore()
+    records = Records(store, SCOPE)
+    add(records, 0)
+    records.compact()
+    add(records, 1)
+    left = iter(range(writes))
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            next(left)
+            return write(*arguments)
+
+        return wrapped
+
+    living = store.write, store.write_if_absent
+    store.write, store.write_if_absent = map(dying, living)  # type: ignore[method-assign, assignment]
+    with contextlib.suppress(StopIteration):
+        Records(store, SCOPE).restart([build({key(0): tokens(0)}, [VariantRow(key(0), FORMS[0], 10, 5)])])
+    store.write, store.write_if_absent = living  # type: ignore[method-assign]
+    writer = Records(store, SCOPE)
+    add(writer, 2)
+    writer.compact()
+    for view in (writer, Records(store, SCOPE)):
+        view.refresh()
+        assert set(view.keys()) >= {key(0), key(2)}
 
 
 def test_uses_are_seen_by_others_and_survive_compaction() -> None:
