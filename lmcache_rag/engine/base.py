@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,11 @@ class Engine(ABC):
     def describe(self) -> None:
         """Have that at hand. Raises `EngineError` where no server answers."""
         _ = self.model_name, self.max_model_len, self.calls_tools
+
+    async def adescribe(self) -> None:
+        """See `describe`; the event loop runs on meanwhile."""
+        if not self.is_described:
+            await asyncio.to_thread(self.describe)
 
     @abstractmethod
     def render(self, chat: Chat) -> str:

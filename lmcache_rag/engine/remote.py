@@ -139,8 +139,7 @@ class RemoteEngine(Engine):
         *,
         handed_on: bool,
     ) -> AsyncIterator[Delta]:
-        if not self.is_described:
-            await asyncio.to_thread(self.describe)  # the event loop runs on meanwhile
+        await self.adescribe()
         call = self._call(prompt, sampling, options, cache_salt)
         submitted_at = time.perf_counter()
         attempts = Attempts(self._servers, call.text, self.settings.patience_s)

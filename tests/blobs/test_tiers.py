@@ -202,6 +202,16 @@ def test_a_cache_stays_within_its_capacity_and_keeps_what_was_used_last(origin: 
     assert all(origin.exists(name) for name in [NAME, *names(11)])
 
 
+def test_what_another_process_filled_and_this_one_read_in_part_counts_whole(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "cache")
+    cache = Cache("disk", DiskStore(tmp_path / "cache"), 10_000)
+    cache.fill(names(1)[0], [b"x"])
+    store.write(NAME, [b"x" * 6000])
+    assert cache.read(NAME, 0, 100) is not None and cache.size_bytes == 101
+    cache._scan()
+    assert cache.size_bytes == 6001
+
+
 def test_a_cache_is_known_again_after_a_restart(origin: Origin, tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "cache")
     for number, name in enumerate(names(10)):

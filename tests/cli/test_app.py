@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -21,9 +23,10 @@ from lmcache_rag.cli.app import app, main
 from lmcache_rag.cli.ask import NOTHING
 from lmcache_rag.cli.serve import server_command, settings_of
 from lmcache_rag.corpus import Manifest, formats
-from lmcache_rag.engine import Delta, LocalEngine
+from lmcache_rag.engine import Completion, Delta, LocalEngine
 from lmcache_rag.errors import LmcacheRagError
 from lmcache_rag.prompt import MarkedPrompt
+from lmcache_rag.request import ReuseReport
 from tests.corpus.test_corpus import BINARY, text
 from tests.models import make_tiny
 
@@ -89,6 +92,34 @@ def test_the_default_codec_is_learned_at_the_first_index_and_used(
     assert reuse["mode"] == "blend" and reuse["codecs"]["balanced"] > 0 and reuse["missed_tokens"] == 0
     assert "made with another codec" in error_of(run("index", documents, "--codec", "small", *options))
     assert "there is no codec 'zip'" in error_of(run("index", documents, "--codec", "zip", *options))
+
+
+def test_an_answer_has_the_clients_own_salt_and_plain_prefill_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all who ask a server by the command line would share one, and plain prefill be a hit of the last time's."""
+    salts: list[str | None] = []
+    done = Completion("Blue.", (), "stop", ReuseReport(), 0.1, 0.2, 10, 1)
+
+    class Engine:
+        def stream(self, *_: object, cache_salt: str | None = None) -> Iterator[Delta]:
+            salts.append(cache_salt)
+            yield Delta("", done)
+
+        def generate(self, *_: object, cache_salt: str | None = None) -> Completion:
+            salts.append(cache_salt)
+            return done
+
+    @contextlib.contextmanager
+    def asked(*_: object, **__: object) -> Iterator[tuple[Engine, SimpleNamespace]]:
+        prompt = SimpleNamespace(token_ids=[1])
+        form = SimpleNamespace(prompt=SimpleNamespace(stop=()))
+        yield Engine(), SimpleNamespace(search=lambda *_: [], prompt=lambda *_: prompt, manifest=form)
+
+    monkeypatch.setattr("lmcache_rag.cli.ask.asked", asked)
+    for _ in range(2):
+        assert run("ask", "why?", "--server", "http://a", "--compare").exit_code == 0
+    assert salts[0] is None and salts[2] is None and salts[1] and salts[3] and salts[1] != salts[3]
 
 
 def test_index_then_ask(tmp_path: Path, model: Path, documents: Path) -> None:

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from lmcache_rag.chunk_kv import NO_CONTEXT
-from lmcache_rag.corpus import Corpus, Manifest, SentenceEmbedder, UpdateReport, formats, updating
+from lmcache_rag.corpus import Corpus, IndexSettings, Manifest, SentenceEmbedder, UpdateReport, formats, updating
 from lmcache_rag.corpus.corpus import OWN_STORE, _frame_tokens
+from lmcache_rag.corpus.opening import _embedding_model
 from lmcache_rag.engine import LocalEngine, precompute_texts
 from lmcache_rag.errors import CorpusError, PromptError
 from lmcache_rag.learn.primer import default_primer
@@ -527,3 +528,10 @@ def test_the_folder_that_is_held_is_the_one_that_is_opened(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     with updating(Path("~/index")):
         assert (tmp_path / "index" / "lock").exists() and not (tmp_path / "~").exists()
+
+
+def test_an_embedding_model_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "embedder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for named, kept in (("embedder", str(tmp_path / "embedder")), ("org/model", "org/model"), (None, None)):
+        assert _embedding_model(IndexSettings(embedding_model=named)) == kept

@@ -65,6 +65,9 @@ class StubEngine:
         self.model_name = self.scope = "stub"
         self.calls_tools = calls_tools
 
+    async def adescribe(self) -> None:
+        return
+
     def render(self, chat: Chat) -> str:
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in chat.turns()) + "<assistant>"
 
@@ -147,9 +150,12 @@ class UndescribedEngine(StubEngine):
     def describe(self) -> None:
         self.is_described, self.described_by = True, threading.current_thread().name
 
-    async def agenerate(self, *arguments: Any) -> Completion:
+    async def adescribe(self) -> None:
         if not self.is_described:
             await asyncio.to_thread(self.describe)
+
+    async def agenerate(self, *arguments: Any) -> Completion:
+        await self.adescribe()
         return await super().agenerate(*arguments)
 
     def __getattr__(self, name: str) -> str:

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 
 from lmcache_rag.chunk_kv import ChunkKV
+from lmcache_rag.conversation.prefixes import PIECE_TOKENS
 from lmcache_rag.engine import LocalEngine, Sampling
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.library.room import Evicted
 from lmcache_rag.request import BlendOptions, ReuseReport
 from lmcache_rag.vllm.failures import Failures
-from lmcache_rag.vllm.saving import MOST_SAVING, Saved, Saving, save_in_order
+from lmcache_rag.vllm.metadata import RefineJob
+from lmcache_rag.vllm.saving import MOST_SAVING, Saved, Saving, _done, save_in_order
+from lmcache_rag.vllm.worker_half import WorkerHalf
 from tests.helpers import OFF, answer, connector, ingest, noise, parts, random_plan, worker_half
 
 REPAIR = BlendOptions(ratio=0.2)
@@ -200,6 +204,36 @@ def test_what_another_engine_stored_meanwhile_is_no_lack_of_room(is_missing: boo
 
     wanted = [(ChunkKV(ids, torch.zeros(1, 2, len(ids), 1, 8)), "v") for ids in (np.arange(20), others, np.arange(40))]
     assert save_in_order(Chunks(), wanted) == stored  # type: ignore[arg-type]
+
+
+def test_a_conversation_that_makes_room_for_itself_is_stored_once() -> None:
+    """Where there is room for one piece, each that is stored evicts the one before it."""
+    held, stored = list[bytes](), list[bytes]()
+
+    class Chunks:
+        def follow(self) -> None:
+            return
+
+        def missing(self, token_ids: np.ndarray, variant: str) -> bool:
+            return token_ids.tobytes() not in held
+
+        def save(self, kv: ChunkKV, variant: str) -> int:
+            held[:] = [kv.token_ids.tobytes()]
+            stored.append(held[0])
+            return 100
+
+    half: Any = object.__new__(WorkerHalf)
+    half._saving, half._stored_to = None, 0
+    half._chats = SimpleNamespace(of=lambda _: Chunks())
+    half._refiner = SimpleNamespace(taken=lambda _, length: torch.zeros(1, 2, length, 1, 8))
+    half._saver = SimpleNamespace(submit=lambda save, *arguments: _done(lambda: save(*arguments)))
+    tokens = tuple(range(20 * PIECE_TOKENS))
+    job = RefineJob(tokens, "store", (), 0, "chats", None, last=True)
+    steps = 0
+    while not half._store(job).done:
+        steps += 1
+        assert steps <= 20
+    assert len(stored) <= 20
 
 
 class _Rooms:

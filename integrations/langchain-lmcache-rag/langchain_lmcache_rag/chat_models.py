@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -161,7 +160,7 @@ class ChatLmcacheRag(BaseChatModel):
 
     async def agenerate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
         """See `BaseChatModel.agenerate`."""
-        await self._described()
+        await self.engine.adescribe()  # LangChain asks for it within the event loop
         return await super().agenerate(messages, *args, **kwargs)
 
     async def astream(
@@ -171,14 +170,9 @@ class ChatLmcacheRag(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """See `BaseChatModel.astream`."""
-        await self._described()
+        await self.engine.adescribe()  # LangChain asks for it within the event loop
         async for piece in super().astream(input, config, **kwargs):
             yield piece
-
-    async def _described(self) -> None:
-        """Have at hand what identifies the model, which LangChain asks for, while the event loop runs on."""
-        if not self.engine.is_described:
-            await asyncio.to_thread(self.engine.describe)
 
     @property
     def _llm_type(self) -> str:

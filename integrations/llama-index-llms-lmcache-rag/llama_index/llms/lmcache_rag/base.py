@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -270,18 +269,13 @@ class LmcacheRag(Copyable, StructuredAnswers):
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """See `LLM.apredict`."""
-        await self._described()
+        await self._engine.adescribe()  # LlamaIndex reads the metadata within the event loop
         return await super().apredict(prompt, **prompt_args)
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
         """See `LLM.astream`."""
-        await self._described()
+        await self._engine.adescribe()  # LlamaIndex reads the metadata within the event loop
         return await super().astream(prompt, **prompt_args)
-
-    async def _described(self) -> None:
-        """Have the metadata at hand that LlamaIndex reads, while the event loop runs on."""
-        if not self._engine.is_described:
-            await asyncio.to_thread(self._engine.describe)
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         return super()._get_prompt(prompt, **as_texts(prompt, prompt_args))
