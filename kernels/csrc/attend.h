@@ -1,4 +1,4 @@
-// What the parts of the attention kernel share. See attend_kernel.cpp for the method.
+// What the parts of the attention kernels share. See attend_kernel.cpp for the method.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Problem {
     int64_t rows() const { return queries * group; }
 };
 
-// The same source compiled for one instruction set.
+// Attention in one instruction set.
 struct Kernel {
     int64_t keys_per_block;
     int64_t rows_per_tile;
@@ -31,7 +31,7 @@ struct Kernel {
     int64_t (*packed_key_size)(int64_t head_size);
     int64_t (*packed_value_size)(int64_t head_size);
     int64_t (*work_size)(int64_t head_size, int64_t tiles);
-    // Write K and V of one key block of one kv head as float32, in the order in which `attend` reads them.
+    // Write K and V of one key block of one kv head as `attend` reads them: in its order and type.
     void (*pack)(const Problem &, int64_t kv_head, int64_t block, float *key, float *value);
     // Attention of row tiles [first_tile, first_tile + tiles) of one kv head, whose packed blocks from `first_block` on
     // are at `key` and `value`.
@@ -43,5 +43,8 @@ struct Kernel {
 extern const Kernel kernel_avx512, kernel_avx2;
 #endif
 extern const Kernel kernel_generic;
+#ifdef ATTEND_AMX
+extern const Kernel kernel_amx;  // of bfloat16 only
+#endif
 
 }  // namespace attend

@@ -23,8 +23,11 @@ namespace attend {
 namespace {
 
 // The instruction sets that this machine can run, best first.
-std::vector<std::pair<std::string, const Kernel *>> kernels() {
+std::vector<std::pair<std::string, const Kernel *>> kernels(bool bfloat16) {
     std::vector<std::pair<std::string, const Kernel *>> found;
+#ifdef ATTEND_AMX
+    if (bfloat16 && isa::amx()) found.emplace_back("amx", &kernel_amx);
+#endif
 #ifdef ATTEND_X86
     if (isa::avx512()) found.emplace_back("avx512", &kernel_avx512);
     if (isa::avx2()) found.emplace_back("avx2", &kernel_avx2);
@@ -33,11 +36,11 @@ std::vector<std::pair<std::string, const Kernel *>> kernels() {
     return found;
 }
 
-const Kernel &kernel_named(const std::string &isa) {
-    static const auto found = kernels();
-    for (const auto &[name, kernel] : found)
+const Kernel &kernel_named(const std::string &isa, bool bfloat16) {
+    static const auto all = kernels(true), without_tiles = kernels(false);
+    for (const auto &[name, kernel] : bfloat16 ? all : without_tiles)
         if (isa.empty() || isa == name) return *kernel;
-    throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
+    throw std::invalid_argument("isa: this machine cannot run '" + isa + "' in " + (bfloat16 ? "bfloat16" : "float32"));
 }
 
 // A float array that grows and is kept for the next call.
@@ -176,7 +179,7 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
     problem.scale = static_cast<float>(scale);
     // A window of all tokens is no window.
     problem.window = std::min<int64_t>(window, key.shape(0));
-    const Kernel &kernel = kernel_named(isa);
+    const Kernel &kernel = kernel_named(isa, problem.bfloat16);
 
     nb::gil_scoped_release unlocked;
     check_positions(problem, key.shape(0));
@@ -185,9 +188,9 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
     run(problem, kernel, threads);
 }
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(bool bfloat16) {
     std::vector<std::string> names;
-    for (const auto &[name, kernel] : kernels()) names.push_back(name);
+    for (const auto &[name, kernel] : kernels(bfloat16)) names.push_back(name);
     return names;
 }
 
@@ -197,6 +200,7 @@ std::vector<std::string> instruction_sets() {
 NB_MODULE(_attend, m) {
     m.def("attend", &attend::attend_arrays, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("positions"),
           nb::kw_only(), nb::arg("scale"), nb::arg("window"), nb::arg("out"), nb::arg("threads"), nb::arg("isa") = "");
-    m.def("instruction_sets", &attend::instruction_sets, "What `isa` may be on this machine, the default first.");
+    m.def("instruction_sets", &attend::instruction_sets, nb::arg("bfloat16"),
+          "What `isa` may be on this machine, the default first.");
     m.def("openmp_runtime", &attend::openmp_runtime, "The library whose threads are used; empty for its own threads.");
 }

@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace isa {
 
@@ -23,6 +27,21 @@ inline bool avx2() {
 inline bool avx512() {
     return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Tiles of bfloat16, with AVX-512's conversions to it. Linux gives a process the tiles' registers when it asks.
+inline bool amx() {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    if (!avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+    if ((d & bfloat16) == 0 || (d & tiles) == 0) return false;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & 1u << 5) == 0) return false;
+    constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
 }
 #endif
 

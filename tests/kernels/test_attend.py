@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 REFERENCE_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 
 needs_cpp = pytest.mark.skipif(not cpu.compiled(), reason="the C++ extension is not compiled")
-AVAILABLE = cpu.instruction_sets() if cpu.compiled() else []
+AVAILABLE = cpu.instruction_sets(torch.bfloat16) if cpu.compiled() else []
 
 
 def _cpp(isa: str) -> ParameterSet:
@@ -27,7 +27,11 @@ def _cpp(isa: str) -> ParameterSet:
     return pytest.param(isa, id=f"cpp-{isa}", marks=pytest.mark.skipif(isa not in AVAILABLE, reason=missing))
 
 
-VERSIONS = [pytest.param("reference", id="reference"), *(_cpp(isa) for isa in ("avx512", "avx2", "generic"))]
+VERSIONS = [pytest.param("reference", id="reference"), *(_cpp(isa) for isa in ("amx", "avx512", "avx2", "generic"))]
+
+
+def _dtype(version: str) -> torch.dtype:
+    return torch.bfloat16 if version == "amx" else torch.float32
 
 
 def _version(name: str) -> Callable[..., None]:
@@ -87,7 +91,7 @@ def _check(version: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], window: 
 @pytest.mark.parametrize("n, tokens", [(1, 1), (1, 130), (7, 7), (7, 64), (64, 301), (129, 700)], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_scattered_queries(version: str, n: int, tokens: int, window: int | None) -> None:
-    _check(version, _inputs(n=n, tokens=tokens), window)
+    _check(version, _inputs(n=n, tokens=tokens, dtype=_dtype(version)), window)
 
 
 @pytest.mark.parametrize("head_size", [8, 64, 80, 128, 256], ids=lambda d: f"head-size-{d}")
@@ -95,31 +99,35 @@ def test_scattered_queries(version: str, n: int, tokens: int, window: int | None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_heads_and_dtypes(version: str, dtype: torch.dtype, group: int, head_size: int) -> None:
+    if version == "amx" and dtype is not torch.bfloat16:
+        pytest.skip("AMX multiplies bfloat16")
     _check(version, _inputs(n=50, tokens=150, group=group, head_size=head_size, dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [None, 30], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_contiguous_queries(version: str, window: int | None) -> None:
-    query, key, value, _ = _inputs(n=129, tokens=149, group=3)
+    query, key, value, _ = _inputs(n=129, tokens=149, group=3, dtype=_dtype(version))
     _check(version, (query, key, value, torch.arange(20, 149)), window)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_repeated_positions(version: str) -> None:
-    query, key, value, _ = _inputs(n=4, tokens=20)
+    query, key, value, _ = _inputs(n=4, tokens=20, dtype=_dtype(version))
     _check(version, (query, key, value, torch.tensor([3, 3, 3, 11])))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_many_kv_heads(version: str) -> None:
     # More than the kernel packs at a time.
-    _check(version, _inputs(n=7, tokens=700, kv_heads=16, head_size=128))
+    _check(version, _inputs(n=7, tokens=700, kv_heads=16, head_size=128, dtype=_dtype(version)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_strided_views(version: str, dtype: torch.dtype) -> None:
+    if version == "amx" and dtype is not torch.bfloat16:
+        pytest.skip("AMX multiplies bfloat16")
     n, tokens, heads, kv_heads, head_size = 33, 140, 6, 2, 64
     torch.manual_seed(0)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, head_size, dtype=dtype)
@@ -140,42 +148,43 @@ def test_strided_views(version: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_rows_after_the_last_position_are_not_read(version: str) -> None:
-    query, key, value, _ = _inputs(n=7, tokens=200)
+    query, key, value, _ = _inputs(n=7, tokens=200, dtype=_dtype(version))
     positions = torch.tensor([0, 1, 64, 65, 100, 127, 130])
     key[131:] = torch.nan
     value[131:] = torch.nan
     out = torch.empty_like(query)
     _version(version)(query, key, value, positions, scale=0.125, window=None, out=out)
     expected = _naive(query, key[:131], value[:131], positions, scale=0.125, window=None)
-    assert _error(out, expected) < TOLERANCE[torch.float32]
+    assert _error(out, expected) < TOLERANCE[query.dtype]
 
 
 @pytest.mark.parametrize("version", VERSIONS[1:])
 def test_rows_between_windows_are_not_read(version: str) -> None:
-    query, key, value, _ = _inputs(n=2, tokens=200)
+    query, key, value, _ = _inputs(n=2, tokens=200, dtype=_dtype(version))
     positions = torch.tensor([10, 190])
     expected = _naive(query, key, value, positions, scale=0.125, window=8)
     key[11:183] = torch.nan
     value[11:183] = torch.nan
     out = torch.empty_like(query)
     _version(version)(query, key, value, positions, scale=0.125, window=8, out=out)
-    assert _error(out, expected) < TOLERANCE[torch.float32]
+    assert _error(out, expected) < TOLERANCE[query.dtype]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_large_and_growing_logits(version: str) -> None:
     # Logits to about 1,000: the running maximum is raised many times, and most weights underflow.
-    query, key, value, positions = _inputs(n=64, tokens=300)
+    query, key, value, positions = _inputs(n=64, tokens=300, dtype=_dtype(version))
     key *= torch.arange(1, 301)[:, None, None] * 0.3
     out = torch.empty_like(query)
     _version(version)(query, key, value, positions, scale=1.0, window=None, out=out)
     # A logit of 1,000 has an absolute error of about 1e-4 in float32.
-    assert _error(out, _naive(query, key, value, positions, scale=1.0, window=None)) < 2e-4
+    tolerance = max(2e-4, TOLERANCE[query.dtype])
+    assert _error(out, _naive(query, key, value, positions, scale=1.0, window=None)) < tolerance
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nan_in_a_visible_row_is_not_hidden(version: str) -> None:
-    query, key, value, _ = _inputs(n=2, tokens=200)
+    query, key, value, _ = _inputs(n=2, tokens=200, dtype=_dtype(version))
     value[50] = torch.nan
     out = torch.empty_like(query)
     _version(version)(query, key, value, torch.tensor([100, 150]), scale=0.125, window=None, out=out)
@@ -244,10 +253,30 @@ def test_errors_name_the_argument(change: dict[str, Tensor], message: str) -> No
         attend(**(arguments | change), scale=0.125, window=None)
 
 
+@pytest.mark.skipif("amx" not in AVAILABLE, reason="this machine has no AMX")
+def test_amx_leaves_its_registers_to_others() -> None:
+    """oneDNN's products, which are in AMX too, in the same threads before and after."""
+    inputs, weights = _inputs(n=64, tokens=300, group=3, dtype=torch.bfloat16), torch.randn(576, 576).bfloat16()
+    rows = torch.randn(300, 576).bfloat16()
+    expected, out = rows @ weights, torch.empty_like(inputs[0])
+    for _ in range(3):
+        cpu.attend(*inputs, scale=0.125, window=None, out=out, isa="amx")
+        assert torch.equal(rows @ weights, expected)
+    assert _error(out, _naive(*inputs, scale=0.125, window=None)) < TOLERANCE[torch.bfloat16]
+
+
 @needs_cpp
+def test_what_an_instruction_set_does_not_take() -> None:
+    inputs = _inputs(n=2, tokens=40)
+    with pytest.raises(ValueError, match="cannot run 'amx' in float32"):
+        cpu.attend(*inputs, scale=0.125, window=None, out=torch.empty_like(inputs[0]), isa="amx")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thread_counts_and_calling_threads(threads: int) -> None:
-    inputs = _inputs(n=64, tokens=300, group=3)
+def test_thread_counts_and_calling_threads(threads: int, dtype: torch.dtype) -> None:
+    inputs = _inputs(n=64, tokens=300, group=3, dtype=dtype)
     expected = _naive(*inputs, scale=0.125, window=None)
     errors: list[float] = []
 
@@ -270,7 +299,7 @@ def test_thread_counts_and_calling_threads(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert len(errors) == 9
-    assert max(errors) < TOLERANCE[torch.float32]
+    assert max(errors) < TOLERANCE[dtype]
 
 
 def test_attend_weighing_in_half_precision() -> None:

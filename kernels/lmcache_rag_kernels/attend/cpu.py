@@ -1,4 +1,5 @@
-"""The C++ version of `attend` (csrc/attend_kernel.cpp), on the threads of PyTorch's own OpenMP runtime."""
+"""The C++ versions of `attend` (csrc/attend_kernel.cpp, and csrc/attend_amx.cpp for bfloat16), on the threads of
+PyTorch's own OpenMP runtime."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ def compiled() -> bool:
     return _attend is not None
 
 
-def instruction_sets() -> list[str]:
-    """The versions of the kernel that this machine can run, the default first."""
-    return _attend.instruction_sets()
+def instruction_sets(dtype: torch.dtype) -> list[str]:
+    """The versions of the kernel that this machine can run on such tensors, the default first."""
+    return _attend.instruction_sets(dtype == torch.bfloat16)
 
 
 def openmp_runtime() -> str:
@@ -52,13 +53,14 @@ def attend(
     out: Tensor,
     isa: str = "",
 ) -> None:
-    """Arguments as `reference.attend`; computes in float32 with `torch.get_num_threads()` threads, without the GIL.
+    """Arguments as `reference.attend`; computes in float32 with `torch.get_num_threads()` threads, without the GIL. On
+    AMX the softmax's weights are rounded to bfloat16.
 
     The calling thread keeps its work arrays for the next call: about 8 MiB, or K and V of one kv head as float32 where
     that is more.
 
     Args:
-        isa: one of `instruction_sets()`; empty for the best.
+        isa: one of `instruction_sets(dtype)`; empty for the best.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other, or positions are not ascending or not below `tokens`.
