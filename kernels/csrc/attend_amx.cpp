@@ -16,17 +16,22 @@
 namespace attend {
 namespace {
 
-constexpr int kRows = 16;          // of a register
-constexpr int kTile = 2 * kRows;   // rows of Q and columns of a product that are taken at once
-constexpr int kDepth = 32;         // what a register holds of the dimension that is summed over
-constexpr int kBlock = 64;         // keys: what a step reads and writes stays in the L1 cache
-constexpr int kLanes = 16;
+constexpr int kRows = 16;         // of a register, and columns of a product
+constexpr int kDepth = 32;        // what a register holds of the dimension that is summed over
+constexpr int kTile = 2 * kRows;  // rows of Q, and columns of a product, that are taken at once
 constexpr int64_t kRegister = kRows * kDepth;  // bfloat16s, or twice the float32s
+constexpr int kBlock = 64;        // keys: what a step reads and writes stays in the L1 cache
+constexpr int kLanes = 16;
 
 constexpr float kSlack = 8.0f;        // P is below 2^kSlack, far from overflow
 constexpr float kNoMaximum = -1e30f;  // finite, so that (-inf) - m is not NaN
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The first of 16 lanes, as many as are left.
+inline __mmask16 first_lanes(int64_t left) {
+    return left >= kLanes ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+}
 
 inline int64_t padded(int64_t head_size) { return round_up(head_size, kDepth); }
 
@@ -61,7 +66,7 @@ class Configured {
 public:
     Configured() {
         _tile_storeconfig(before_);
-        alignas(64) uint8_t config[64] = {1};  // palette 1: rows of 64 bytes
+        alignas(64) uint8_t config[64] = {1};  // palette 1
         for (int i = 0; i < 8; ++i) {
             config[16 + 2 * i] = 64;
             config[48 + i] = kRows;
@@ -214,8 +219,7 @@ void finish_tile(const Problem &problem, int64_t kv_head, int64_t first_row, con
         uint16_t *to = const_cast<uint16_t *>(row_of(problem.out, problem.out_stride, row / problem.group, head));
         const __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(tile.sum[r]));
         for (int64_t d = 0; d < problem.head_size; d += kLanes) {
-            const int64_t left = problem.head_size - d;
-            const __mmask16 wanted = left < kLanes ? static_cast<__mmask16>((1u << left) - 1) : 0xffff;
+            const __mmask16 wanted = first_lanes(problem.head_size - d);
             const __m256bh values = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(out + d), factor));
             _mm256_mask_storeu_epi16(to + d, wanted, (__m256i)values);
         }
@@ -293,8 +297,7 @@ void pack_value(const Problem &problem, int64_t kv_head, int64_t block, int64_t 
         }
         uint32_t *to = value + j / kDepth * (kDepth / 2 * width) + j % kDepth / 2 * kRows;
         for (int64_t d = 0; d < width; d += kRows, to += kRegister / 2) {
-            const int64_t left = problem.head_size - d;
-            const __mmask16 there = left >= kRows ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+            const __mmask16 there = first_lanes(problem.head_size - d);
             __m512i pair[2];
             for (int i = 0; i < 2; ++i)
                 pair[i] = rows[i] == nullptr ? _mm512_setzero_si512()

@@ -28,13 +28,23 @@ struct Stream {
 
 constexpr int kPadding = kLanes;
 
-// Decodes the next block, of `rows` rows, to out[column * stride + row]; false where the stream is used up.
-using DecodeBlock = bool (*)(Stream &, const Tables &, int rows, float *out, int64_t stride);
+// The next `rows` rows of a stream, to out[column * stride + row].
+struct Block {
+    Stream *in;
+    const Tables *tables;
+    int rows;
+    float *out;
+    int64_t stride;
+};
+
+// Decodes blocks of as many streams, two of them side by side: a stream alone waits for itself most of the time. False
+// where a stream is used up.
+using DecodeBlocks = bool (*)(const Block *blocks, int count);
 
 #ifdef RANS_X86
-bool decode_avx512(Stream &, const Tables &, int rows, float *out, int64_t stride);
-bool decode_avx2(Stream &, const Tables &, int rows, float *out, int64_t stride);
+bool decode_avx512(const Block *blocks, int count);
+bool decode_avx2(const Block *blocks, int count);
 #endif
-bool decode_generic(Stream &, const Tables &, int rows, float *out, int64_t stride);
+bool decode_generic(const Block *blocks, int count);
 
 }  // namespace rans

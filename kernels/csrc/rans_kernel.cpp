@@ -29,7 +29,60 @@ inline bool take_escapes(unsigned found, const uint16_t *&words, const uint16_t 
     return true;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+// One stream's decoders, for a block: `step` decodes the next column; false where the stream is used up. A step takes no
+// more words than there are of padding, so it is enough to look before each whether they are used up.
+#if defined(__AVX512F__)
+class Decoders {
+public:
+    explicit Decoders(const Block &block)
+        : block_(block),
+          words_(block.in->words),
+          distribution_(block.tables->distribution),
+          out_(block.out),
+          active_(static_cast<__mmask16>((1u << block.rows) - 1)),
+          state_(_mm512_loadu_si512(block.in->states)) {}
+
+    bool step() {
+        const Tables &tables = *block_.tables;
+        const __m512i low12 = _mm512_set1_epi32(0xfff);
+        const int32_t escape = static_cast<int32_t>(tables.symbols - 1), largest = (escape - 1) / 2;
+        if (words_ > block_.in->words_end) return false;
+        const uint32_t *slots = tables.slots + *distribution_++ * static_cast<int64_t>(kSlots);
+        const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state_, low12), slots, 4);
+        const __m512i symbol = _mm512_srli_epi32(entry, 24);
+        const __m512i next = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), low12),
+                                                                 _mm512_srli_epi32(state_, kProbBits)),
+                                              _mm512_and_si512(entry, low12));
+        state_ = _mm512_mask_mov_epi32(state_, active_, next);
+        const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active_, state_, _mm512_set1_epi32(kLowest));
+        const __m512i ahead = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words_)));
+        state_ = _mm512_mask_or_epi32(state_, hungry, _mm512_slli_epi32(state_, 16),
+                                      _mm512_maskz_expand_epi32(hungry, ahead));
+        words_ += __builtin_popcount(hungry);
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, _mm512_set1_epi32(largest))),
+                                           _mm512_set1_ps(tables.step));
+        _mm512_mask_storeu_ps(out_, active_, value);
+        const __mmask16 found = _mm512_mask_cmpeq_epi32_mask(active_, symbol, _mm512_set1_epi32(escape));
+        if (found != 0 && !take_escapes(found, words_, block_.in->words_end, tables.step, out_)) return false;
+        out_ += block_.stride;
+        return true;
+    }
+
+    bool finish() {
+        _mm512_storeu_si512(block_.in->states, state_);
+        block_.in->words = words_;
+        return words_ <= block_.in->words_end;
+    }
+
+private:
+    const Block &block_;
+    const uint16_t *words_;
+    const uint8_t *distribution_;
+    float *out_;
+    const __mmask16 active_;
+    __m512i state_;
+};
+#elif defined(__AVX2__)
 // For each set of hungry decoders among eight, which of the next words each of them takes.
 struct Taken {
     int32_t of[256][8];
@@ -40,111 +93,142 @@ struct Taken {
 };
 constexpr Taken kTaken;
 
-// A step of eight decoders: their symbols.
-inline __m256i step_of_eight(const uint32_t *slots, __m256i active, __m256i &state, const uint16_t *&words) {
-    const __m256i low12 = _mm256_set1_epi32(0xfff);
-    const __m256i entry =
-        _mm256_i32gather_epi32(reinterpret_cast<const int *>(slots), _mm256_and_si256(state, low12), 4);
-    const __m256i next =
-        _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 12), low12),
-                                            _mm256_srli_epi32(state, kProbBits)),
-                         _mm256_and_si256(entry, low12));
-    state = _mm256_blendv_epi8(state, next, active);
-    const __m256i hungry =
-        _mm256_and_si256(active, _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), _mm256_setzero_si256()));
-    const int set = _mm256_movemask_ps(_mm256_castsi256_ps(hungry));
-    const __m256i ahead = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(words)));
-    const __m256i taken =
-        _mm256_permutevar8x32_epi32(ahead, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(kTaken.of[set])));
-    state = _mm256_blendv_epi8(state, _mm256_or_si256(_mm256_slli_epi32(state, 16), taken), hungry);
-    words += __builtin_popcount(set);
-    return _mm256_srli_epi32(entry, 24);
-}
-#endif
-
-}  // namespace
-
-bool RANS_DECODE(Stream &in, const Tables &tables, int rows, float *out, int64_t stride) {
-    const uint16_t *words = in.words, *const end = in.words_end;
-    const int32_t largest = static_cast<int32_t>(tables.symbols - 2) / 2, escape = static_cast<int32_t>(tables.symbols - 1);
-    const float step = tables.step;
-    const uint8_t *const distribution = tables.distribution;
-    const int64_t columns = tables.columns;
-#if defined(__AVX512F__)
-    const __mmask16 active = static_cast<__mmask16>((1u << rows) - 1);
-    const __m512i low12 = _mm512_set1_epi32(0xfff), lowest = _mm512_set1_epi32(kLowest);
-    const __m512i centre = _mm512_set1_epi32(largest), escaped = _mm512_set1_epi32(escape);
-    const __m512 steps = _mm512_set1_ps(step);
-    __m512i state = _mm512_loadu_si512(in.states);
-    // A step takes no more words than there are of padding, so it is enough to look before each whether they are used up.
-    for (int64_t column = 0; column < columns; ++column) {
-        if (words > end) return false;
-        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
-        float *target = out + column * stride;
-        const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(state, low12), slots, 4);
-        const __m512i symbol = _mm512_srli_epi32(entry, 24);
-        const __m512i next = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), low12),
-                                                                 _mm512_srli_epi32(state, kProbBits)),
-                                              _mm512_and_si512(entry, low12));
-        state = _mm512_mask_mov_epi32(state, active, next);
-        const __mmask16 hungry = _mm512_mask_cmplt_epu32_mask(active, state, lowest);
-        const __m512i ahead = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words)));
-        state = _mm512_mask_or_epi32(state, hungry, _mm512_slli_epi32(state, 16),
-                                     _mm512_maskz_expand_epi32(hungry, ahead));
-        words += __builtin_popcount(hungry);
-        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(symbol, centre)), steps);
-        _mm512_mask_storeu_ps(target, active, value);
-        const __mmask16 found = _mm512_mask_cmpeq_epi32_mask(active, symbol, escaped);
-        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
+class Decoders {
+public:
+    explicit Decoders(const Block &block)
+        : block_(block), words_(block.in->words), distribution_(block.tables->distribution), out_(block.out) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32(block.rows);
+        active_[0] = _mm256_cmpgt_epi32(count, lane);
+        active_[1] = _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
+        for (int half = 0; half < 2; ++half)
+            state_[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(block.in->states + 8 * half));
     }
-    _mm512_storeu_si512(in.states, state);
-#elif defined(__AVX2__)
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32(rows);
-    const __m256i active[2] = {_mm256_cmpgt_epi32(count, lane),
-                               _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)))};
-    const __m256i centre = _mm256_set1_epi32(largest), escaped = _mm256_set1_epi32(escape);
-    const __m256 steps = _mm256_set1_ps(step);
-    __m256i state[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states)),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.states + 8))};
-    // A step takes no more words than there are of padding, so it is enough to look before each whether they are used up.
-    for (int64_t column = 0; column < columns; ++column) {
-        if (words > end) return false;
-        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
-        float *target = out + column * stride;
+
+    bool step() {
+        const Tables &tables = *block_.tables;
+        const int32_t escape = static_cast<int32_t>(tables.symbols - 1), largest = (escape - 1) / 2;
+        if (words_ > block_.in->words_end) return false;
+        const uint32_t *slots = tables.slots + *distribution_++ * static_cast<int64_t>(kSlots);
         unsigned found = 0;
         for (int half = 0; half < 2; ++half) {
-            const __m256i symbol = step_of_eight(slots, active[half], state[half], words);
-            const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(symbol, centre)), steps);
-            _mm256_maskstore_ps(target + 8 * half, active[half], value);
-            const __m256i out_of_range = _mm256_and_si256(active[half], _mm256_cmpeq_epi32(symbol, escaped));
-            found |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(out_of_range))) << 8 * half;
+            const __m256i symbol = step_of_eight(slots, active_[half], state_[half]);
+            const __m256 value =
+                _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(symbol, _mm256_set1_epi32(largest))),
+                              _mm256_set1_ps(tables.step));
+            _mm256_maskstore_ps(out_ + 8 * half, active_[half], value);
+            const __m256i escaped =
+                _mm256_and_si256(active_[half], _mm256_cmpeq_epi32(symbol, _mm256_set1_epi32(escape)));
+            found |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(escaped))) << 8 * half;
         }
-        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
+        if (found != 0 && !take_escapes(found, words_, block_.in->words_end, tables.step, out_)) return false;
+        out_ += block_.stride;
+        return true;
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states), state[0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(in.states + 8), state[1]);
+
+    bool finish() {
+        for (int half = 0; half < 2; ++half)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(block_.in->states + 8 * half), state_[half]);
+        block_.in->words = words_;
+        return words_ <= block_.in->words_end;
+    }
+
+private:
+    // A step of eight decoders: their symbols.
+    inline __m256i step_of_eight(const uint32_t *slots, __m256i active, __m256i &state) {
+        const __m256i low12 = _mm256_set1_epi32(0xfff);
+        const __m256i entry =
+            _mm256_i32gather_epi32(reinterpret_cast<const int *>(slots), _mm256_and_si256(state, low12), 4);
+        const __m256i next =
+            _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 12), low12),
+                                                _mm256_srli_epi32(state, kProbBits)),
+                             _mm256_and_si256(entry, low12));
+        state = _mm256_blendv_epi8(state, next, active);
+        const __m256i hungry =
+            _mm256_and_si256(active, _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), _mm256_setzero_si256()));
+        const int set = _mm256_movemask_ps(_mm256_castsi256_ps(hungry));
+        const __m256i ahead = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(words_)));
+        const __m256i taken =
+            _mm256_permutevar8x32_epi32(ahead, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(kTaken.of[set])));
+        state = _mm256_blendv_epi8(state, _mm256_or_si256(_mm256_slli_epi32(state, 16), taken), hungry);
+        words_ += __builtin_popcount(set);
+        return _mm256_srli_epi32(entry, 24);
+    }
+
+    const Block &block_;
+    const uint16_t *words_;
+    const uint8_t *distribution_;
+    float *out_;
+    __m256i active_[2], state_[2];
+};
 #else
-    for (int64_t column = 0; column < columns; ++column) {
-        const uint32_t *slots = tables.slots + distribution[column] * static_cast<int64_t>(kSlots);
-        float *target = out + column * stride;
+class Decoders {
+public:
+    explicit Decoders(const Block &block)
+        : block_(block), words_(block.in->words), distribution_(block.tables->distribution), out_(block.out) {}
+
+    bool step() {
+        const Tables &tables = *block_.tables;
+        const int32_t escape = static_cast<int32_t>(tables.symbols - 1), largest = (escape - 1) / 2;
+        const uint32_t *slots = tables.slots + *distribution_++ * static_cast<int64_t>(kSlots);
         unsigned found = 0;
-        for (int row = 0; row < rows; ++row) {
-            uint32_t &state = in.states[row];
+        for (int row = 0; row < block_.rows; ++row) {
+            uint32_t &state = block_.in->states[row];
             const uint32_t entry = slots[state & (kSlots - 1)];
             const int32_t symbol = static_cast<int32_t>(entry >> 24);
             state = (entry >> 12 & 0xfff) * (state >> kProbBits) + (entry & 0xfff);
             if (state < kLowest) {
-                if (words >= end) return false;
-                state = state << 16 | *words++;
+                if (words_ >= block_.in->words_end) return false;
+                state = state << 16 | *words_++;
             }
-            target[row] = step * static_cast<float>(symbol - largest);
+            out_[row] = tables.step * static_cast<float>(symbol - largest);
             if (symbol == escape) found |= 1u << row;
         }
-        if (found != 0 && !take_escapes(found, words, end, step, target)) return false;
+        if (found != 0 && !take_escapes(found, words_, block_.in->words_end, tables.step, out_)) return false;
+        out_ += block_.stride;
+        return true;
     }
+
+    bool finish() {
+        block_.in->words = words_;
+        return words_ <= block_.in->words_end;
+    }
+
+private:
+    const Block &block_;
+    const uint16_t *words_;
+    const uint8_t *distribution_;
+    float *out_;
+};
 #endif
-    in.words = words;
-    return words <= end;
+
+bool decode_one(const Block &block) {
+    Decoders own(block);
+    for (int64_t left = block.tables->columns; left > 0; --left)
+        if (!own.step()) return false;
+    return own.finish();
+}
+
+bool decode_two(const Block &one, const Block &other) {
+    Decoders first(one), second(other);
+    const int64_t columns = one.tables->columns, others = other.tables->columns;
+    const int64_t both = columns < others ? columns : others;
+    for (int64_t column = 0; column < both; ++column) {
+        if (!first.step()) return false;
+        if (!second.step()) return false;
+    }
+    for (int64_t column = both; column < columns; ++column)
+        if (!first.step()) return false;
+    for (int64_t column = both; column < others; ++column)
+        if (!second.step()) return false;
+    return first.finish() && second.finish();
+}
+
+}  // namespace
+
+bool RANS_DECODE(const Block *blocks, int count) {
+    for (; count >= 2; count -= 2, blocks += 2)
+        if (!decode_two(blocks[0], blocks[1])) return false;
+    return count == 0 || decode_one(*blocks);
 }
 
 }  // namespace rans

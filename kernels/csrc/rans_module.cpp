@@ -19,8 +19,8 @@ namespace nb = nanobind;
 namespace rans {
 namespace {
 
-std::vector<std::pair<std::string, DecodeBlock>> decoders() {
-    std::vector<std::pair<std::string, DecodeBlock>> found;
+std::vector<std::pair<std::string, DecodeBlocks>> decoders() {
+    std::vector<std::pair<std::string, DecodeBlocks>> found;
 #ifdef RANS_X86
     if (isa::avx512()) found.emplace_back("avx512", &decode_avx512);
     if (isa::avx2()) found.emplace_back("avx2", &decode_avx2);
@@ -29,7 +29,7 @@ std::vector<std::pair<std::string, DecodeBlock>> decoders() {
     return found;
 }
 
-DecodeBlock decoder_named(const std::string &isa) {
+DecodeBlocks decoder_named(const std::string &isa) {
     static const auto found = decoders();
     for (const auto &[name, decode] : found)
         if (isa.empty() || isa == name) return decode;
@@ -136,7 +136,7 @@ bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> sl
     check(slots.shape(1) == kSlots, "slots must be [distributions, 4096]");
     for (size_t c = 0; c < distribution.shape(0); ++c)
         check(distribution(c) < slots.shape(0), "distribution must name one of the distributions");
-    const DecodeBlock decode_block = decoder_named(isa);
+    const DecodeBlocks decode_blocks = decoder_named(isa);
 
     nb::gil_scoped_release unlocked;
     const int64_t rows = out.shape(1);
@@ -145,7 +145,8 @@ bool decode(In<uint8_t, 1> data, In<uint8_t, 1> distribution, In<uint32_t, 2> sl
     const Tables tables{distribution.data(), static_cast<int64_t>(distribution.shape(0)), slots.data(), symbols, 1.0f};
     for (int64_t row = 0; row < rows; row += kLanes) {
         const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows - row));
-        if (!decode_block(stream, tables, lanes, out.data() + row, rows)) return false;
+        const Block block{&stream, &tables, lanes, out.data() + row, rows};
+        if (!decode_blocks(&block, 1)) return false;
     }
     return stream.ended();
 }

@@ -1,5 +1,6 @@
-// The inverse transform of a few tokens, and the narrower types that it may be written in. A tile of tokens times channels is held in registers while all coordinates are
-// gone through, so that each coordinate and each direction is read once per tile.
+// The inverse transform of a few tokens, the rotation of K, and the narrower types that they may be written in. A tile of
+// tokens times channels is held in registers while all coordinates are gone through, so that each coordinate and each
+// direction is read once per tile.
 //
 // This file is compiled once per instruction set. It must not use inline functions of the standard library: the linker
 // keeps one copy of those, which could be the one with instructions that the machine lacks.
@@ -77,6 +78,19 @@ void RESTORE_FLOAT16(const float *in, int64_t count, uint16_t *out) {
                          _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < count; ++i) out[i] = to_float16(in[i]);
+}
+
+void RESTORE_ROTATE(const Turn &turn) {
+    const float *in = turn.in;
+    float *__restrict out = turn.out;
+    const int64_t half = turn.half;
+    for (int64_t head = 0; head < turn.heads; ++head, in += turn.size, out += turn.size) {
+        for (int64_t i = 0; i < half; ++i) {
+            out[i] = in[i] * turn.cosine[i] - in[i + half] * turn.sine[i];
+            out[i + half] = in[i + half] * turn.cosine[i] + in[i] * turn.sine[i];
+        }
+        for (int64_t i = 2 * half; i < turn.size; ++i) out[i] = in[i];
+    }
 }
 
 void RESTORE_MULTIPLY(const Product &p) {

@@ -5,6 +5,7 @@ other variant's coding lost is in it, so that their sum has the errors of the re
 from __future__ import annotations
 
 import numpy as np
+from lmcache_rag_kernels import CodedGroups, Rows
 
 from lmcache_rag.codec.tables import CodecTables
 from lmcache_rag.codec.transform import TransformCodec
@@ -32,3 +33,9 @@ class ResidualCodec(TransformCodec):
             mean=np.zeros_like(tables.mean),
             size=np.hypot(_SHARE * tables.size, lost).astype(np.float32),
         )
+
+    def restore_onto(
+        self, base: TransformCodec, base_coded: CodedGroups, coded: CodedGroups, offset: int, rows: Rows
+    ) -> None:
+        """Write the sum of the chunk's base and its residual; see `Codec.restore`."""
+        base._restore(base_coded, offset, rows, (coded, self._all))

@@ -44,7 +44,12 @@ class TransformCodec(Codec):
         return [list(streams) for streams in zip(*by_layer, strict=True)]
 
     def restore(self, coded: CodedGroups, offset: int, rows: Rows) -> None:
-        failed = restore(coded, self._all, offset, rows)
+        self._restore(coded, offset, rows)
+
+    def _restore(
+        self, coded: CodedGroups, offset: int, rows: Rows, residual: tuple[CodedGroups, Transform] | None = None
+    ) -> None:
+        failed = restore(coded, self._all, offset, rows, residual)
         if failed is not None:
             raise CorruptObjectError(f"layer {failed} cannot be one of {coded.tokens} tokens")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
     from lmcache_rag_kernels import Rows
     from torch import Tensor
 
-_TOKENS = 512
-"""So many tokens are added up at once, a multiple of every group: fewer take longer, more take more memory."""
+    from lmcache_rag.codec.residual import ResidualCodec
+    from lmcache_rag.codec.transform import TransformCodec
 
 
 class LoadedKV:
@@ -60,7 +59,8 @@ class LoadedKV:
         if self._base is None:
             self._codec.restore(self._stored.coded, offset, rows)
         else:
-            self._place_sum(self._base, offset, rows)
+            base = (cast("TransformCodec", self._base._codec), self._base._stored.coded)
+            cast("ResidualCodec", self._codec).restore_onto(*base, self._stored.coded, offset, rows)
 
     def kv(self, dtype: torch.dtype | None = None) -> Tensor:
         """Of the tokens that were read, as `ChunkKV.kv`, by default in its dtype. Raises `CorruptObjectError`."""
@@ -75,17 +75,3 @@ class LoadedKV:
         kv = torch.empty(shape.layers, 2, end - begin, shape.kv_heads, shape.head_size, dtype=dtype)
         self.place(begin, Rows(kv[:, 0], kv[:, 1], 0, [None] * shape.layers))
         return kv
-
-    def _place_sum(self, base: LoadedKV, offset: int, rows: Rows) -> None:
-        """RoPE is linear: both are turned, then added, in float32."""
-        import torch
-
-        end = offset + rows.length
-        starts = [offset, *range((offset // _TOKENS + 1) * _TOKENS, end, _TOKENS)]
-        for start, stop in zip(starts, [*starts[1:], end], strict=True):
-            here = rows.part(slice(None), slice(start - offset, stop - offset))
-            room = torch.empty(4, *here.key.shape, device=here.key.device)
-            base.place(start, replace(here, key=room[0], value=room[1]))
-            self._codec.restore(self._stored.coded, start, replace(here, key=room[2], value=room[3]))
-            torch.add(room[0], room[2], out=here.key)
-            torch.add(room[1], room[3], out=here.value)

@@ -98,6 +98,77 @@ def test_as_the_reference(isa: str, heads: int, size: int, head_groups: int, off
     assert not found[:, :, :9].any() and not found[:, :, 9 + length :].any()
 
 
+def residual_of(transform: Transform) -> tuple[CodedGroups, Transform]:
+    """In the same directions, of other coordinates, and around a mean of its own."""
+    draw = np.random.default_rng(2)
+    counts = draw.integers(0, transform.directions.shape[3] + 1, transform.counts.shape)
+    counts[0, 1] = 0
+    residual = dataclasses.replace(
+        transform,
+        counts=counts,
+        distribution=np.zeros(counts.sum(), np.uint8),
+        mean=torch.randn_like(transform.mean),
+        step=0.125,
+    )
+    return in_groups(coded_streams(residual), TOKENS, GROUP), residual
+
+
+def of_each_added(
+    first: tuple[CodedGroups, Transform], second: tuple[CodedGroups, Transform], offset: int, rows: Rows
+) -> None:
+    """By the reference, one after the other."""
+    for coded_groups, transform in (first, second):
+        key, value = torch.zeros(2, *rows.key.shape)
+        own = dataclasses.replace(rows, key=key, value=value)
+        assert reference.restore(coded_groups, transform, offset, own) is None
+        rows.key.add_(key)
+        rows.value.add_(value)
+
+
+@pytest.mark.parametrize("isa", VERSIONS)
+@pytest.mark.parametrize(("heads", "size", "head_groups"), SHAPES)
+@pytest.mark.parametrize(("offset", "length"), PARTS)
+def test_a_sum_takes_one_pass(isa: str, heads: int, size: int, head_groups: int, offset: int, length: int) -> None:
+    first = coded(heads, size, head_groups)
+    second = residual_of(first[1])
+    rotations = [rotation(size - size % 2), None, rotation(4)]
+    expected, found = torch.zeros(2, 2, LAYERS, length, heads, size)
+    of_each_added(first, second, offset, Rows(*expected, START, rotations))
+    assert cpu.restore(*first, offset, Rows(*found, START, rotations), second, isa=isa) is None
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["alike", "other directions", "other groups", "another type"])
+def test_a_sum_of_any_two(how: str) -> None:
+    first = coded(2, 8)
+    second = residual_of(first[1])
+    if how == "other directions":
+        second = second[0], dataclasses.replace(second[1], directions=second[1].directions.clone() / 2)
+    if how == "other groups":
+        second = in_groups(coded_streams(second[1], TOKENS, 8), TOKENS, 8), second[1]
+    dtype = torch.float64 if how == "another type" else torch.float32
+    rotations = [rotation(8), None, rotation(4)]
+    expected, found = torch.zeros(2, 2, LAYERS, 30, 2, 8, dtype=dtype)
+    of_each_added(first, second, 3, Rows(*expected, START, rotations))
+    assert restore(*first, 3, Rows(*found, START, rotations), second) is None
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_sum_of_which_one_is_damaged(damaged: int, alike: bool) -> None:
+    first = coded(2, 8)
+    both = [first, residual_of(first[1])]
+    if not alike:
+        both[1] = both[1][0], dataclasses.replace(both[1][1], directions=both[1][1].directions.clone())
+    groups, transform = both[damaged]
+    places = groups.places.copy()
+    places[1, 2, 1] -= 2
+    both[damaged] = dataclasses.replace(groups, places=places), transform
+    key, value = torch.zeros(2, LAYERS, TOKENS, 2, 8)
+    assert restore(*both[0], 0, Rows(key, value, START, NOTHING), both[1]) == 2
+
+
 @pytest.mark.parametrize("isa", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "size", "head_groups"), SHAPES)
@@ -206,13 +277,18 @@ def test_a_stream_that_does_not_fit_is_named(count: int, group: int) -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     groups, transform = coded(2, 8)
     key, value = torch.zeros(2, LAYERS, TOKENS, 2, 8)
+    whole = Rows(key, value, START, NOTHING)
     with pytest.raises(ValueError, match="among those of the groups"):
         cpu.restore(groups, transform, 1, Rows(key, value, START, NOTHING))
     with pytest.raises(ValueError, match="one row for each token"):
         cpu.restore(groups, transform, 0, Rows(key, value, 40, [rotation(8)] * LAYERS))
-    with pytest.raises(ValueError, match=r"counts must be \[layers, 2, head groups\]"):
+    with pytest.raises(ValueError, match=r"directions must be \[layers, 2, head groups"):
         fewer = dataclasses.replace(groups, places=groups.places[:, :2].copy())
         cpu.restore(fewer, transform, 0, Rows(key[:2], value[:2], START, NOTHING[:2]))
+    with pytest.raises(ValueError, match=r"counts must be \[layers, 2, head groups\]"):
+        cpu.restore(groups, dataclasses.replace(transform, counts=transform.counts[:2]), 0, whole)
+    with pytest.raises(ValueError, match=r"places must be \[groups, layers, 2\]"):
+        cpu.restore(groups, transform, 0, whole, (dataclasses.replace(groups, places=groups.places[:2]), transform))
     with pytest.raises(ValueError, match="places must be in data"):
         outside = dataclasses.replace(groups, data=groups.data[:-2])
         cpu.restore(outside, transform, 0, Rows(key, value, START, NOTHING))

@@ -16,27 +16,26 @@ class Carrier:
 
     def __init__(self, lessons: Sequence[Lesson]) -> None:
         self._lessons = lessons
-        self._spans = [
-            torch.arange(lesson.rows.start, lesson.rows.stop, device=lesson.taught.device) for lesson in lessons
-        ]
-        self._lengths = [len(lesson.taught) for lesson in lessons]
+        device = lessons[0].taught.device
+        spans = [torch.arange(lesson.rows.start, lesson.rows.stop, device=device) for lesson in lessons]
+        self._lengths = [len(span) for span in spans]
+        self._taught_lengths = [len(lesson.taught) for lesson in lessons]
+        self._positions = torch.cat(spans)
+        self._taught = torch.cat([lesson.taught for lesson in lessons])
 
     def __call__(
         self, key: Tensor, value: Tensor, key_before: Tensor, value_before: Tensor, rotation: Rotation | None
     ) -> None:
-        before = zip(key_before.split(self._lengths), value_before.split(self._lengths), strict=True)
-        for lesson, span, (own_key, own_value) in zip(self._lessons, self._spans, before, strict=True):
-            changed = key[lesson.taught] - own_key
-            if rotation is not None:
-                rotate(changed, rotation, lesson.taught, inverse=True, out=changed)
-            # Gathered and scattered is what few tokens change; what all the others get is added to whole rows.
-            carried = _carried(lesson.weights, changed)
-            if rotation is not None:
-                rotate(carried, rotation, span, out=carried)
-            key[lesson.rows] += carried
-            value[lesson.rows] += _carried(lesson.weights, value[lesson.taught] - own_value)
-
-
-def _carried(weights: Tensor, changed: Tensor) -> Tensor:
-    """`[rows, kv_heads, head_size]`."""
-    return (weights @ changed.flatten(1).float()).to(changed.dtype).unflatten(1, changed.shape[1:])
+        changed = torch.stack([key[self._taught] - key_before, value[self._taught] - value_before], dim=1)
+        if rotation is not None:
+            rotate(changed[:, 0], rotation, self._taught, inverse=True, out=changed[:, 0])
+        # K and V of a chunk in one product, and all chunks rotated at once: most of what this takes is calls.
+        parts = changed.flatten(1).float().split(self._taught_lengths)
+        products = [lesson.weights @ part for lesson, part in zip(self._lessons, parts, strict=True)]
+        carried = torch.cat(products).unflatten(1, changed.shape[1:]).to(changed.dtype)
+        if rotation is not None:
+            rotate(carried[:, 0], rotation, self._positions, out=carried[:, 0])
+        # Gathered and scattered is what few tokens change; what all the others get is added to whole rows.
+        for lesson, own in zip(self._lessons, carried.split(self._lengths), strict=True):
+            key[lesson.rows] += own[:, 0]
+            value[lesson.rows] += own[:, 1]

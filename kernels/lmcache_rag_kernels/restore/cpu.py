@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,25 +37,29 @@ def instruction_sets() -> list[str]:
     return _restore.instruction_sets()
 
 
-def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows, *, isa: str = "") -> int | None:
+def restore(
+    coded: CodedGroups,
+    transform: Transform,
+    offset: int,
+    rows: Rows,
+    added: tuple[CodedGroups, Transform] | None = None,
+    *,
+    isa: str = "",
+) -> int | None:
     """See `lmcache_rag_kernels.restore.restore`; without the GIL, each layer's groups shared out among the threads.
-    `isa` is one of `instruction_sets()`, empty for the best."""
+
+    Args:
+        added: of the same groups and directions.
+        isa: one of `instruction_sets()`, empty for the best.
+    """
     positions = slice(rows.start, rows.start + rows.length)
     angles = [
         (_NOTHING, _NOTHING) if rotation is None else (rotation.cos[positions].numpy(), rotation.sin[positions].numpy())
         for rotation in rows.rotations
     ]
-    distributions = transform.distributions
     failed = _restore.restore(
-        np.frombuffer(coded.data, np.uint8),
-        coded.places,
-        transform.distribution,
-        transform.counts,
-        distributions.slots,
-        distributions.frequencies.shape[1],
-        transform.step,
+        [_coding(*own) for own in ((coded, transform), added) if own is not None],
         transform.directions.numpy(),
-        transform.mean.numpy(),
         [cos for cos, _ in angles],
         [sin for _, sin in angles],
         _as_numpy(rows.key),
@@ -69,6 +73,20 @@ def restore(coded: CodedGroups, transform: Transform, offset: int, rows: Rows, *
         isa=isa,
     )
     return None if failed < 0 else failed
+
+
+def _coding(coded: CodedGroups, transform: Transform) -> tuple[Any, ...]:
+    distributions = transform.distributions
+    return (
+        np.frombuffer(coded.data, np.uint8),
+        coded.places,
+        transform.distribution,
+        transform.counts,
+        distributions.slots,
+        distributions.frequencies.shape[1],
+        transform.step,
+        transform.mean.numpy(),
+    )
 
 
 def _as_numpy(rows: Tensor) -> np.ndarray:
