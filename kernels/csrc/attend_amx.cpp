@@ -61,19 +61,29 @@ struct WorkLayout {
     }
 };
 
-// The registers' shape for as long as this lives; whoever else in this thread uses them finds his own again.
+// Compilers are not told what memory the instructions on registers read and write: here all of it is as it should be.
+inline void settle() { asm volatile("" ::: "memory"); }
+inline void settle(const uint8_t *read_or_written) { asm volatile("" ::"r"(read_or_written) : "memory"); }
+
+// The registers' shape for as long as this lives; whoever else in this thread uses them finds his own shape again.
 class Configured {
 public:
     Configured() {
+        settle(before_);
         _tile_storeconfig(before_);
+        settle(before_);
         alignas(64) uint8_t config[64] = {1};  // palette 1
         for (int i = 0; i < 8; ++i) {
             config[16 + 2 * i] = 64;
             config[48 + i] = kRows;
         }
+        settle(config);
         _tile_loadconfig(config);
     }
-    ~Configured() { _tile_loadconfig(before_); }
+    ~Configured() {
+        settle(before_);
+        _tile_loadconfig(before_);
+    }
     Configured(const Configured &) = delete;
 
 private:
@@ -105,6 +115,7 @@ inline void store_product(float *to, int64_t width) {
 // s [kTile][kBlock], of which `columns` columns are written = query [kTile][width] times the block's keys
 inline void scores(const uint16_t *query, const uint16_t *key, int64_t width, int64_t columns, float *s) {
     const int64_t keys_size = kRows * width;  // of the keys of one register
+    settle();
     for (int64_t c = 0; c < columns; c += kTile) {
         const uint16_t *keys = key + c / kRows * keys_size;
         _tile_zero(0);
@@ -118,6 +129,7 @@ inline void scores(const uint16_t *query, const uint16_t *key, int64_t width, in
 
 // out [kTile][width] += weights [kTile][kBlock] @ the block's values, of which `columns` are wanted
 inline void accumulate(const uint16_t *weights, const uint16_t *value, int64_t width, int64_t columns, float *out) {
+    settle();
     for (int64_t d = 0; d < width; d += kTile) {
         const uint16_t *values = value + d / kRows * kRegister;
         float *to = out + d;

@@ -36,9 +36,19 @@ std::vector<std::pair<std::string, const Kernel *>> kernels(bool bfloat16) {
     return found;
 }
 
+using Kernels = std::vector<std::pair<std::string, const Kernel *>>;
+
+const Kernels &kernels_for(bool bfloat16) {
+    if (bfloat16) {
+        static const Kernels found = kernels(true);
+        return found;
+    }
+    static const Kernels found = kernels(false);
+    return found;
+}
+
 const Kernel &kernel_named(const std::string &isa, bool bfloat16) {
-    static const auto all = kernels(true), without_tiles = kernels(false);
-    for (const auto &[name, kernel] : bfloat16 ? all : without_tiles)
+    for (const auto &[name, kernel] : kernels_for(bfloat16))
         if (isa.empty() || isa == name) return *kernel;
     throw std::invalid_argument("isa: this machine cannot run '" + isa + "' in " + (bfloat16 ? "bfloat16" : "float32"));
 }
@@ -158,6 +168,7 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
     check(key.shape(1) > 0 && query.shape(1) % key.shape(1) == 0, "heads must be a multiple of kv_heads");
     check(positions.shape(0) == query.shape(0), "positions must have one element per query");
     check(window > 0 && threads > 0, "window and threads must be positive");
+    check(scale > 0, "scale must be positive");
     check(query.shape(2) % 8 == 0, "the head size must be a multiple of 8");
     if (query.shape(0) == 0 || query.shape(1) == 0 || query.shape(2) == 0) return;
 
@@ -190,7 +201,7 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
 
 std::vector<std::string> instruction_sets(bool bfloat16) {
     std::vector<std::string> names;
-    for (const auto &[name, kernel] : kernels(bfloat16)) names.push_back(name);
+    for (const auto &[name, kernel] : kernels_for(bfloat16)) names.push_back(name);
     return names;
 }
 

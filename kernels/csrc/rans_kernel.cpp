@@ -29,8 +29,8 @@ inline bool take_escapes(unsigned found, const uint16_t *&words, const uint16_t 
     return true;
 }
 
-// One stream's decoders, for a block: `step` decodes the next column; false where the stream is used up. A step takes no
-// more words than there are of padding, so it is enough to look before each whether they are used up.
+// One stream's decoders, for a block: `step` decodes the next column; false where the stream is used up. A step takes
+// no more words than there are of padding, so it is enough to look before each whether they are used up.
 #if defined(__AVX512F__)
 class Decoders {
 public:

@@ -1,6 +1,6 @@
-// The inverse transform of a few tokens, the rotation of K, and the narrower types that they may be written in. A tile of
-// tokens times channels is held in registers while all coordinates are gone through, so that each coordinate and each
-// direction is read once per tile.
+// The inverse transform of a few tokens, the rotation of K, and the narrower types that they may be written in. A tile
+// of tokens times channels is held in registers while all coordinates are gone through, so that each coordinate and
+// each direction is read once per tile.
 //
 // This file is compiled once per instruction set. It must not use inline functions of the standard library: the linker
 // keeps one copy of those, which could be the one with instructions that the machine lacks.

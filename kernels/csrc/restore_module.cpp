@@ -1,5 +1,5 @@
-// The Python extension `_restore`: checks, the choice of the instruction set, and the order of work. Each layer's groups
-// of tokens are coded apart, so each is work for any thread.
+// The Python extension `_restore`: checks, the choice of the instruction set, and the order of work. Each layer's
+// groups of tokens are coded apart, so each is work for any thread.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -37,11 +37,13 @@ std::vector<Version> versions() {
     std::vector<Version> found;
 #ifdef RESTORE_X86
     if (isa::avx512())
-        found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512, &rotate_avx512, &bfloat16_avx512, &float16_avx512});
+        found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512, &rotate_avx512, &bfloat16_avx512,
+                         &float16_avx512});
     if (isa::avx2())
         found.push_back({"avx2", &rans::decode_avx2, &multiply_avx2, &rotate_avx2, &bfloat16_avx2, &float16_avx2});
 #endif
-    found.push_back({"generic", &rans::decode_generic, &multiply_generic, &rotate_generic, &bfloat16_generic, &float16_generic});
+    found.push_back({"generic", &rans::decode_generic, &multiply_generic, &rotate_generic, &bfloat16_generic,
+                     &float16_generic});
     return found;
 }
 
@@ -113,8 +115,8 @@ void place(const float *from, int part, const Layer &layer, const Shape &shape, 
     uint8_t *to = layer.out[part] + token * shape.token_bytes[part];
     if (part == 0 && layer.half > 0) {
         float *turned = shape.narrow == nullptr ? reinterpret_cast<float *>(to) : rotated;
-        version.rotate({from, layer.cosine + token * layer.half, layer.sine + token * layer.half, layer.half, shape.heads,
-                        shape.size, turned});
+        version.rotate({from, layer.cosine + token * layer.half, layer.sine + token * layer.half, layer.half,
+                        shape.heads, shape.size, turned});
         if (shape.narrow == nullptr) return;
         from = turned;
     }
@@ -165,6 +167,12 @@ void restore_block(const Layer &layer, const Shape &shape, const Version &versio
     }
 }
 
+// Whether a group's last block holds tokens before `wanted`.
+bool decoded_to_its_end(const Coded &group, int64_t wanted) {
+    const int64_t tokens = group.end - group.token;
+    return group.token + (tokens - 1) / kBlock * kBlock < wanted;
+}
+
 // Some groups of one layer, side by side.
 bool restore_groups(const Coded *groups, int count, const Layer &layer, const Shape &shape, const Version &version,
                     Scratch &scratch) {
@@ -203,7 +211,7 @@ bool restore_groups(const Coded *groups, int count, const Layer &layer, const Sh
         }
     }
     for (int g = 0; g < count; ++g)
-        for (size_t i = 0; i < codings && groups[g].end <= wanted; ++i)
+        for (size_t i = 0; i < codings && decoded_to_its_end(groups[g], wanted); ++i)
             if (!scratch.streams[g * codings + i].stream.ended()) return false;
     return true;
 }
@@ -228,8 +236,8 @@ Narrow narrow_to(const Rows &rows, const std::string &type, const Version &versi
 }
 
 // Of a coding: data, places, distribution, counts, slots, symbols, step and mean.
-using Coding = std::tuple<In<uint8_t, 1>, In<int64_t, 3>, In<uint8_t, 1>, In<int64_t, 3>, In<uint32_t, 2>, int64_t, float,
-                          In<float, 3>>;
+using Coding = std::tuple<In<uint8_t, 1>, In<int64_t, 3>, In<uint8_t, 1>, In<int64_t, 3>, In<uint32_t, 2>, int64_t,
+                          float, In<float, 3>>;
 
 int64_t restore(const std::vector<Coding> &codings, In<float, 5> directions, const std::vector<In<float, 2>> &cosines,
                 const std::vector<In<float, 2>> &sines, Rows key, Rows value, int64_t tokens, int64_t group,
@@ -255,7 +263,8 @@ int64_t restore(const std::vector<Coding> &codings, In<float, 5> directions, con
               "key and value must be [layers, tokens, heads, size]");
         check(rows->stride(3) == 1 && rows->stride(2) == shape.size, "a token's channels must lie in a row");
     }
-    check(shape.heads * shape.size == channels, "key and value must have heads * size channels, as many as have directions");
+    check(shape.heads * shape.size == channels,
+          "key and value must have heads * size channels, as many as have directions");
     check(group > 0 && first_group >= 0 && tokens >= 0 && first_group <= tokens / group && groups <= tokens / group + 1,
           "the groups must be some of those that the tokens are in");
     const int64_t begin = first_group * group, end = std::min(tokens, begin + groups * group);
@@ -296,7 +305,8 @@ int64_t restore(const std::vector<Coding> &codings, In<float, 5> directions, con
                 }
             check(columns <= static_cast<int64_t>(distribution.shape(0)) - at,
                   "counts must add up to the number of coordinates");
-            all[i].codings.push_back({{distribution.data() + at, columns, slots.data(), symbols, step}, &counts(i, 0, 0)});
+            const rans::Tables tables{distribution.data() + at, columns, slots.data(), symbols, step};
+            all[i].codings.push_back({tables, &counts(i, 0, 0)});
             at += columns;
             for (int64_t c = 0; c < 2 * channels; ++c) all[i].mean[c] += (&mean(i, 0, 0))[c];
         }
@@ -336,8 +346,9 @@ int64_t restore(const std::vector<Coding> &codings, In<float, 5> directions, con
                     coded[k].token = begin + g * group;
                     coded[k].end = std::min(end, coded[k].token + group);
                     for (size_t i = 0; i < codings.size(); ++i) {
+                        const uint8_t *data = std::get<0>(codings[i]).data();
                         const auto &places = std::get<1>(codings[i]);
-                        coded[k].streams[i] = {std::get<0>(codings[i]).data() + places(g, layer, 0), places(g, layer, 1)};
+                        coded[k].streams[i] = {data + places(g, layer, 0), places(g, layer, 1)};
                     }
                 }
                 if (!restore_groups(coded.data(), static_cast<int>(at_once), all[layer], shape, version, scratch))
@@ -358,7 +369,7 @@ std::vector<std::string> instruction_sets() {
 
 NB_MODULE(_restore, m) {
     using namespace nb::literals;
-    // No conversions: a converted `key` would be a copy.
+    // No conversions: a converted `key` would be a copy. Of codings copies would do.
     m.def("restore", &restore::restore, "codings"_a, "directions"_a.noconvert(), "cosines"_a, "sines"_a,
           "key"_a.noconvert(), "value"_a.noconvert(), "tokens"_a, "group"_a, "first_group"_a, "offset"_a, "threads"_a,
           "type"_a, nb::kw_only(), "isa"_a = "");

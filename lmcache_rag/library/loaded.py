@@ -23,7 +23,7 @@ class LoadedKV:
 
     Args:
         size_bytes: read for it.
-        base: what a residual is added to.
+        base: what a residual is added to; no residual itself.
     """
 
     def __init__(

@@ -251,6 +251,8 @@ def test_errors_name_the_argument(change: dict[str, Tensor], message: str) -> No
     }
     with pytest.raises(ValueError, match=message):
         attend(**(arguments | change), scale=0.125, window=None)
+    with pytest.raises(ValueError, match="scale"):
+        attend(**arguments, scale=0.0, window=None)
 
 
 @pytest.mark.skipif("amx" not in AVAILABLE, reason="this machine has no AMX")

@@ -273,6 +273,20 @@ def test_a_stream_that_does_not_fit_is_named(count: int, group: int) -> None:
             assert reference.restore(groups, transform, 0, Rows(key, value, START, NOTHING)) == 1
 
 
+@pytest.mark.parametrize("isa", VERSIONS)
+@pytest.mark.parametrize("length", [TOKENS, TOKENS - 1, 33])
+def test_a_stream_that_is_decoded_to_its_end_must_end_there(isa: str, length: int) -> None:
+    """Though not all tokens of its last block are wanted."""
+    transform = transform_of(2, 8, 1)
+    streams = coded_streams(transform)
+    streams[-1][1] += b"\0\0"
+    key, value = torch.zeros(2, LAYERS, length, 2, 8)
+    groups = in_groups(streams, TOKENS, GROUP)
+    assert cpu.restore(groups, transform, 0, Rows(key, value, START, NOTHING), isa=isa) == 1
+    key, value = torch.zeros(2, LAYERS, 32, 2, 8)
+    assert cpu.restore(groups, transform, 0, Rows(key, value, START, NOTHING), isa=isa) is None
+
+
 @pytest.mark.skipif(not VERSIONS, reason="the extension is not compiled")
 def test_arguments_that_do_not_fit_are_refused() -> None:
     groups, transform = coded(2, 8)

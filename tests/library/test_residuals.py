@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.blobs.tiers import Cache, TieredStore
-from lmcache_rag.chunk_kv import ChunkKV, KVScope, KVShape, StoredForm, base_of, codec_in, key_of, variant_of
+from lmcache_rag.chunk_kv import RESIDUAL, ChunkKV, KVScope, KVShape, StoredForm, base_of, codec_in, key_of, variant_of
 from lmcache_rag.codec.tables import learn_tables
 from lmcache_rag.library.chunks import ChunkStore, ChunkStores
 from lmcache_rag.library.commands import store_app
@@ -174,6 +174,13 @@ def test_what_is_hot_is_the_sum(chunks: ChunkStore) -> None:
     found.place(0, Rows(key, value, 0, [None, None]))
     loaded = chunks.load(name, SHAPE)
     assert isinstance(loaded, LoadedKV) and torch.equal(torch.stack([key, value], 1), loaded.kv())
+
+
+def test_a_residual_against_another_one_is_not_read(chunks: ChunkStore) -> None:
+    name = residual(chunks)
+    nested = name.replace(f".{RESIDUAL}.", f".{RESIDUAL}.{PRIMED}.{RESIDUAL}.")
+    assert chunks.load(nested, SHAPE) == "of an unknown codec"
+    assert not isinstance(chunks.load(name, SHAPE), str)
 
 
 @pytest.mark.parametrize("how", ["damaged", "gone"])

@@ -28,13 +28,15 @@ class Carrier:
     ) -> None:
         changed = torch.stack([key[self._taught] - key_before, value[self._taught] - value_before], dim=1)
         if rotation is not None:
-            rotate(changed[:, 0], rotation, self._taught, inverse=True, out=changed[:, 0])
+            keys = changed[:, 0]
+            rotate(keys, rotation, self._taught, inverse=True, out=keys)
         # K and V of a chunk in one product, and all chunks rotated at once: most of what this takes is calls.
         parts = changed.flatten(1).float().split(self._taught_lengths)
         products = [lesson.weights @ part for lesson, part in zip(self._lessons, parts, strict=True)]
         carried = torch.cat(products).unflatten(1, changed.shape[1:]).to(changed.dtype)
         if rotation is not None:
-            rotate(carried[:, 0], rotation, self._positions, out=carried[:, 0])
+            keys = carried[:, 0]
+            rotate(keys, rotation, self._positions, out=keys)
         # Gathered and scattered is what few tokens change; what all the others get is added to whole rows.
         for lesson, own in zip(self._lessons, carried.split(self._lengths), strict=True):
             key[lesson.rows] += own[:, 0]

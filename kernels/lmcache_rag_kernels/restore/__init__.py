@@ -16,6 +16,7 @@ from lmcache_rag_kernels.rows import Rows
 __all__ = ["CodedGroups", "Transform", "restore"]
 
 _SUMMED_TOKENS = 512
+"""So many tokens are added up at once, a multiple of every group: fewer take longer, more take more memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,7 @@ def _alike(first: tuple[CodedGroups, Transform], second: tuple[CodedGroups, Tran
 def _sum(
     first: tuple[CodedGroups, Transform], second: tuple[CodedGroups, Transform], offset: int, rows: Rows
 ) -> int | None:
-    """RoPE is linear: both are restored, then added, in float32. So many tokens at once: fewer take longer, more take
-    more memory."""
+    """RoPE is linear: both are restored, then added, in float32."""
     end = offset + rows.length
     starts = [offset, *range((offset // _SUMMED_TOKENS + 1) * _SUMMED_TOKENS, end, _SUMMED_TOKENS)]
     for start, stop in zip(starts, [*starts[1:], end], strict=True):
