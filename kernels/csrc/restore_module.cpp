@@ -15,48 +15,14 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
 #include "parallel.h"
 #include "rans_stream.h"
-#include "restore.h"
+#include "restore_versions.h"
 
 namespace nb = nanobind;
 
 namespace restore {
 namespace {
-
-struct Version {
-    std::string name;
-    rans::DecodeBlocks decode;
-    Multiply multiply;
-    Rotate rotate;
-    Narrow bfloat16, float16;
-};
-
-std::vector<Version> versions() {
-    std::vector<Version> found;
-#ifdef RESTORE_X86
-    if (isa::avx512())
-        found.push_back({"avx512", &rans::decode_avx512, &multiply_avx512, &rotate_avx512, &bfloat16_avx512,
-                         &float16_avx512});
-    if (isa::avx2())
-        found.push_back({"avx2", &rans::decode_avx2, &multiply_avx2, &rotate_avx2, &bfloat16_avx2, &float16_avx2});
-#endif
-    found.push_back({"generic", &rans::decode_generic, &multiply_generic, &rotate_generic, &bfloat16_generic,
-                     &float16_generic});
-    return found;
-}
-
-const Version &version_named(const std::string &isa) {
-    static const auto found = versions();
-    for (const Version &version : found)
-        if (isa.empty() || isa == version.name) return version;
-    throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
-}
-
-void check(bool ok, const char *message) {
-    if (!ok) throw std::invalid_argument(message);
-}
 
 template <typename T, int D>
 using In = nb::ndarray<nb::ro, const T, nb::device::cpu, nb::ndim<D>, nb::c_contig>;

@@ -1,6 +1,6 @@
 """Carrying a change over: in each layer, what changed in a chunk's taught tokens is added to its other tokens, weighed.
 
-In PyTorch on CPUs, a product for each chunk; on CUDA in Triton, all chunks at once.
+In C++ on CPUs, on CUDA in Triton, all chunks at once; elsewhere in PyTorch, a product for each chunk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lmcache_rag_kernels.carry import reference
+from lmcache_rag_kernels.carry import cpu, reference
 from lmcache_rag_kernels.carry.lesson import Lesson
 from lmcache_rag_kernels.rope import Rotation
 
@@ -40,4 +40,6 @@ def carrier(lessons: Sequence[Lesson]) -> Carrier:
         from lmcache_rag_kernels.carry import cuda
 
         return cuda.Carrier(lessons)
+    if lessons[0].weights.device.type == "cpu" and cpu.compiled():
+        return cpu.Carrier(lessons)
     return reference.Carrier(lessons)
