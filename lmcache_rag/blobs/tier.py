@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,9 @@ _SCAN_SHARE = 32
 _SCAN_S = 10.0
 """What other processes did in a cache is looked up when this one has filled one in so many of its bytes, and before
 anything is evicted, but not sooner again than after so many seconds."""
+
+_OBJECT = re.compile(r"[^./][^/]*/.+/[0-9a-f]{2}/[0-9a-f]{4,}/[^/]+\.v\d+")
+"""A chunk's object: namespace, model, the key's first digits, the key, form and version."""
 
 _log = logging.getLogger(__name__)
 
@@ -278,7 +282,9 @@ class Cache(Tier):
         with self._scanning:
             begun = time.time()
             try:
-                found = {name: _Held(size, used_s, used_s) for name, size, used_s in self.store.entries()}
+                # What else lies in a folder is neither counted nor evicted: it may be somebody's only copy.
+                entries = (entry for entry in self.store.entries() if is_cacheable(entry[0]))
+                found = {name: _Held(size, used_s, used_s) for name, size, used_s in entries}
             except StoreError as error:
                 self._count_failure(self._reading, error)
                 found = {}
@@ -303,3 +309,12 @@ class Cache(Tier):
     def _forget(self, name: str) -> None:
         held = self._held.pop(name, None)
         self._total -= held.size if held is not None else 0
+
+
+def is_cacheable(name: str) -> bool:
+    """Whether a cache may hold it: chunks' objects, tables, and of the records, which change or must be seen at once,
+    the large parts alone. What a store says of itself is not: a cache may be that of several stores."""
+    folders = name.split("/")
+    if folders[0] == ".records":
+        return folders[-2] == "parts"
+    return folders[0] == ".tables" or bool(_OBJECT.fullmatch(name))

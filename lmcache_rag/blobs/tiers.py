@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 from lmcache_rag.blobs.base import Store
-from lmcache_rag.blobs.tier import Cache, Tier, TierStats
+from lmcache_rag.blobs.tier import Cache, Tier, TierStats, is_cacheable
 from lmcache_rag.errors import StoreError
 from lmcache_rag.process import OwnProcess
 
@@ -70,7 +70,7 @@ class TieredStore:
     def read(self, name: str, start: int = 0, length: int | None = None) -> memoryview | None:
         self._process.check()
         whole = not start and length is None
-        if not _is_cacheable(name):
+        if not is_cacheable(name):
             return self._origin.get(lambda: self.origin.read(name, start, length))
         if (data := self._filling.get(name)) is not None:
             return data[start:] if length is None else data[start : start + length]
@@ -86,7 +86,7 @@ class TieredStore:
 
     def map(self, name: str) -> memoryview | None:
         self._process.check()
-        if not _is_cacheable(name):
+        if not is_cacheable(name):
             return self._origin.get(lambda: self.origin.map(name))
         for cache in self.caches:
             if (data := cache.map(name)) is not None:
@@ -107,7 +107,7 @@ class TieredStore:
         try:
             self.origin.delete(names)
         finally:
-            self._drop([name for name in names if _is_cacheable(name)])
+            self._drop([name for name in names if is_cacheable(name)])
 
     def list(self, prefix: str) -> Iterator[str]:
         return self.origin.list(prefix)
@@ -119,7 +119,7 @@ class TieredStore:
         return self.origin.free_bytes()
 
     def heal(self, name: str) -> Store | None:
-        if not self.caches or not _is_cacheable(name):
+        if not self.caches or not is_cacheable(name):
             return self.origin.heal(name)
         self._drop([name], damaged=True)
         return self.origin
@@ -132,7 +132,7 @@ class TieredStore:
         for name in names if self.caches else ():
             with self._lock:
                 known = name in self._prefetching or name in self._filling or name in self.caches[0]
-                if known or not _is_cacheable(name) or len(self._prefetching) >= _MOST_PREFETCHED:
+                if known or not is_cacheable(name) or len(self._prefetching) >= _MOST_PREFETCHED:
                     continue
                 self._prefetching.add(name)
             taken += 1
@@ -214,7 +214,7 @@ class TieredStore:
 
     def _keep(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Write to the caches what the origin has."""
-        if _is_cacheable(name):
+        if is_cacheable(name):
             with self._lock:
                 self._filling.pop(name, None)
             for cache in self.caches:
@@ -262,12 +262,3 @@ class _Workers:
                 work()
             except Exception:  # noqa: BLE001  # nobody waits for it, and other work does
                 _log.exception("what a store does in the background failed")
-
-
-def _is_cacheable(name: str) -> bool:
-    """All but what the records change or must see at once, of which only the large parts are kept, and what a store
-    says of itself: a cache may be that of several stores."""
-    folders = name.split("/")
-    if folders[0] == ".records":
-        return folders[-2] == "parts"
-    return folders[0] == ".tables" or not folders[0].startswith(".")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from lmcache_rag.corpus.formats import SUFFIXES, format_of, text_of
 from lmcache_rag.errors import CorpusError
@@ -117,13 +118,25 @@ def absolute(path: Path) -> Path:
 
 
 def _below(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
+    """The files in a folder and those below, links followed; a folder is looked into once, by its own name rather than
+    by a link's."""
+
+    def refuse(error: OSError) -> NoReturn:
         raise CorpusError(
             f"{error.filename} cannot be looked into ({error.strerror}): change its permissions."
         ) from error
 
-    files = []
-    for name, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [folder_name for folder_name in folders if not folder_name.startswith(".")]
+    files, seen = [], set()
+    for name, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        try:
+            own = Path(name).stat()
+        except OSError as error:
+            refuse(error)
+        if (own.st_dev, own.st_ino) in seen:  # by another name, or a link leads back
+            folders.clear()
+            continue
+        seen.add((own.st_dev, own.st_ino))
+        visible = (folder_name for folder_name in folders if not folder_name.startswith("."))
+        folders[:] = sorted(visible, key=lambda folder_name: Path(name, folder_name).is_symlink())
         files += [Path(name) / file for file in names if not file.startswith(".") and file.lower().endswith(SUFFIXES)]
     return files

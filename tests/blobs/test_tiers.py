@@ -64,7 +64,7 @@ def read(store: TieredStore, name: str, start: int = 0, length: int | None = Non
 
 
 def names(count: int) -> list[str]:
-    return [f"default/model/{number:02}/{number:02}/0.raw.v1" for number in range(count)]
+    return [f"default/model/{number:02}/{number:02}00/0.raw.v1" for number in range(count)]
 
 
 def test_reads_fill_the_cache_and_are_counted(origin: Origin, disk: Cache, tiers: TieredStore) -> None:
@@ -159,7 +159,7 @@ def test_prefetching_is_bounded_and_fails_silently(origin: Origin, tiers: Tiered
     origin.broken = False
     tiers = TieredStore(tiers.caches, origin)
     origin.go_on.clear()
-    assert tiers.prefetch(f"default/model/aa/{number}/0.raw.v1" for number in range(2000)) == 512
+    assert tiers.prefetch(f"default/model/aa/{number:04}/0.raw.v1" for number in range(2000)) == 512
     origin.go_on.set()
     tiers.flush()
     assert TieredStore([], origin).prefetch([NAME]) == 0
@@ -202,6 +202,21 @@ def test_a_cache_stays_within_its_capacity_and_keeps_what_was_used_last(origin: 
     assert all(origin.exists(name) for name in [NAME, *names(11)])
 
 
+def test_what_else_lies_in_a_caches_folder_is_left_alone(origin: Origin, tmp_path: Path) -> None:
+    """It may be somebody's only copy: `--tier` may name any folder."""
+    folder = tmp_path / "cache"
+    others = ["thesis.md", "letters/2019/to-her.v2", "photos/ab/abcd/summer.jpg", ".ssh/id", "ab/abcd/draft.v1"]
+    for name in others:
+        DiskStore(folder).write(name, [b"x" * 4000])
+        os.utime(folder / name, (1, 1))  # used longest ago
+    cache = Cache("disk", DiskStore(folder), 10_000)
+    tiers = TieredStore([cache], origin)
+    for name in names(12):
+        tiers.write(name, [b"x" * 1000])
+    assert tiers.stats()["disk"].evictions and 0 < cache.size_bytes <= 10_000
+    assert all((folder / name).read_bytes() == b"x" * 4000 for name in others)
+
+
 def test_what_another_process_filled_and_this_one_read_in_part_counts_whole(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "cache")
     cache = Cache("disk", DiskStore(tmp_path / "cache"), 10_000)
@@ -234,7 +249,7 @@ def test_several_processes_keep_one_cache(origin: Origin, tmp_path: Path) -> Non
         "root, start = Path(sys.argv[1]), int(sys.argv[2])\n"
         "store = TieredStore([Cache('disk', DiskStore(root / 'cache'), 40_000)], DiskStore(root / 'origin'))\n"
         "for number in range(start, 400, 3):\n"
-        "    name = f'default/model/{number % 90:02}/{number % 90:02}/0.raw.v1'\n"
+        "    name = f'default/model/{number % 90:02}/{number % 90:02}00/0.raw.v1'\n"
         "    found = store.read(name)\n"
         "    if found is None: store.write(name, [bytes([number % 90]) * 1000])\n"
         "    else: assert bytes(found) == bytes([number % 90]) * 1000\n"

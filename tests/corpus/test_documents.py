@@ -51,6 +51,20 @@ def test_what_is_no_text(tmp_path: Path, content: bytes, problem: str) -> None:
         read_document(path)
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    notes, corpus = tmp_path / "notes", tmp_path / "corpus"
+    (notes / "2026").mkdir(parents=True)
+    (corpus / "v2").mkdir(parents=True)
+    (notes / "2026" / "may.md").write_text("In May.")
+    (corpus / "v2" / "guide.md").write_text("How to.")
+    (corpus / "notes").symlink_to(notes)
+    (corpus / "latest").symlink_to(corpus / "v2")
+    (notes / "2026" / "home").symlink_to(corpus)  # leads back
+    (corpus / "gone").symlink_to(tmp_path / "nowhere")
+    found = [path.relative_to(corpus).as_posix() for path in find_files([corpus])]
+    assert found == ["notes/2026/may.md", "v2/guide.md"]
+
+
 def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(path: Path) -> bool:
         raise PermissionError(13, "Permission denied")
