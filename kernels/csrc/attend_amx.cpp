@@ -79,6 +79,7 @@ public:
         }
         settle(config);
         _tile_loadconfig(config);
+        settle(config);
     }
     ~Configured() {
         settle(before_);

@@ -104,7 +104,10 @@ class DiskStore(Untiered):
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise _failed(f"{prefix} could not be listed in {self.root}", error) from error
 
-        for folder, _, files in os.walk(self._path(prefix), onerror=refuse):
+        return self._below(prefix, refuse)
+
+    def _below(self, prefix: str, failed: Callable[[OSError], None] | None = None) -> Iterator[str]:
+        for folder, _, files in os.walk(self._path(prefix), onerror=failed):
             relative = Path(folder).relative_to(self.root).as_posix()
             for file in sorted(files):
                 yield f"{relative}/{file}".removeprefix("./")
@@ -124,7 +127,7 @@ class DiskStore(Untiered):
             raise _failed(f"The free space of {self.root} could not be read", error) from error
 
     def entries(self) -> Iterator[tuple[str, int, float]]:
-        for name in self.list(""):
+        for name in self._below(""):  # a folder that cannot be entered is somebody else's
             if not name.startswith(f"{_UNFINISHED}/"):
                 with suppress(OSError):  # another process deleted it meanwhile
                     found = self._path(name).stat()

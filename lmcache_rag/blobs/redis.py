@@ -143,7 +143,9 @@ class RedisStore(Untiered):
                 lengths = self._client.pipeline(transaction=False)
                 for name in new:
                     lengths.strlen(self._key(name))
-                yield from ((name, length, 0.0) for name, length in zip(new, lengths.execute(), strict=True))
+                found = lengths.execute(raise_on_error=False)
+                # What else there is may have no length.
+                yield from ((name, size, 0.0) for name, size in zip(new, found, strict=True) if isinstance(size, int))
 
     def touch(self, name: str) -> None:
         """The server knows by itself."""
@@ -156,7 +158,8 @@ class RedisStore(Untiered):
         while cursor != 0:
             with self._asking(f"{prefix or 'its names'} could not be listed"):
                 cursor, keys = self._client.scan(cursor or 0, match=pattern.encode(), count=_AT_A_TIME)
-            yield {key.decode()[len(self._prefix) :] for key in keys}
+            names = (key.decode(errors="ignore") for key in keys)
+            yield {name[len(self._prefix) :] for name, key in zip(names, keys, strict=True) if name.encode() == key}
 
     def _key(self, name: str) -> bytes:
         return f"{self._prefix}{name}".encode()

@@ -161,6 +161,7 @@ class Cache(Tier):
         self._removals = 0
         self._filled_bytes = 0  # since it was looked through
         self._scanned_at = time.monotonic()
+        self._is_a_store = False
         self._scanned = threading.Event()
         self._scanning = threading.Lock()
         if capacity_bytes is not None or not store.remote:
@@ -188,7 +189,7 @@ class Cache(Tier):
         size = sum(memoryview(part).nbytes for part in parts)
         limits = [self.capacity_bytes, getattr(self.store, "largest_bytes", None)]
         fits = all(limit is None or size <= limit for limit in limits)
-        if self._writing.reason() or not fits:
+        if self._writing.reason() or not fits or self._is_a_store:
             if name in self._held:
                 self.drop([name])  # an older one is not to stay
             return False
@@ -264,7 +265,7 @@ class Cache(Tier):
         if due:
             self._scan()
         with self._lock:
-            if self._total <= capacity:
+            if self._total <= capacity or self._is_a_store:
                 return
             oldest = sorted((held.used_s, other) for other, held in self._held.items() if other not in self._written)
             evicted = []
@@ -278,28 +279,34 @@ class Cache(Tier):
         self.store.delete(evicted)
 
     def _scan(self) -> None:
-        """Look through what there is."""
+        """Look through what there is. What else lies there is neither counted nor evicted: it may be somebody's only
+        copy."""
         with self._scanning:
-            begun = time.time()
             try:
-                # What else lies in a folder is neither counted nor evicted: it may be somebody's only copy.
-                entries = (entry for entry in self.store.entries() if is_cacheable(entry[0]))
-                found = {name: _Held(size, used_s, used_s) for name, size, used_s in entries}
+                begun = time.time()
+                entries = list(self.store.entries())
             except StoreError as error:
                 self._count_failure(self._reading, error)
-                found = {}
-            with self._lock:
-                for name, held in self._held.items():
-                    there = found.get(name)
-                    if name in self._written or (there is None and held.used_s >= begun):
-                        found[name] = held
-                    elif (
-                        there is not None and held.used_s > there.used_s
-                    ):  # of what was read in part, only it knows all
-                        there.used_s, there.touched_s = held.used_s, held.touched_s
-                self._held, self._total = found, sum(held.size for held in found.values())
-                self._filled_bytes, self._scanned_at = 0, time.monotonic()
-            self._scanned.set()
+            else:
+                self._take_over(entries, begun)
+            finally:
+                self._scanned_at = time.monotonic()
+                self._scanned.set()
+
+    def _take_over(self, entries: Sequence[tuple[str, int, float]], begun: float) -> None:
+        found = {name: _Held(size, used_s, used_s) for name, size, used_s in entries if is_cacheable(name)}
+        if not self._is_a_store and any(_is_of_a_store(name) for name, _, _ in entries):
+            self._is_a_store = True
+            _log.warning("%s is a store itself, so it is not used as a cache: name another place (--tier).", self.label)
+        with self._lock:
+            for name, held in self._held.items():
+                there = found.get(name)
+                if name in self._written or (there is None and held.used_s >= begun):
+                    found[name] = held
+                elif there is not None and held.used_s > there.used_s:  # of what was read in part, only it knows all
+                    there.used_s, there.touched_s = held.used_s, held.touched_s
+            self._held, self._total = found, sum(held.size for held in found.values())
+            self._filled_bytes = 0
 
     def _hold(self, name: str, size: int, used_s: float) -> _Held:
         held = self._held[name] = _Held(size, used_s, used_s)
@@ -316,5 +323,10 @@ def is_cacheable(name: str) -> bool:
     the large parts alone. What a store says of itself is not: a cache may be that of several stores."""
     folders = name.split("/")
     if folders[0] == ".records":
-        return folders[-2] == "parts"
+        return folders[-2:-1] == ["parts"]
     return folders[0] == ".tables" or bool(_OBJECT.fullmatch(name))
+
+
+def _is_of_a_store(name: str) -> bool:
+    """Whether only a store has it, and no cache."""
+    return name.startswith(".records/") and not is_cacheable(name)

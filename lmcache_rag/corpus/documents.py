@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lmcache_rag.corpus.formats import SUFFIXES, format_of, text_of
 from lmcache_rag.errors import CorpusError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,20 @@ def absolute(path: Path) -> Path:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files in a folder and those below, links followed; a folder is looked into once, by its own name rather than
-    by a link's."""
-
-    def refuse(error: OSError) -> NoReturn:
+    def refuse(error: OSError) -> None:
         raise CorpusError(
             f"{error.filename} cannot be looked into ({error.strerror}): change its permissions."
         ) from error
 
-    files, seen = [], set()
-    for name, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        try:
-            own = Path(name).stat()
-        except OSError as error:
-            refuse(error)
-        if (own.st_dev, own.st_ino) in seen:  # by another name, or a link leads back
-            folders.clear()
-            continue
-        seen.add((own.st_dev, own.st_ino))
-        visible = (folder_name for folder_name in folders if not folder_name.startswith("."))
-        folders[:] = sorted(visible, key=lambda folder_name: Path(name, folder_name).is_symlink())
+    files, links = [], []
+    for name, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [folder_name for folder_name in folders if not folder_name.startswith(".")]
+        links += [path for folder_name in folders if (path := Path(name) / folder_name).is_symlink()]
         files += [Path(name) / file for file in names if not file.startswith(".") and file.lower().endswith(SUFFIXES)]
+    if links:
+        _log.warning(
+            "Links to folders are not followed (%s%s): name them as well where they lead to documents.",
+            printed(links[0]),
+            f" and {len(links) - 1} more" if links[1:] else "",
+        )
     return files

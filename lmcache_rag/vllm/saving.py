@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from lmcache_rag.library.room import Rooms
 from lmcache_rag.plan.plan import BlendPlan
 from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
+from lmcache_rag.vllm.saver import Saver
 
 MOST_SAVING = 4
 """So many chunks wait in memory to be stored at most; the scheduler half sees to it."""
@@ -119,7 +120,7 @@ class Saving:
         rooms: in which others may have to go.
     """
 
-    def __init__(self, thread: Executor, rooms: Rooms, failures: Failures) -> None:
+    def __init__(self, thread: Saver, rooms: Rooms, failures: Failures) -> None:
         self._thread = thread
         self._rooms = rooms
         self._failures = failures

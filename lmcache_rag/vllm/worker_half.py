@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
+from lmcache_rag.vllm.saver import Saver
 from lmcache_rag.vllm.saving import PAUSE_S, Made, Saved, Saving, save_behind, save_in_order
 
 _PIECES = 8
@@ -95,7 +96,7 @@ class WorkerHalf:
         self._rates = self._blender.rates
         self._refiner = Refiner(self._blender.workspace, model, self._rates)
         self._refined: Refined | None = None
-        self._saver = ThreadPoolExecutor(1, "lmcache-rag-save")
+        self._saver = Saver()
         self._saving: tuple[RefineJob, Future[Saved]] | None = None
         self._stored_to = 0  # the last piece that was to be stored of the conversation under way
         self._next_run = 0  # of the prompt that is learned from
@@ -361,10 +362,10 @@ class WorkerHalf:
         )
 
     def close(self) -> None:
-        """Record what was used and is not yet recorded."""
+        """Record what was used and is not yet recorded, behind all that is to be stored."""
         for chunks in (self._chunks, self._chats):
-            chunks.flush()
-        self._saver.shutdown()
+            self._saver.submit(chunks.flush)
+        self._saver.close()
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:

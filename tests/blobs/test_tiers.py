@@ -97,10 +97,19 @@ def test_writes_go_through_and_deletes_to_all(origin: Origin, disk: Cache, tiers
     assert not origin.exists(NAME) and not disk.store.exists(NAME) and tiers.tier_of(OTHER) is None
 
 
-def test_what_cannot_be_stored_is_in_no_cache(origin: Origin, disk: Cache, tiers: TieredStore) -> None:
-    with pytest.raises(StoreError):
-        tiers.write("default/" + "x" * 300, [b"one"])
+def test_what_cannot_be_stored_is_in_no_cache(
+    origin: Origin, disk: Cache, tiers: TieredStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise StoreError("The origin is full.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(origin, "write", refuse)
+        with pytest.raises(StoreError, match="full"):
+            tiers.write(NAME, [b"one"])
     assert list(disk.store.list("default/")) == []
+    tiers.write(NAME, [b"one"])
+    assert list(disk.store.list("default/")) == [NAME]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +214,14 @@ def test_a_cache_stays_within_its_capacity_and_keeps_what_was_used_last(origin: 
 def test_what_else_lies_in_a_caches_folder_is_left_alone(origin: Origin, tmp_path: Path) -> None:
     """It may be somebody's only copy: `--tier` may name any folder."""
     folder = tmp_path / "cache"
-    others = ["thesis.md", "letters/2019/to-her.v2", "photos/ab/abcd/summer.jpg", ".ssh/id", "ab/abcd/draft.v1"]
+    others = [
+        "thesis.md",
+        ".records",
+        "letters/2019/to-her.v2",
+        "photos/ab/abcd/summer.jpg",
+        ".ssh/id",
+        "ab/abcd/draft.v1",
+    ]
     for name in others:
         DiskStore(folder).write(name, [b"x" * 4000])
         os.utime(folder / name, (1, 1))  # used longest ago
@@ -215,6 +231,40 @@ def test_what_else_lies_in_a_caches_folder_is_left_alone(origin: Origin, tmp_pat
         tiers.write(name, [b"x" * 1000])
     assert tiers.stats()["disk"].evictions and 0 < cache.size_bytes <= 10_000
     assert all((folder / name).read_bytes() == b"x" * 4000 for name in others)
+
+
+def test_a_folder_that_cannot_be_entered_keeps_no_cache_from_its_bounds(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as `lost+found` on a disk of its own."""
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    (tmp_path / "cache" / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", refusing)  # root may enter any folder
+    cache = Cache("disk", DiskStore(tmp_path / "cache"), 10_000)
+    tiers = TieredStore([cache], origin)
+    for name in names(20):
+        tiers.write(name, [b"x" * 1000])
+    cache._scan()
+    assert not tiers.stats()["disk"].failures and 0 < cache.size_bytes <= 10_000
+
+
+def test_a_store_is_no_cache(origin: Origin, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Else its only copies would be evicted."""
+    other = DiskStore(tmp_path / "cache")
+    for name in [*names(12), SEGMENT]:
+        other.write(name, [b"x" * 1000])
+    cache = Cache("disk", DiskStore(tmp_path / "cache"), 10_000)
+    tiers = TieredStore([cache], origin)
+    tiers.write(NAME, [b"x" * 1000])
+    tiers.write(OTHER, [b"x" * 1000])
+    assert all(other.exists(name) for name in names(12)) and not tiers.stats()["disk"].evictions
+    assert "a store itself" in caplog.text
 
 
 def test_what_another_process_filled_and_this_one_read_in_part_counts_whole(tmp_path: Path) -> None:

@@ -51,18 +51,16 @@ def test_what_is_no_text(tmp_path: Path, content: bytes, problem: str) -> None:
         read_document(path)
 
 
-def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+def test_links_to_folders_are_named_and_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notes, corpus = tmp_path / "notes", tmp_path / "corpus"
-    (notes / "2026").mkdir(parents=True)
-    (corpus / "v2").mkdir(parents=True)
-    (notes / "2026" / "may.md").write_text("In May.")
-    (corpus / "v2" / "guide.md").write_text("How to.")
+    notes.mkdir()
+    corpus.mkdir()
+    (notes / "may.md").write_text("In May.")
+    (corpus / "guide.md").write_text("How to.")
     (corpus / "notes").symlink_to(notes)
-    (corpus / "latest").symlink_to(corpus / "v2")
-    (notes / "2026" / "home").symlink_to(corpus)  # leads back
-    (corpus / "gone").symlink_to(tmp_path / "nowhere")
-    found = [path.relative_to(corpus).as_posix() for path in find_files([corpus])]
-    assert found == ["notes/2026/may.md", "v2/guide.md"]
+    assert find_files([corpus]) == [corpus / "guide.md"]
+    assert f"not followed ({corpus / 'notes'})" in caplog.text
+    assert find_files([corpus, corpus / "notes"]) == [corpus / "guide.md", corpus / "notes" / "may.md"]
 
 
 def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,6 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         (lessons, (*after[:, :120], *own), turns(8), "taught tokens must have a row"),
         (lessons, (*after, own[0][:-1], own[1]), turns(8), "from before for each"),
         (lessons, (after[0], after[1, :, :1], *own), turns(8), "of one type"),
-        (lessons, (after[0], after[1].bfloat16(), *own), turns(8), "of one type"),
         (lessons, (*after, *own), rotation(8), "an angle"),
         (lessons, (*after, *own), turns(32), "no more than a head's dimensions"),
         ([dataclasses.replace(lessons[0], weights=lessons[0].weights[:-1])], (*after, *own), None, "from before"),

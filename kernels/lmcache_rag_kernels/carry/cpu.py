@@ -36,6 +36,10 @@ class Carrier:
 
     Args:
         isa: one of `instruction_sets()`, empty for the best.
+
+    Raises:
+        ValueError: when called: rows, angles and weights do not fit each other, or a token's channels do not lie in a
+            row.
     """
 
     def __init__(self, lessons: Sequence[Lesson], *, isa: str = "") -> None:
@@ -48,7 +52,8 @@ class Carrier:
         self, key: Tensor, value: Tensor, key_before: Tensor, value_before: Tensor, rotation: Rotation | None
     ) -> None:
         interleaved = rotation is not None and rotation.interleaved
-        if interleaved or key.dtype not in (torch.float32, torch.bfloat16):
+        types = {rows.dtype for rows in (key, value, key_before, value_before)}
+        if interleaved or types not in ({torch.float32}, {torch.bfloat16}):
             self._reference(key, value, key_before, value_before, rotation)
             return
         _carry.carry(
