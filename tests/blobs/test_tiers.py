@@ -254,6 +254,23 @@ def test_a_folder_that_cannot_be_entered_keeps_no_cache_from_its_bounds(
     assert not tiers.stats()["disk"].failures and 0 < cache.size_bytes <= 10_000
 
 
+def test_what_else_a_redis_holds(redis_server: RedisServer) -> None:
+    """Values that have no length, and names that are no text."""
+    import redis
+
+    client = redis.Redis(port=redis_server.port, db=5)
+    client.hset("sessions", "user", "7")
+    client.set(b"\xff\x00", b"x")
+    store = RedisStore("127.0.0.1", redis_server.port, 5)
+    store.write(NAME, [b"onetwo"])
+    assert [(name, size) for name, size, _ in store.entries()] == [(NAME, 6)]
+    assert list(store.list("default/")) == [NAME]
+    cache = Cache("redis", store, 1000)
+    cache.fill(OTHER, [b"x" * 999])
+    assert NAME not in store.list("") and client.hget("sessions", "user") == b"7" and client.get(b"\xff\x00") == b"x"
+    client.flushdb()
+
+
 def test_a_store_is_no_cache(origin: Origin, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Else its only copies would be evicted."""
     other = DiskStore(tmp_path / "cache")
