@@ -217,7 +217,7 @@ class Cache(Tier):
             self._removals += 1
             for name in names:
                 self._forget(name)
-        if self._writing.reason() and not damaged:
+        if self._is_a_store or (self._writing.reason() and not damaged):
             return
         try:
             self.store.delete(names)
@@ -225,7 +225,7 @@ class Cache(Tier):
             self._count_failure(self._writing, error)
 
     def _look_up(self, name: str, read: Callable[[], memoryview | None], start: int) -> memoryview | None:
-        if self._reading.reason():
+        if self._is_a_store or self._reading.reason():
             return None
         removals = self._removals
         try:

@@ -44,8 +44,13 @@ class Saver:
         self._waiting.put(work)
         return saved
 
-    def close(self, patience_s: float = _PATIENCE_S) -> None:
-        """Wait for what was submitted, but not for a store that hangs; a log says where that was so."""
+    def close(self, *last: Callable[[], None], patience_s: float = _PATIENCE_S) -> None:
+        """Wait for what was submitted, and `last` after it, but not for a store that hangs; a log says where that was
+        so. Closing again does nothing."""
+        if self._closed:
+            return
+        for work in last:
+            self.submit(work)
         self._closed = True
         self._waiting.put(None)
         self._thread.join(patience_s)

@@ -363,9 +363,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Record what was used and is not yet recorded, behind all that is to be stored."""
-        for chunks in (self._chunks, self._chats):
-            self._saver.submit(chunks.flush)
-        self._saver.close()
+        self._saver.close(self._chunks.flush, self._chats.flush)
 
 
 def _failed(plan: BlendPlan, failure: str) -> ReuseReport:

@@ -282,6 +282,8 @@ def test_a_store_is_no_cache(origin: Origin, tmp_path: Path, caplog: pytest.LogC
     tiers.write(OTHER, [b"x" * 1000])
     assert all(other.exists(name) for name in names(12)) and not tiers.stats()["disk"].evictions
     assert "a store itself" in caplog.text
+    tiers.delete([names(1)[0]])
+    assert other.exists(names(1)[0]) and cache.read(names(1)[0]) is None
 
 
 def test_what_another_process_filled_and_this_one_read_in_part_counts_whole(tmp_path: Path) -> None:

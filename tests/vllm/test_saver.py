@@ -19,10 +19,12 @@ def test_in_order_and_all_of_it_before_it_closes() -> None:
     saved = [saver.submit(done.append, number) for number in range(20)]
     assert not done
     begin.set()
-    saver.close()
-    assert done == list(range(20)) and all(one.done() for one in saved)
+    saver.close(lambda: done.append(20))
+    assert done == list(range(21)) and all(one.done() for one in saved)
+    saver.close(lambda: done.append(21))
+    assert done[-1] == 20
     with pytest.raises(EngineError, match="closed"):
-        saver.submit(done.append, 20)
+        saver.submit(done.append, 22)
 
 
 def test_an_error_goes_to_whoever_asks() -> None:
