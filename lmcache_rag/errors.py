@@ -25,5 +25,9 @@ class PromptError(LmcacheRagError):
     """The prompt does not fit the model, or its parts do not fit together."""
 
 
+class CutOffError(PromptError, ValueError):
+    """A structured answer is cut off by `max_tokens`. A ValueError too, as frameworks take what cannot be read."""
+
+
 class EngineError(LmcacheRagError):
     """vLLM cannot be started, or has stopped."""

@@ -182,6 +182,7 @@ def chat_text(
     turns: Sequence[Mapping[str, Any]],
     today: date = TEMPLATE_DATE,
     tools: Sequence[Mapping[str, Any]] = (),
+    **template_kwargs: Any,
 ) -> str:
     """Messages (`role` and `content`) in the model's own chat template, up to where its answer begins. The text has its
     special tokens in it, so it is tokenised with `add_special_tokens=False`.
@@ -190,6 +191,7 @@ def chat_text(
         tools: functions that the model may call, in OpenAI's form.
         today: what the template is told where it prints a date. Chunks are computed behind it, and on a real date they
             would be foreign a day later.
+        template_kwargs: what this template takes besides.
 
     Raises:
         PromptError: the model has no chat template, or it does not take these messages.
@@ -197,7 +199,7 @@ def chat_text(
     from jinja2.exceptions import TemplateError
 
     dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))  # the one way in which a date gets in
-    given: dict[str, Any] = {"strftime_now": today.strftime} if dated else {}
+    given: dict[str, Any] = {**({"strftime_now": today.strftime} if dated else {}), **template_kwargs}
     if tools:
         given["tools"] = list(tools)
     try:

@@ -39,7 +39,7 @@ def worker_half() -> Any:
 def fix_rates(engine: LocalEngine) -> None:
     """Have an engine choose what is fastest at fixed rates: a tiny model's own say that everything is cheap."""
     cost = connector(engine).scheduler._planner.cost
-    cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=0.001))
+    cost.learn(Rates(prefill_tokens_per_s=1000, pass_s=0.001, held_s=1e-5))
     cost.learn = lambda rates: None
 
 

@@ -78,15 +78,21 @@ class Blender:
         self.rates = self._measured_rates()
         self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
-    def blend(self, plan: BlendPlan, chunks: HotChunks) -> Steps[ReuseReport]:
+    def blend(self, plan: BlendPlan, chunks: HotChunks, held: Callable[[], None] | None = None) -> Steps[ReuseReport]:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done. The workspace is this
-        blend's until then."""
+        blend's until then.
+
+        Args:
+            held: puts those of the first `plan.held_tokens` there.
+        """
         report = ReuseReport(
             mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
         )
         self.token_layers = 0
         self.workspace.holder = self
         with self._timed(report, "load"):
+            if plan.held_tokens and held is not None:
+                held()
             state = _Blend(self, plan, report)
             yield from state.load(chunks)
         with self._timed(report, "select"):
@@ -188,6 +194,7 @@ class _Blend:
         self._plan = plan
         self._report = report
         self.required = torch.ones(plan.end, dtype=torch.bool)
+        self.required[: plan.held_tokens] = False
         self._missed = torch.zeros_like(self.required)
         self._lossy: set[PlannedSegment] = set()
         self._reused: set[PlannedSegment] = set()
@@ -199,6 +206,7 @@ class _Blend:
         self._pending = self.required.clone()
         self.segments = tuple(segment for segment in plan.segments if segment in self._reused)
         self.candidates = ~self.required
+        self.candidates[: plan.held_tokens] = False
         everything = plan.ratio >= 1 or plan.selector == "all"
         for segment in self._reused:
             if segment.exact and not (everything and segment in self._lossy):

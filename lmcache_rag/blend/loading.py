@@ -23,11 +23,17 @@ _AT_A_TIME = 4
 _READERS = 2 * _AT_A_TIME
 """As many reads as a plan has at a time may hang before the next plan reads with fewer threads."""
 
+_AHEAD = 2 * _AT_A_TIME
+"""So many objects of a plan are read and not yet taken."""
+
 _LARGE_BYTES = 1 << 20
 """What is smaller tells a store's latency, not its bandwidth."""
 
 _PATIENCE_S = 0.25
 """Loading is not given up before, however little there is to compute."""
+
+_WHILE_OTHERS_RUN = 4
+"""A blend that is not alone computes so many times as long, so its reads may take as long."""
 
 _AT_A_TIME_CHOSEN = 2
 """Where forms are chosen as the store's rate becomes known, fewer objects are chosen ahead."""
@@ -77,14 +83,14 @@ class Loader:
                 is read from that tier for a while: requests that were planned before this was known are not to wait
                 again. Nor is anything read while all readers hang.
             may_wait: asked while something is not there yet.
-            paused_s: the seconds in which the caller did something else, so far; they are no fault of the store.
+            paused_s: the seconds in which the caller did something else, so far; see `_Patience`.
             seconds: by when loading is to be done, where the segments have forms to choose from.
         """
         named = [segment for segment in segments if segment.name is not None]
         self.bytes_per_s = {}
         start = time.perf_counter()
         slow = self._slow(named, chunks)
-        paused, deadline = paused_s(), start + self._patience_s(tokens)
+        paused, patience = paused_s(), _Patience(self._patience_s(tokens), paused_s)
         wanted = [segment for segment in named if segment not in slow]
         reads = _Reads(self._readers, chunks, self._shape, wanted, self._stream(wanted, tokens, seconds))
         sizes, last, ended, gave_up = Counter[str](), "", start, False
@@ -95,9 +101,8 @@ class Loader:
                     yield segment, _TOO_SLOW
                     continue
                 read = next(futures)
-                while not read.done() and time.perf_counter() < deadline + paused_s() - paused and not may_wait():
-                    yield None
-                result, at = _result(read, deadline + paused_s() - paused)
+                yield from patience.pauses(read, may_wait)
+                result, at = _result(read, patience.deadline)
                 if not isinstance(result, str):
                     sizes[segment.tier] += result.size_bytes
                 elif result == _TOO_SLOW:
@@ -111,8 +116,8 @@ class Loader:
                 yield segment, result
         finally:
             reads.stop()
-        if paused_s() > paused and not gave_up:
-            return  # reads were begun when the caller came back
+        if paused_s() > paused and len(wanted) > _AHEAD and not gave_up:
+            return  # some reads were begun when the caller came back
         alone = sum(map(bool, sizes.values())) < 2  # of several tiers nobody knows which one took how long
         if (alone and sizes[last] >= _LARGE_BYTES) or gave_up:  # of what was given up, nothing was read
             self.bytes_per_s = {last: max(1, sizes[last]) / max(ended - start, 1e-6)}
@@ -144,6 +149,33 @@ class Loader:
         if not self._prefill_tokens_per_s:
             return math.inf
         return max(_PATIENCE_S, GIVE_UP_SHARE * tokens / self._prefill_tokens_per_s)
+
+
+class _Patience:
+    """How long a plan's objects are waited for. The caller's pauses are no fault of the store, but for those in which
+    the next object was waited for, since reads go on meanwhile.
+
+    Args:
+        paused_s: the seconds of all pauses so far.
+    """
+
+    def __init__(self, seconds: float, paused_s: Callable[[], float]) -> None:
+        self._end = time.perf_counter() + seconds - paused_s()
+        self._paused_s = paused_s
+        self._waited_s = 0.0
+        self._excused_s = (_WHILE_OTHERS_RUN - 1) * seconds
+
+    @property
+    def deadline(self) -> float:
+        """When it ends, as things are now."""
+        return self._end + self._paused_s() - max(0.0, self._waited_s - self._excused_s)
+
+    def pauses(self, read: _Read, may_wait: Callable[[], bool]) -> Iterator[None]:
+        """One after the other, until the object is there or is to be waited for, or patience has ended."""
+        while not read.done() and time.perf_counter() < self.deadline and not may_wait():
+            before = self._paused_s()
+            yield None
+            self._waited_s += self._paused_s() - before
 
 
 class _Readers:
@@ -204,7 +236,7 @@ class _Reads:
         self._waiting = deque(zip(segments, self.futures, strict=True))
         self._at_a_time = _AT_A_TIME if stream is None else _AT_A_TIME_CHOSEN
         self._workers = 0
-        self._room = 2 * _AT_A_TIME  # for objects that are read and not yet taken
+        self._room = _AHEAD
         self._lock = threading.Lock()
         self._go_on()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,23 +28,36 @@ class Terms:
     hurried: bool
 
 
+class Salt(NamedTuple):
+    """What the names of a blend's blocks are mixed with; see `vllm.isolation`.
+
+    Attributes:
+        kept_blocks: so many of the prompt's first blocks were there before: the first blend's hold exact KV, under the
+            names that exact requests give them.
+        digest: of all that has shaped the KV of the others, hexadecimal digits.
+    """
+
+    kept_blocks: int
+    digest: str
+
+
 @dataclass(frozen=True, eq=False)
 class Answered:
     """A prompt and its answer, over KV that was blended or continues a blend.
 
     Attributes:
         token_ids: of prompt and answer, int32.
-        ratio: the recompute ratio of the blend.
-        kept_blocks: so many of the first blocks hold exact KV, under the names that exact requests give them.
-        digest: names what shaped the KV behind those; see `vllm.isolation`.
-        turns: answers since the blend, its own included.
+        prompt_tokens: so many of them are the prompt.
+        ratio: the recompute ratio of the blend, the least where one was done behind another.
+        salts: of each blend, the first one first.
+        turns: answers since the last blend, its own included.
     """
 
     token_ids: np.ndarray
+    prompt_tokens: int
     terms: Terms
     ratio: float
-    kept_blocks: int
-    digest: str
+    salts: tuple[Salt, ...]
     turns: int = 1
 
 
@@ -56,9 +70,8 @@ class Answers:
     def add(self, answered: Answered) -> None:
         """Remember an answer; what it continues need not be remembered any more."""
         for earlier in list(self._answers):
-            if earlier.digest == answered.digest and _common(earlier.token_ids, answered.token_ids) == len(
-                earlier.token_ids
-            ):
+            same = answered.salts[: len(earlier.salts)] == earlier.salts
+            if same and _common(earlier.token_ids, answered.token_ids) == len(earlier.token_ids):
                 self._answers.remove(earlier)
         self._answers.append(answered)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lmcache_rag.blend.passes import Pass, PassRunner
-from lmcache_rag.blend.workspace import LayeredKV, Workspace
+from lmcache_rag.blend.workspace import Workspace
 from lmcache_rag.plan.cost import Rates
 
 _PIECE_TOKENS = 128
@@ -63,11 +63,15 @@ class Refiner:
             self._keep(start, end)
         return end
 
-    def give(self, kv: LayeredKV, tokens: int) -> int:
-        """The next tokens' exact KV, where it is known; returns how many of the prompt's first tokens are done."""
+    def give(self, tokens: int, put: Callable[[int], None]) -> int:
+        """The next tokens' exact KV, where it is known; returns how many of the prompt's first tokens are done.
+
+        Args:
+            put: puts it in its place in the workspace, from a position on.
+        """
         start = self.place()
         self._workspace.holder = None  # until all of it is there
-        self._workspace.place(kv, start, 0, tokens)
+        put(start)
         self._workspace.holder = self
         self._keep(start, start + tokens)
         return start + tokens

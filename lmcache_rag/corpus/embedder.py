@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,14 +31,23 @@ class SentenceEmbedder:
     """A sentence-transformers model: the default one from the package that carries it, others from the hub or a folder.
 
     A text longer than the model's window (256 word pieces for the default one) is embedded window by window; its vector
-    is the mean of the windows'. The model is loaded when it is first used.
+    is the mean of the windows'. The model is loaded when it is first used, and computes for one thread at a time: its
+    tokenizer refuses to be asked by two. A copy loads its own.
     """
 
     def __init__(self, name: str = DEFAULT_EMBEDDING_MODEL) -> None:
         self.name = name
         self._model: Any = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name,)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
+        with self._lock:
+            return self._embedded(texts)
+
+    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
         if self._model is None:
             self._model = _load(self.name)
         windows = [_windows(text, self._model) for text in texts]

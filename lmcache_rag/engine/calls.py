@@ -49,12 +49,15 @@ def call_of(prompt: Prompt, sampling: Sampling | None, options: BlendOptions | N
         segments = tuple((segment.start, segment.length) for segment in prompt.segments) or None
         options = options.model_copy(update={"segments": segments, "primer": options.primer or prompt.primer})
     asked, text = _asked(prompt)
+    extra = _extra(sampling, options, cache_salt)
+    if isinstance(prompt, Chat) and prompt.template_kwargs:
+        extra["chat_template_kwargs"] = dict(prompt.template_kwargs)
     body = {
         **asked,
         **_sampled(sampling),
         "stream": True,
         "stream_options": {"include_usage": True},
-        "extra_body": _extra(sampling, options, cache_salt),
+        "extra_body": extra,
     }
     return Call(isinstance(prompt, Chat), body, text)
 
@@ -153,7 +156,8 @@ class Answer:
             if piece.function is not None:
                 call.name += piece.function.name or ""
                 call.arguments += piece.function.arguments or ""
-        if self._first_at is None and (text or pieces or choice.finish_reason):
+        thoughts = getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None)
+        if self._first_at is None and (text or pieces or thoughts or choice.finish_reason):
             self._first_at = time.perf_counter()
         self.text += text
         return text
@@ -165,7 +169,12 @@ class Answer:
             raise ConnectionError("The answer ended in the middle.")
         usage = self._usage
         prompt_tokens = usage.prompt_tokens if usage is not None else 0
-        calls = tuple(ToolCall(call.call_id, call.name, call.arguments) for call in self._calls.values())
+        is_cut = self._finish_reason == "length"
+        calls = tuple(
+            ToolCall(call.call_id, call.name, call.arguments)
+            for call in self._calls.values()
+            if not is_cut or _is_object(call.arguments)  # one that is cut off is none
+        )
         return Completion(
             text=self.text,
             token_ids=(),
@@ -177,6 +186,13 @@ class Answer:
             answer_tokens=usage.completion_tokens if usage is not None else 0,
             tool_calls=calls,
         )
+
+
+def _is_object(arguments: str) -> bool:
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except ValueError:
+        return False
 
 
 def report_of(params: Mapping[str, Any], prompt_tokens: int) -> ReuseReport:

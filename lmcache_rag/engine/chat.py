@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.errors import PromptError
@@ -37,12 +37,14 @@ class Chat:
         tools: functions, as `{"type": "function", "function": {"name", "description", "parameters"}}`.
         tool_choice: `auto`, `none`, `required` (at least one call), or the name of the one to be called.
         parallel: whether the answer may hold several calls.
+        template_kwargs: what the chat template takes besides, such as `enable_thinking`.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str = "auto"
     parallel: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -80,10 +82,8 @@ class Chat:
         return {"type": "function", "function": {"name": self.tool_choice}}
 
     def turns(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them: content always there, arguments of calls as objects.
-
-        Raises:
-            PromptError: the arguments of a call are no JSON object.
+        """The messages as chat templates take them: content always there, arguments of calls as objects. Those that the
+        model wrote wrong are left out, as vLLM's server does: else no further turn could be asked.
         """
         return [_turn(message) for message in self.messages]
 
@@ -105,6 +105,4 @@ def _object(arguments: Any) -> Any:
         found = json.loads(arguments or "{}")
     except ValueError:
         found = None
-    if not isinstance(found, dict):
-        raise PromptError(f"The arguments of a tool call are no JSON object (got {arguments!r}).")
-    return found
+    return found if isinstance(found, dict) else {}

@@ -315,7 +315,8 @@ class LocalEngine(Engine):
 
     def render(self, chat: Chat) -> str:
         """See `Engine.render`."""
-        return chat_text(self.tokenizer, chat.turns(), tools=chat.tools if chat.offers_tools else ())
+        tools = chat.tools if chat.offers_tools else ()
+        return chat_text(self.tokenizer, chat.turns(), tools=tools, **chat.template_kwargs)
 
     def settle(self) -> None:
         """Wait until all requests are answered, and what the engine does while nothing is asked is done: refinement.

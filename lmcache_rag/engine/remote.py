@@ -96,7 +96,9 @@ class RemoteEngine(Engine):
 
     def render(self, chat: Chat) -> str:
         """See `Engine.render`."""
-        body = {"messages": chat.turns(), "tools": list(chat.tools) if chat.offers_tools else None}
+        body: dict[str, Any] = {"messages": chat.turns(), "tools": list(chat.tools) if chat.offers_tools else None}
+        if chat.template_kwargs:
+            body["chat_template_kwargs"] = dict(chat.template_kwargs)
         token_ids = self.post("/tokenize", body)["tokens"]
         return str(self.post("/detokenize", {"tokens": token_ids})["prompt"])
 

@@ -21,8 +21,8 @@ _SHORTEST_WAIT_S = 0.05
 _REMEMBERED = 1024
 """Prompts, of all servers together."""
 
-_SHORTEST_COMMON = 1
-"""A prompt continues another only where that is not empty."""
+_REMEMBERED_CHARACTERS = 32 << 20
+"""Of those together."""
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class Servers:
         self._clock = clock
         self._pid, self._lock = os.getpid(), threading.Lock()
         self._answered: OrderedDict[str, Server] = OrderedDict()
+        self._characters = 0  # of those prompts
 
     def take(self, text: str) -> Server | float:
         """The server for a prompt, counted as running; or for how many seconds to wait, since none can be asked."""
@@ -77,10 +78,11 @@ class Servers:
             server.running -= 1
             server.failures, server.out_until = 0, 0.0
             if len(self.all) > 1 and text:
+                if self._answered.pop(text, None) is None:
+                    self._characters += len(text)
                 self._answered[text] = server
-                self._answered.move_to_end(text)
-                while len(self._answered) > _REMEMBERED:
-                    self._answered.popitem(last=False)
+                while len(self._answered) > _REMEMBERED or self._characters > _REMEMBERED_CHARACTERS:
+                    self._characters -= len(self._answered.popitem(last=False)[0])
 
     def left(self, server: Server) -> None:
         """A request ended otherwise, by nobody's fault of the server."""
@@ -101,5 +103,5 @@ class Servers:
 
     def _former(self, text: str) -> Server | None:
         """Who answered the longest prompt that this one continues."""
-        continued = [each for each in self._answered if len(each) >= _SHORTEST_COMMON and text.startswith(each)]
+        continued = [each for each in self._answered if text.startswith(each)]
         return self._answered[max(continued, key=len)] if continued else None

@@ -122,7 +122,7 @@ class Room:
         namespace: of chunks.
 
     Attributes:
-        evicted: by this object, since it was last set.
+        evicted: by this object, since it was last taken.
     """
 
     def __init__(self, store: Store, namespace: str, limits: Limits, clock: Callable[[], float] = time.time) -> None:
@@ -135,6 +135,7 @@ class Room:
         self._looked_at = self._expired_at = -_EXPIRE_S
         self._said = False
         self._lock = threading.RLock()
+        self._counting = threading.Lock()
 
     def records(self, scope: KVScope) -> Records:
         """Those of a scope of the namespace, shared by all who use it."""
@@ -188,13 +189,14 @@ class Room:
         Raises:
             StoreError: the store cannot be read or written to.
         """
-        before = self.evicted
         with self._lock:
             self.look()
-            for stored, old in self.expired(by_clock=by_clock):
-                for some in _batches(old, stored.live.size_bytes[old], 0):
-                    self._delete(stored, some)
-        return Evicted(self.evicted.objects - before.objects, self.evicted.size_bytes - before.size_bytes)
+            batches = (
+                self._delete(stored, some)
+                for stored, old in self.expired(by_clock=by_clock)
+                for some in _batches(old, stored.live.size_bytes[old], 0)
+            )
+            return sum(batches, Evicted())
 
     def expired(self, *, by_clock: bool = False) -> Iterator[tuple[_Stored, np.ndarray]]:
         """What `expire` deletes, as last looked at: of each scope the numbers of objects."""
@@ -267,13 +269,22 @@ class Room:
             for place in np.unique(places[some]).tolist():
                 self._delete(several[place], numbered[some[places[some] == place]])
 
-    def _delete(self, stored: _Stored, numbers: np.ndarray) -> None:
-        """Record that objects are gone, but those that were pinned meanwhile, and delete them."""
+    def _delete(self, stored: _Stored, numbers: np.ndarray) -> Evicted:
+        """Record that objects are gone, but those that were pinned meanwhile, and delete them; returns which."""
         found, records = stored.live, stored.records
         objects = [(found.key(int(found.chunk[number])), found.forms[found.form[number]]) for number in numbers]
         gone = records.drop(objects, int(self._clock()), unless=lambda key: PINNED in records.owners(key))
         self._store.delete(object_name(stored.scope, row.key, row.form) for row in gone)
-        self.evicted += Evicted(len(gone), sum(row.size_bytes for row in gone))
+        evicted = Evicted(len(gone), sum(row.size_bytes for row in gone))
+        with self._counting:
+            self.evicted += evicted
+        return evicted
+
+    def take_evicted(self) -> Evicted:
+        """What was evicted since the last call."""
+        with self._counting:
+            taken, self.evicted = self.evicted, Evicted()
+        return taken
 
 
 class Rooms:
@@ -296,10 +307,8 @@ class Rooms:
     def take_evicted(self) -> Evicted:
         """What was evicted since the last call."""
         with self._lock:
-            taken = Evicted()
-            for room in self._rooms.values():
-                taken, room.evicted = taken + room.evicted, Evicted()
-            return taken
+            rooms = list(self._rooms.values())
+        return sum((room.take_evicted() for room in rooms), Evicted())
 
 
 def _batches(numbers: np.ndarray, sizes: np.ndarray, least_bytes: int) -> Iterator[np.ndarray]:

@@ -34,6 +34,7 @@ class Rates:
         load_bytes_per_s: of reading stored objects, by the tier that they were in; nothing where nothing was read.
         pass_s: what a pass takes however few its tokens (reading the weights), measured at start-up.
         key_s: what a token takes more for each one before it, measured at start-up.
+        held_s: what reading a token's KV from the paged cache takes, measured at start-up; None where that cannot be.
         overhead_s: what a blend takes beyond loading and computing: the least of the last few.
     """
 
@@ -41,6 +42,7 @@ class Rates:
     load_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     pass_s: float = 0.0
     key_s: float = 0.0
+    held_s: float | None = None
     overhead_s: float = 0.0
 
     def prefill_s(self, start: float, end: float) -> float:
@@ -50,8 +52,8 @@ class Rates:
     def computing_s(self, plan: BlendPlan) -> float:
         """What probe and repair take, and what lacks its KV."""
         named = plan.known
-        missing = plan.end - sum(segment.length for segment in named)
-        missing_s = self._tokens_s(missing, plan.end / 2)
+        missing = plan.end - plan.held_tokens - sum(segment.length for segment in named)
+        missing_s = self._tokens_s(missing, (plan.held_tokens + plan.end) / 2)
         ratio = 1.0 if plan.selector == "all" else plan.ratio
         repaired_s = sum(
             share_of(ratio, foreign=segment.foreign) * self.prefill_s(segment.start, segment.end)
@@ -75,6 +77,11 @@ class CostModel:
         self._rates: Rates | None = None
         self._loads: dict[str, tuple[float, float]] = {}
         self._blended_at = 0.0
+
+    @property
+    def held_s(self) -> float | None:
+        """What reading a token's KV from the paged cache takes; None where that cannot be, or nobody knows yet."""
+        return None if self._rates is None else self._rates.held_s
 
     def learn(self, rates: Rates) -> None:
         """Take over what was measured in a blend; a tier's rate is kept where nothing was read from it."""
@@ -103,7 +110,7 @@ class CostModel:
             return not held_tokens or Rates(1.0).computing_s(plan) < plan.end - held_tokens
         overhead_s = rates.overhead_s if self._clock() - self._blended_at <= REMEMBERED_S else 0.0
         loading_s = sum(self._loading_s(size, tier) or 0.0 for tier, size in plan.bytes_by_tier.items())
-        blending_s = loading_s + rates.computing_s(plan) + overhead_s
+        blending_s = loading_s + plan.held_tokens * (rates.held_s or 0.0) + rates.computing_s(plan) + overhead_s
         return blending_s < rates.prefill_s(held_tokens, plan.end)
 
     def _loading_s(self, size_bytes: int, tier: str) -> float | None:

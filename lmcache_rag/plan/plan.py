@@ -50,10 +50,12 @@ class BlendPlan:
         preamble: the prompt's tokens before the first segment, as a segment at 0, which may be empty; of a precompute
             plan its last `primer_tokens` are the primer.
         begun: stored exact KV of the prompt's beginning, from position 0 on without gaps; then there is no preamble.
+        held_tokens: so many first tokens' KV, in whole blocks, is in the paged cache, and is what the blend begins
+            behind; then there is neither preamble nor `begun`.
         segments: ascending, not overlapping, none behind `end`.
         ttft_goal_s: see `BlendOptions`.
         cache_salt: the request's; text of its own is kept for that one only.
-        local_tokens: that many first tokens are in the paged cache already and are not written.
+        local_tokens: that many first tokens, those included, are in the paged cache already and are not written.
     """
 
     mode: Literal["blend", "prefix", "precompute"]
@@ -67,6 +69,7 @@ class BlendPlan:
     ttft_goal_s: float | None = None
     cache_salt: str | None = None
     begun: tuple[PlannedSegment, ...] = ()
+    held_tokens: int = 0
     local_tokens: int = 0
     primer_tokens: int = 0
 

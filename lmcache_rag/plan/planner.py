@@ -75,6 +75,7 @@ class Planner:
         report: ReuseReport,
         *,
         held_tokens: int = 0,
+        behind: int = 0,
         history: History | None = None,
         learned: str = "",
     ) -> BlendPlan | None:
@@ -83,11 +84,13 @@ class Planner:
 
         Args:
             held_tokens: the prompt's first tokens that prefill need not compute, since they are in the prefix cache.
+            behind: so many of them a blend may begin behind.
             history: of the conversation that the prompt may belong to.
             learned: the namespace of text that was learned from the caller's prompts, where there is one.
         """
         try:
-            return self._plan(np.asarray(token_ids, dtype=np.int32), options, report, held_tokens, history, learned)
+            prompt = np.asarray(token_ids, dtype=np.int32)
+            return self._plan(prompt, options, report, held_tokens, behind, history, learned)
         except StoreError as error:
             report.reason = f"store: {error}"
             return None
@@ -119,6 +122,7 @@ class Planner:
         options: BlendOptions,
         report: ReuseReport,
         held_tokens: int,
+        behind: int,
         history: History | None,
         learned: str,
     ) -> BlendPlan | None:
@@ -138,11 +142,14 @@ class Planner:
         if matches:
             preamble, segments = self._segments(prompt, matches, sources, options)
         begun: tuple[PlannedSegment, ...] = ()
-        if history is not None and history.end > (preamble.end if preamble.name is not None else 0):
-            begun, preamble = history.begun, _preamble(0, None)
-            segments = [_behind(segment, history.end) for segment in segments if segment.end > history.end]
+        start, stored = preamble.end if preamble.name is not None else 0, history.end if history is not None else 0
+        if max(behind, stored) > start:
+            begun = history.begun if history is not None and stored > behind else ()
+            behind, start, preamble = 0 if begun else behind, max(behind, stored), _preamble(0, None)
+            segments = [_behind(segment, start) for segment in segments if segment.end > start]
+        else:
+            behind, start = 0, preamble.end
         if history is not None:
-            start = history.end if begun else preamble.end
             segments = self._with_history(prompt, segments, start, history)
         if segments and segments[0].start < _SINKS and not segments[0].exact:
             segments = [_behind(segment, _SINKS) for segment in segments if segment.end > _SINKS]
@@ -158,6 +165,7 @@ class Planner:
             token_ids=tuple(prompt.tolist()),
             preamble=preamble,
             begun=_located(begun, chunks),
+            held_tokens=behind,
             segments=_located(segments, chunks),
             end=min(segments[-1].end, len(prompt) - 1),
             selector=options.selector,
@@ -256,7 +264,7 @@ class Planner:
         segments[-1] = _cut(segments[-1], end)
         plan = replace(plan, segments=tuple(segment for segment in segments if segment.length), end=end)
         reused = sum(segment.length for segment in segments if segment.name is not None)
-        known = sum(segment.length for segment in plan.known)
+        known = plan.held_tokens + sum(segment.length for segment in plan.known)
         if end - known > reused:
             report.reason = "most of the prompt before the last stored chunk is not stored"
             for segment in segments:
@@ -330,6 +338,7 @@ def plan_digest(plan: BlendPlan) -> str:
         plan.token_ids,
         plan.preamble,
         plan.begun,
+        plan.held_tokens,
         plan.segments,
         plan.selector,
         plan.ratio,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmcache_rag.codec import CODECS
-from lmcache_rag.conversation.answers import Answered, Answers, Terms
+from lmcache_rag.conversation.answers import Answered, Answers, Salt, Terms
 from lmcache_rag.conversation.prefixes import begun_segments
 from lmcache_rag.errors import StoreError
 from lmcache_rag.library.chunks import ChunkStores
@@ -27,6 +27,9 @@ SMALL_REST = 64
 _TRIED = 2
 """So many of the answers that a prompt begins like are looked for in the prefix cache: naming blocks takes time."""
 
+_MOST_BLENDS = 8
+"""Behind so many blends, each done behind the one before, another one begins anew."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -37,12 +40,14 @@ class Held:
         continued: the answer whose blocks hold more, if any.
         tokens: so many first tokens' KV then, exact or approximate.
         names: of the blocks that hold them.
+        salts: what these names are mixed with.
     """
 
     exact: int
     continued: Answered | None
     tokens: int
     names: BlockNames
+    salts: tuple[Salt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,19 @@ class Choice:
     Attributes:
         plan: the blend to do; None where vLLM computes what is not held.
         held: what the choice rests on.
-        kept_blocks: so many first blocks have the names of exact KV; None if all have.
-        digest: what the names of the others say of their KV.
+        salts: what the names are mixed with; nothing where all are those of exact KV.
     """
 
     plan: BlendPlan | None
     held: Held
     names: BlockNames
-    kept_blocks: int | None = None
-    digest: str = ""
+    salts: tuple[Salt, ...] = ()
+
+    @property
+    def continued(self) -> Answered | None:
+        """The earlier answer whose KV is kept, if any."""
+        is_kept = self.plan is None or self.plan.held_tokens > self.held.exact
+        return self.held.continued if self.salts and is_kept else None
 
 
 class Chooser:
@@ -112,11 +121,12 @@ class Chooser:
         ratio = self._planner.ratio_of(options)
         terms, least = self.terms(options, names), exact + SMALL_REST
         for answered in self._answers.continued_by(request.prompt_token_ids, terms, ratio, least)[:_TRIED]:
-            if answered.kept_blocks < len(names.hashes):
-                salted = names.salted(request, answered.digest, answered.kept_blocks)
+            salts = tuple(salt for salt in answered.salts if salt.kept_blocks < len(names.hashes))
+            if salts:
+                salted = names.salted(request, salts)
                 tokens = prefixes.held(request, salted)
                 if tokens > least:
-                    return Held(exact, answered, tokens, salted)
+                    return Held(exact, answered, tokens, salted, salts)
         return Held(exact, None, exact, names)
 
     def choose(self, request: Request, names: BlockNames, options: BlendOptions, report: ReuseReport) -> Choice:
@@ -130,7 +140,13 @@ class Chooser:
         if not there or request.num_prompt_tokens - there > SMALL_REST:
             learned = self.learned(options, names)
             plan = self._planner.plan(
-                request.prompt_token_ids, options, report, held_tokens=there, history=history, learned=learned
+                request.prompt_token_ids,
+                options,
+                report,
+                held_tokens=there,
+                behind=self._behind(held) if there else 0,
+                history=history,
+                learned=learned,
             )
         if plan is not None:
             return self._blended(request, names, held, replace(plan, cache_salt=names.cache_salt))
@@ -140,8 +156,20 @@ class Chooser:
         if prefix is not None:
             return Choice(prefix, held, names)
         if held.continued is not None:
-            return Choice(None, held, held.names, held.continued.kept_blocks, held.continued.digest)
+            return Choice(None, held, held.names, held.salts)
         return Choice(None, held, names)
+
+    def _behind(self, held: Held) -> int:
+        """How many first tokens a blend may begin behind: those whose KV is in the prefix cache, and exact or of an
+        earlier answer that the prompt continues. A prompt that only begins with the same passages is blended anew: they
+        were repaired for another question."""
+        tokens, answered = held.exact, held.continued
+        if self._planner.cost.held_s is None:
+            return 0
+        if answered is not None and len(held.salts) < _MOST_BLENDS:
+            whole = answered.prompt_tokens // self._block_tokens * self._block_tokens
+            tokens = held.tokens if held.tokens >= whole else tokens
+        return kept_blocks(tokens, held.names, self._block_tokens) * self._block_tokens
 
     def chats(self, options: BlendOptions, names: BlockNames) -> str:
         """The namespace of a request's conversation; empty where conversations are not stored."""
@@ -177,9 +205,11 @@ class Chooser:
         if exact_tokens == plan.end:
             return Choice(plan, held, names)
         precomputed = plan.mode == "precompute"  # it is to find nothing, so that its whole KV is captured
-        digest = uuid.uuid4().hex if precomputed else plan_digest(plan)
-        kept = kept_blocks(exact_tokens, names, self._block_tokens)
-        return Choice(plan, held, names.salted(request, digest, kept), kept, digest)
+        kept = kept_blocks(max(exact_tokens, plan.held_tokens), names, self._block_tokens)
+        salt = Salt(kept, uuid.uuid4().hex if precomputed else plan_digest(plan))
+        if plan.held_tokens > held.exact:
+            return Choice(plan, held, held.names.salted(request, [salt]), (*held.salts, salt))
+        return Choice(plan, held, names.salted(request, [salt]), (salt,))
 
 
 def exact_span(plan: BlendPlan) -> int:

@@ -148,6 +148,8 @@ def unsupported_engine(vllm_config: VllmConfig, kv_cache_groups: int = 1) -> str
         "speculative decoding other than by n-grams": speculative is not None and speculative.method not in _MODELLESS,
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in kv_dtypes,
         "multimodal RoPE": model.uses_mrope,
+        # A layer adds what the batch's last requests asked for, also to a pass of ours.
+        "LoRA": vllm_config.lora_config is not None,
         "several KV cache groups": kv_cache_groups != 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

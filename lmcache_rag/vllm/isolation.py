@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmcache_rag.conversation.answers import Salt
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -34,9 +36,15 @@ class BlockNames:
         """Those that vLLM gave it: the names of exact KV, until `give`."""
         return cls(tuple(request.block_hashes), request.cache_salt)
 
-    def salted(self, request: Request, digest: str, kept_blocks: int) -> BlockNames:
-        """Names of approximate KV behind the first `kept_blocks` blocks, as the digest says (hexadecimal digits)."""
-        named = copy.copy(request)
+    def salted(self, request: Request, salts: Sequence[Salt]) -> BlockNames:
+        """Names of KV that blends have shaped, each behind the blocks of the one before."""
+        names = self
+        for salt in salts:
+            names = names._salted(request, salt)
+        return names
+
+    def _salted(self, request: Request, salt: Salt) -> BlockNames:
+        named, kept_blocks, digest = copy.copy(request), *salt
         named.block_hashes = list(self.hashes[:kept_blocks])
         named.cache_salt = self.cache_salt if kept_blocks else digest
         if kept_blocks:
@@ -58,10 +66,10 @@ class BlockNames:
         request.cache_salt = self.cache_salt
 
 
-def kept_blocks(exact_tokens: int, names: BlockNames, block_tokens: int) -> int:
-    """How many blocks keep their names where so many first tokens get exact KV. The prompt's last full block is never
-    one of them, since blocks that fill up later are chained to it."""
-    return max(0, min(exact_tokens // block_tokens, len(names.hashes) - 1))
+def kept_blocks(tokens: int, names: BlockNames, block_tokens: int) -> int:
+    """How many blocks keep their names where so many first tokens' KV is not a blend's own. The prompt's last full
+    block is never one of them, since blocks that fill up later are chained to it."""
+    return max(0, min(tokens // block_tokens, len(names.hashes) - 1))
 
 
 class PrefixCache:
@@ -78,12 +86,17 @@ class PrefixCache:
 
     def held(self, request: Request, names: BlockNames) -> int:
         """How many of the prompt's first tokens are there under these names."""
+        return len(self.blocks(request, names)) * self._block_tokens
+
+    def blocks(self, request: Request, names: BlockNames) -> list[int]:
+        """The numbers of the blocks in which they are. The next step may read them; later they may hold others."""
         if not names.hashes:
-            return 0
+            return []
         asked = copy.copy(request)
         asked.block_hashes = list(names.hashes)
         asked.kv_cache_report_mode = "incremental"  # else the lookup would be published as an event
-        return int(self._manager.get_computed_blocks(asked)[1])
+        found, tokens = self._manager.get_computed_blocks(asked)[:2]
+        return list(found.get_block_ids()[0][: tokens // self._block_tokens])
 
     def reserve(self, blocks: int) -> list[KVCacheBlock]:
         """So many blocks, of those that no request uses; none where there are hardly more, since among them are those

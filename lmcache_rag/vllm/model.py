@@ -29,6 +29,10 @@ _TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 class BoundModel:
     """A loaded model and its attention layers.
 
+    Attributes:
+        layers: vLLM's own, in the model's order.
+        asleep: its weights and the paged cache are not there for now.
+
     Raises:
         ModelError: the model has layers whose KV cannot be blended; says which and why.
     """
@@ -39,18 +43,17 @@ class BoundModel:
         self._names = [name for name, layer in self._context.items() if isinstance(layer, AttentionLayerBase)]
         if not self._names:
             raise ModelError("The model has no attention layers, so there is no KV to blend.")
-        self._layers: list[Any] = [self._context[name] for name in self._names]
-        for name, layer in zip(self._names, self._layers, strict=True):
+        self.layers: list[Any] = [self._context[name] for name in self._names]
+        for name, layer in zip(self._names, self.layers, strict=True):
             reason = _refusal(layer)
             if reason:
                 raise ModelError(f"This model's KV cannot be blended: {name} {reason}. Run it without lmcache-rag.")
-        first = self._layers[0]
-        if any(
-            (layer.num_kv_heads, layer.head_size) != (first.num_kv_heads, first.head_size) for layer in self._layers
-        ):
+        first = self.layers[0]
+        if any((layer.num_kv_heads, layer.head_size) != (first.num_kv_heads, first.head_size) for layer in self.layers):
             raise ModelError("This model's KV cannot be blended: its layers have KV of different shapes.")
+        self.asleep = False
         self.device = next(model.parameters()).device
-        self.shape = KVShape(len(self._layers), first.num_kv_heads, first.head_size, vllm_config.model_config.dtype)
+        self.shape = KVShape(len(self.layers), first.num_kv_heads, first.head_size, vllm_config.model_config.dtype)
         self._max_model_len: int = vllm_config.model_config.max_model_len
         self.specs = self._layer_specs()
 
@@ -70,7 +73,7 @@ class BoundModel:
         """Run the tokens at `nested.positions`; see `blend.passes.PassRunner`."""
         proxies = {
             name: _LayerProxy(layer, index, nested)
-            for index, (name, layer) in enumerate(zip(self._names, self._layers, strict=True))
+            for index, (name, layer) in enumerate(zip(self._names, self.layers, strict=True))
         }
         context = ForwardContext(
             no_compile_layers={**self._context, **proxies},
@@ -89,18 +92,11 @@ class BoundModel:
         except _PassEndedError:
             return
 
-    @torch.inference_mode()
-    def write_paged(self, workspace: Workspace, start: int, end: int, slots: Tensor) -> None:
-        """Copy rows `start` to `end` of the workspace into vLLM's paged cache at `slots` (int64, one per row)."""
-        for index, layer in enumerate(self._layers):
-            key, value = workspace.key[index, start:end], workspace.value[index, start:end]
-            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
-
     def _layer_specs(self) -> list[LayerSpec]:
         """What each layer's attention needs; each layer's rotation is checked against the model itself."""
         rotations: dict[int, Rotation] = {}
         specs = []
-        for layer in self._layers:
+        for layer in self.layers:
             rotary = _rotary_of(self._model, layer)
             if rotary is not None and id(rotary) not in rotations:
                 cache = rotary.cos_sin_cache.to(self.device)
@@ -143,12 +139,12 @@ class BoundModel:
         """Each layer's key `[1, kv_heads, head_size]` of one token that stands alone at `position`."""
         probe = _LonePass(torch.tensor([position], device=self.device))
         self(torch.tensor([_CHECK_TOKEN]), probe)
-        if sorted(probe.keys) != list(range(len(self._layers))):
+        if sorted(probe.keys) != list(range(len(self.layers))):
             raise ModelError(
                 "This model's KV cannot be blended: its attention layers do not run once each. "
                 "Run it without lmcache-rag."
             )
-        return [probe.keys[index] for index in range(len(self._layers))]
+        return [probe.keys[index] for index in range(len(self.layers))]
 
 
 class _LonePass(Pass):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -135,18 +135,22 @@ class Refinements:
             self._queue.popleft()
             return None
         self._under_way = refinement
-        if refinement.steps[0] == "write" and self._prefixes is not None:
-            held = self._prefixes.held(refinement.request, refinement.names)
-            refinement.first = held // self._block_tokens
-            refinement.blocks = self._prefixes.reserve(len(refinement.names.hashes) - refinement.first)
+        block_ids: Sequence[int] = ()
+        if self._prefixes is not None and refinement.steps[0] in ("compute", "write"):
+            held = self._prefixes.blocks(refinement.request, refinement.names)
+            if refinement.steps[0] == "write":
+                refinement.first = len(held)
+                refinement.blocks = self._prefixes.reserve(len(refinement.names.hashes) - refinement.first)
+                held = [block.block_id for block in refinement.blocks]
+            block_ids = held[: len(refinement.token_ids) // self._block_tokens]
         return RefineJob(
             refinement.token_ids,
             refinement.steps[0],
-            tuple(block.block_id for block in refinement.blocks),
+            tuple(block_ids),
             refinement.first * self._block_tokens,
             refinement.chats,
             refinement.learning,
-            last=len(self._queue) == 1 and len(refinement.steps) == 1,
+            last=len(refinement.steps) == 1,
         )
 
     def _is_wanted(self, refinement: _Refinement, learning: Learning) -> bool:

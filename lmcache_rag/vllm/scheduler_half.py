@@ -190,6 +190,9 @@ class SchedulerHalf:
             return None
         if self._is_to_wait(tracked, computed_tokens):  # what was chosen now is another blend
             return None
+        if tracked.plan is not None and tracked.plan.held_tokens > computed_tokens:
+            tracked.failed = True  # what it was to begin behind is gone
+            tracked.report["reason"] = "the KV to blend behind left the prefix cache"
         return _matched(tracked.plan, computed_tokens)
 
     def _is_to_wait(self, tracked: _Tracked, computed_tokens: int) -> bool:
@@ -249,9 +252,7 @@ class SchedulerHalf:
         choice = tracked.choice
         if choice is None or not local:
             return
-        kept = None if choice.kept_blocks is None else choice.kept_blocks * self._block_tokens
-        continued = 0 if kept is None else max(0, local - kept)
-        report["continued_tokens"] = continued
+        continued = report["continued_tokens"] = self._approximate(choice, local)
         if not continued:
             report["mode"], report["reason"] = "plain", "exact KV in the local prefix cache"
         elif choice.plan is not None:
@@ -259,6 +260,10 @@ class SchedulerHalf:
         else:
             turns = choice.held.continued.turns if choice.held.continued is not None else 0
             report["mode"], report["reason"] = "continued", f"blended KV of {turns} answers before in the prefix cache"
+
+    def _approximate(self, choice: Choice, tokens: int) -> int:
+        """How many of so many first tokens have KV that a blend has shaped."""
+        return max(0, tokens - choice.salts[0].kept_blocks * self._block_tokens) if choice.salts else 0
 
     def take_jobs(self, scheduled_tokens: int) -> StepJobs:
         """What the worker half is to do in this step; its requests are known, and how many tokens vLLM computes of
@@ -313,6 +318,9 @@ class SchedulerHalf:
             report["phases_s"] = {**tracked.report["phases_s"], **figures["phases_s"]}
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
+            choice = tracked.choice
+            if choice is not None and choice.plan is not None and choice.continued is not None:
+                report["continued_tokens"] = self._approximate(choice, choice.plan.held_tokens)
             tracked.report.update(report)
             tracked.failed = figures["mode"] == "plain"
             _count_cached(tracked.request, report["reused_tokens"])
@@ -350,7 +358,7 @@ class SchedulerHalf:
             return
         if self._config.learn == "idle":
             self._learn(request, tracked, options)
-        approximate = choice.kept_blocks is not None and not tracked.failed
+        approximate = bool(choice.salts) and not tracked.failed
         chats = self._chooser.chats(options, tracked.names)
         if approximate:
             self._answers.add(self._answered(request, tracked, choice, options))
@@ -374,16 +382,15 @@ class SchedulerHalf:
             self._refinements.learn(request, tracked.names, learning)
 
     def _answered(self, request: Request, tracked: _Tracked, choice: Choice, options: BlendOptions) -> Answered:
-        assert choice.kept_blocks is not None
-        before = choice.held.continued if choice.plan is None else None
-        ratio = choice.plan.ratio if choice.plan is not None else 0.0
+        plan, before = choice.plan, choice.continued
+        ratios = [made.ratio for made in (plan, before) if made is not None]
         return Answered(
             np.array(request.all_token_ids, dtype=np.int32),
+            request.num_prompt_tokens,
             self._chooser.terms(options, tracked.names),
-            before.ratio if before is not None else ratio,
-            choice.kept_blocks,
-            choice.digest,
-            1 + (before.turns if before is not None else 0),
+            min(ratios, default=0.0),
+            choice.salts,
+            1 if before is None or plan is not None else 1 + before.turns,
         )
 
     def report_of(self, request_id: str) -> ReuseReport:

@@ -41,7 +41,14 @@ class BlendWorker(Worker):
         """Level 1 keeps the weights; level 2 forgets them, so that others can be loaded."""
         if level > 1:
             _refuse_other_weights()
+        if _bound is not None:
+            _bound.asleep = True
         super().sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        super().wake_up(tags)
+        if _bound is not None and (tags is None or "kv_cache" in tags):
+            _bound.asleep = False
 
 
 def _refuse_other_weights() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -16,7 +17,7 @@ import torch
 
 from lmcache_rag.blend.blender import Blender
 from lmcache_rag.blend.steps import Steps, next_of
-from lmcache_rag.blend.workspace import on_device
+from lmcache_rag.blend.workspace import LayeredKV
 from lmcache_rag.blobs.base import Store
 from lmcache_rag.chunk_kv import ChunkKV, variant_of
 from lmcache_rag.codec import LOSSLESS_CODEC
@@ -33,6 +34,7 @@ from lmcache_rag.request import ReuseReport
 from lmcache_rag.vllm.failures import Failures
 from lmcache_rag.vllm.metadata import BlendJob, Refined, RefineJob, StepReports
 from lmcache_rag.vllm.model import BoundModel
+from lmcache_rag.vllm.paged import PagedCache
 from lmcache_rag.vllm.saver import Saver
 from lmcache_rag.vllm.saving import PAUSE_S, Made, Saved, Saving, save_behind, save_in_order
 
@@ -93,7 +95,11 @@ class WorkerHalf:
             never_slower=never_slower,
             trace=trace,
         )
-        self._rates = self._blender.rates
+        self._paged = PagedCache(model.layers, model.shape, model.device, block_tokens)
+        # Where all layers have a window vLLM forgets the blocks that lie before it.
+        keeps_all = any(spec.window is None for spec in model.specs)
+        held_s = self._paged.token_s(self._blender.workspace) if keeps_all else None
+        self._rates = replace(self._blender.rates, held_s=held_s)
         self._refiner = Refiner(self._blender.workspace, model, self._rates)
         self._refined: Refined | None = None
         self._saver = Saver()
@@ -159,6 +165,9 @@ class WorkerHalf:
     @torch.inference_mode()
     def refine(self, job: RefineJob) -> None:
         """Do a piece of what is done while nothing is asked, and keep for the scheduler half how far that came."""
+        if self._model.asleep:
+            self._refined = Refined(failure="asleep")
+            return
         try:
             steps = {"compute": self._compute, "write": self._write, "store": self._store, "learn": self._learn_runs}
             self._refined = replace(steps[job.step](job), evicted=self._rooms.take_evicted())
@@ -169,11 +178,26 @@ class WorkerHalf:
             self._refined = Refined(failure=self._failures.note("Refinement", error))
 
     def _compute(self, job: RefineJob) -> Refined:
-        """The next tokens' exact KV: from the store where it is there, else by a pass."""
-        done = self._refiner.take_up(job.token_ids)
-        loaded = self._loaded(job, done) if job.chats else done
-        done = loaded if loaded > done else self._refiner.advance()
+        """The next tokens' exact KV: from the prefix cache or the store where it is there, else by a pass."""
+        before = done = self._refiner.take_up(job.token_ids)
+        done = self._read(job, done)
+        if done == before and job.chats:
+            done = self._loaded(job, done)
+        if done == before:
+            done = self._refiner.advance()
         return Refined(done=done == len(job.token_ids))
+
+    def _read(self, job: RefineJob, done: int) -> int:
+        """Read what the prefix cache holds behind what is done; returns how many first tokens are done then."""
+        held_s, block = self._rates.held_s, self._block_tokens
+        if held_s is None or done >= len(job.block_ids) * block:
+            return done
+        first = done // block
+        last = min(len(job.block_ids), first + max(1, int(PIECE_S / held_s / block)))
+        return self._refiner.give(
+            last * block - done,
+            lambda _: self._paged.read(self._blender.workspace, job.block_ids, range(first, last)),
+        )
 
     def _loaded(self, job: RefineJob, done: int) -> int:
         """Load some of the pieces that follow what is done; returns how many first tokens are done then. What cannot be
@@ -198,19 +222,22 @@ class WorkerHalf:
             if tuple(found[1].token_ids.tolist()) != tokens:
                 break
             try:
-                done = self._refiner.give(found[1], PIECE_TOKENS)
+                done = self._refiner.give(PIECE_TOKENS, functools.partial(self._place_piece, found[1]))
             except CorruptObjectError:
                 break
             if time.perf_counter() - start > PIECE_S:
                 break
         return done
 
+    def _place_piece(self, kv: LayeredKV, start: int) -> None:
+        self._blender.workspace.place(kv, start, 0, PIECE_TOKENS)
+
     def _write(self, job: RefineJob) -> Refined:
         self._refiner.place()
         if job.block_ids:
             skipped = job.start // self._block_tokens
-            slots = self._slots((0,) * skipped + job.block_ids, job.start, len(job.token_ids))
-            self._model.write_paged(self._blender.workspace, job.start, len(job.token_ids), slots)
+            block_ids = (0,) * skipped + job.block_ids
+            self._paged.write(self._blender.workspace, block_ids, job.start, len(job.token_ids))
         return Refined(done=True)
 
     def _store(self, job: RefineJob) -> Refined:
@@ -292,12 +319,15 @@ class WorkerHalf:
     def _blended(self, job: BlendJob) -> Steps[ReuseReport]:
         plan = job.plan
         before = self._stored_before(job) if plan.mode == "precompute" else None
-        report = before if before is not None else (yield from self._blender.blend(plan, self._hot))
+
+        def held() -> None:
+            self._paged.read(self._blender.workspace, job.block_ids, range(plan.held_tokens // self._block_tokens))
+
+        report = before if before is not None else (yield from self._blender.blend(plan, self._hot, held))
         start = time.perf_counter()
         end = min(plan.end, len(plan.token_ids) - 1)
         if end > plan.local_tokens:
-            slots = self._slots(job.block_ids, plan.local_tokens, end)
-            self._model.write_paged(self._blender.workspace, plan.local_tokens, end, slots)
+            self._paged.write(self._blender.workspace, job.block_ids, plan.local_tokens, end)
         report.phases_s["write"] = time.perf_counter() - start
         if before is not None:
             return report
@@ -312,7 +342,7 @@ class WorkerHalf:
         placed, self._placed = self._placed, set()
         refined, self._refined = self._refined, None
         rates, self._learned = self._rates if self._learned else None, False
-        return StepReports(reports, placed, rates, refined) if reports or placed or refined else None
+        return StepReports(reports, placed, rates, refined) if reports or placed or refined or rates else None
 
     def _learn(self, plan: BlendPlan, report: ReuseReport) -> None:
         """Note how fast the store was, and how much longer the blend took than loading and what `Rates` says."""
@@ -322,13 +352,6 @@ class WorkerHalf:
             self._overheads_s.append(max(0.0, spent_s - rates.computing_s(plan)))
         self._rates = replace(rates, overhead_s=min(self._overheads_s, default=0.0))
         self._learned = True
-
-    def _slots(self, block_ids: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-        """Slot of each position in the paged cache: block id times block size plus offset."""
-        positions = torch.arange(start, end)
-        blocks = torch.tensor(block_ids, dtype=torch.int64)
-        slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
-        return on_device(slots, self._model.device)
 
     def _stored_before(self, job: BlendJob) -> ReuseReport | None:
         """The report of a precompute request of which all is stored, or is being stored for another: nothing is

@@ -103,6 +103,46 @@ def test_a_slow_store_is_given_up_and_its_rate_is_not_overestimated(
     assert all(isinstance(kv, LoadedKV) for _, kv in patient.load(slow, segments[:4], TOKENS))
 
 
+class Pauses:
+    """Of a caller that does something else for a while, and counts that."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def take(self, seconds: float) -> None:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.seconds += time.perf_counter() - start
+
+
+def test_reads_that_are_waited_for_in_pauses_are_given_up_too(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 6)
+    hanging = chunk_store(ThrottledStore(chunks.store, Throttle(1.0)), chunks.scope, SHAPE)  # days
+    loader, pauses, found = Loader(SHAPE, prefill_tokens_per_s=1e9), Pauses(), []
+    for each in loader.load(hanging, segments, TOKENS, may_wait=lambda: False, paused_s=pauses):
+        if each is None:
+            pauses.take(0.02)
+        else:
+            found.append(each[1])
+    assert found == ["too slow"] * 6
+    assert loader.bytes_per_s.keys() == {""}
+
+
+def test_what_is_read_in_pauses_is_measured_and_not_blamed_for_them(tmp_path: Path) -> None:
+    chunks, segments = stored(tmp_path, 8)
+    loader, pauses, found = Loader(SHAPE, prefill_tokens_per_s=1e9), Pauses(), []
+    for each in loader.load(chunks, segments, TOKENS, may_wait=lambda: False, paused_s=pauses):
+        pauses.take(0.1)  # 0.8 s in all, more than what is waited for
+        if each is not None:
+            found.append(each[1])
+    assert all(isinstance(kv, LoadedKV) for kv in found) and len(found) == 8
+    size = chunks.store.size(segments[0].name or "")
+    assert size is not None and loader.bytes_per_s[""] > 8 * size / 0.8  # read while the caller paused
+
+
 def test_a_slow_tier_does_not_keep_others_from_being_read(tmp_path: Path) -> None:
     chunks, segments = stored(tmp_path, 6)
     hanging = chunk_store(ThrottledStore(chunks.store, Throttle(1.0)), chunks.scope, SHAPE)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lmcache_rag.conversation.answers import Answered, Answers, Terms
+from lmcache_rag.conversation.answers import Answered, Answers, Salt, Terms
 
 TERMS = Terms(cache_salt=None, namespace="default", selector="query", hurried=False)
 
 
 def answered(token_ids: range, *, ratio: float = 0.1, digest: str = "aa", turns: int = 1) -> Answered:
-    return Answered(np.array(token_ids, dtype=np.int32), TERMS, ratio, kept_blocks=1, digest=digest, turns=turns)
+    tokens = np.array(token_ids, dtype=np.int32)
+    return Answered(tokens, len(tokens) - 8, TERMS, ratio, salts=(Salt(1, digest),), turns=turns)
+
+
+def digests(found: Sequence[Answered]) -> list[str]:
+    return [answered.salts[-1].digest for answered in found]
 
 
 def test_the_longest_common_beginning_comes_first() -> None:
@@ -21,9 +27,9 @@ def test_the_longest_common_beginning_comes_first() -> None:
     answers.add(answered(range(50), digest="aa"))
     answers.add(answered(range(80), digest="bb"))
     answers.add(answered(range(1, 80), digest="cc"))  # begins otherwise
-    assert [found.digest for found in answers.continued_by(range(100), TERMS, 0.1)] == ["bb", "aa"]
-    assert [found.digest for found in answers.continued_by(range(10), TERMS, 0.1)] == ["aa", "bb"]
-    assert [found.digest for found in answers.continued_by(range(100), TERMS, 0.1, least=50)] == ["bb"]
+    assert digests(answers.continued_by(range(100), TERMS, 0.1)) == ["bb", "aa"]
+    assert digests(answers.continued_by(range(10), TERMS, 0.1)) == ["aa", "bb"]
+    assert digests(answers.continued_by(range(100), TERMS, 0.1, least=50)) == ["bb"]
     assert answers.continued_by([], TERMS, 0.1) == []
 
 
@@ -50,4 +56,4 @@ def test_a_turn_takes_the_place_of_the_one_before() -> None:
     assert [found.turns for found in answers.continued_by(range(90), TERMS, 0.1)] == [2]
     for digest in ("bb", "cc"):
         answers.add(answered(range(30), digest=digest))
-    assert [found.digest for found in answers.continued_by(range(90), TERMS, 0.1)] == ["bb", "cc"]
+    assert digests(answers.continued_by(range(90), TERMS, 0.1)) == ["bb", "cc"]

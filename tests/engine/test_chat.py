@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lmcache_rag.engine import Chat
+from lmcache_rag.engine.calls import call_of
 from lmcache_rag.errors import PromptError
+from lmcache_rag.prompt import chat_text
 
 ASKED = {"role": "user", "content": "How warm is it?"}
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object", "properties": {}}}}
@@ -35,10 +37,24 @@ def test_what_is_no_conversation_is_refused(given: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["{", "[1]", '"text"'])
-def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+def test_arguments_that_are_no_object_are_left_out_so_that_the_conversation_goes_on(arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "warmth", "arguments": arguments}}
-    with pytest.raises(PromptError, match="no JSON object"):
-        Chat([ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]).turns()
+    turns = Chat([ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]).turns()
+    assert turns[1]["tool_calls"][0]["function"] == {"name": "warmth", "arguments": {}}
+
+
+def test_what_a_template_takes_besides_is_given_to_it() -> None:
+    class Tokenizer:
+        chat_template = "{{ enable_thinking }}"
+
+        def apply_chat_template(self, turns: list[dict], *, tokenize: bool, **given: object) -> str:
+            return f"{turns[0]['content']} {given.get('enable_thinking')}"
+
+    chat = Chat([ASKED], template_kwargs={"enable_thinking": False})
+    assert chat_text(Tokenizer(), chat.turns(), **chat.template_kwargs) == "How warm is it? False"
+    sent = call_of(chat, None, None, None).body["extra_body"]
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in call_of(Chat([ASKED]), None, None, None).body["extra_body"]
 
 
 def test_tools_are_offered_and_forced() -> None:

@@ -92,6 +92,18 @@ def test_all() -> None:
     assert all(hasattr(package, name) for name in package.__all__)
 
 
+def test_what_is_asked_of_the_retriever_with_a_call_is_asked_of_the_wrapped_one(
+    llm: ChatLmcacheRag, documents: list[Document]
+) -> None:
+    """Else a tenant's filter would be lost."""
+    retriever, own = retriever_of(documents, llm), documents[0].metadata["file"]
+    asked: dict[str, Any] = {"k": 2, "filter": lambda document: document.metadata["file"] == own}
+    expected = retriever.retriever.invoke("wind", **asked)
+    assert len(expected) == 2 and {document.metadata["file"] for document in expected} == {own}
+    assert retriever.invoke("wind", **asked) == expected
+    assert asyncio.run(retriever.ainvoke("wind", **asked)) == expected
+
+
 @pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"])
 def test_chain_reuses_found_documents(
     llm: ChatLmcacheRag, documents: list[Document], question: str, chat_template: bool

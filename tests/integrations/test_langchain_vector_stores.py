@@ -40,6 +40,16 @@ class Forgetful(InMemoryVectorStore):
     aget_by_ids = VectorStore.aget_by_ids
 
 
+class Nameless(InMemoryVectorStore):
+    """A store whose documents do not say which they are, as Qdrant's."""
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        return [Document(each.page_content, metadata=each.metadata) for each in super().get_by_ids(ids)]
+
+    async def aget_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        return self.get_by_ids(ids)
+
+
 def text_of(number: int) -> str:
     """Long enough to be found in a prompt."""
     return " ".join(f"{WORDS[number % len(WORDS)]} w{4 + (7 * number + place) % 300}" for place in range(40))
@@ -59,7 +69,7 @@ def llm(llama: LocalEngine) -> ChatLmcacheRag:
     return ChatLmcacheRag(engine=llama, max_tokens=2)
 
 
-@pytest.fixture(params=[InMemoryVectorStore, Forgetful], ids=["tells", "forgets"])
+@pytest.fixture(params=[InMemoryVectorStore, Forgetful, Nameless], ids=["tells", "forgets", "nameless"])
 def vectors(request: pytest.FixtureRequest, llm: ChatLmcacheRag) -> KVVectorStore:
     return KVVectorStore(request.param(WordEmbeddings()), llm)
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("llama_index.core")
@@ -19,6 +20,7 @@ pytest.importorskip("llama_index.core")
 from llama_index.core import PromptTemplate
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock, ThinkingBlock
+from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
@@ -36,6 +38,7 @@ from llama_index.core.selectors.utils import get_selector_from_llm
 from llama_index.core.tools import FunctionTool, ToolMetadata
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.lmcache_rag import KVPrecompute, KVPrefetch, KVReuseEvent, LmcacheRag, StructuredProgram
+from llama_index.llms.lmcache_rag.embedding import LocalEmbedding
 from pydantic import BaseModel, Field
 
 from lmcache_rag.engine import Chat, ToolCall
@@ -242,8 +245,46 @@ def test_objects_are_streamed_as_they_grow() -> None:
         assert ("Ada", None) in seen
 
 
+def test_an_answer_without_text_is_no_text() -> None:
+    """LlamaIndex's chat engines would write "None" into the conversation."""
+    llm = model(StubEngine(answer("")))
+    assert llm.chat([user("Hi")]).message.content == ""
+    assert str(SimpleChatEngine.from_defaults(llm=llm).chat("Hi")) == ""
+
+
+def test_sampling_is_the_fields_and_a_calls_own() -> None:
+    stub = StubEngine(answer("x"))
+    llm = model(stub, temperature=0.7, top_p=0.9, seed=1)
+    llm.complete("Hi")
+    llm.complete("Hi", seed=2)
+    given = [(sampling.temperature, sampling.top_p, sampling.seed) for _, sampling in stub.asked]
+    assert given == [(0.7, 0.9, 1), (0.7, 0.9, 2)]
+
+
+def test_embedding_leaves_the_event_loop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding, threads, batches = LocalEmbedding(), set(), []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        threads.add(threading.get_ident())
+        batches.append(len(texts))
+        return np.zeros((len(texts), 3), np.float32)
+
+    monkeypatch.setattr(embedding._embedder, "embed", embed)
+
+    async def asked() -> None:
+        await embedding.aget_query_embedding("a")
+        await embedding.aget_text_embedding("b")
+        await embedding.aget_text_embedding_batch(["c"] * 8)
+
+    asyncio.run(asked())
+    assert threading.get_ident() not in threads
+    assert sorted(batches) == [1, 1, 8]
+
+
 def test_a_structured_answer_that_is_cut_off_is_an_error() -> None:
     llm = model(StubEngine(answer('{"name": "A', finish_reason="length")))
+    with pytest.raises(ValueError, match="cut off"):  # as LlamaIndex's extractors and synthesizers expect
+        llm.structured_predict(Person, ASK, hint="")
     with pytest.raises(PromptError, match="cut off after 7 tokens: raise max_tokens"):
         llm.structured_predict(Person, ASK, hint="")
     with pytest.raises(PromptError, match="raise max_tokens"):

@@ -201,8 +201,33 @@ def test_a_refinement_that_fails_is_given_up(engine: LocalEngine, monkeypatch: p
     done = ask(engine, plan)
     engine.settle()
     monkeypatch.undo()
-    assert counted == [(0, Refined(failure="MemoryError"))]
+    assert counted[-1] == (0, Refined(failure="MemoryError")) and not any(tokens for tokens, _ in counted)
     assert ask(engine, extended(plan, done)).reuse.mode == "continued"
+
+
+def test_what_is_exact_already_is_read_and_not_computed_again(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = long_plan(217)
+    tolerance = 20 * noise(engine, plan)
+    ingest(engine, plan)
+    ask(engine, list(plan.token_ids[:400]), OFF)
+    engine.settle()
+    refiner = worker_half()._refiner
+    advance, starts = refiner.advance, []
+
+    def advanced() -> int:
+        starts.append(sum(piece.shape[2] for piece in refiner._pieces))
+        return advance()
+
+    monkeypatch.setattr(refiner, "advance", advanced)
+    assert ask(engine, plan).reuse.mode == "blend"
+    engine.settle()
+    assert starts and starts[0] >= 384 and not refiner._pieces
+    found, done = answer(engine, plan, OFF, "own")
+    assert done.reuse.local_tokens > 600
+    expected, _ = answer(engine, plan, OFF)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
 def test_a_turn_whose_blocks_are_gone_is_blended_again(engine: LocalEngine) -> None:

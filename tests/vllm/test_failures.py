@@ -21,7 +21,7 @@ from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.library.chunks import ChunkStore
 from lmcache_rag.plan.planner import Planner
 from lmcache_rag.request import BlendOptions
-from lmcache_rag.vllm.model import BoundModel
+from lmcache_rag.vllm.paged import PagedCache
 from tests.helpers import OFF, answer, ingest, noise, parts, random_plan
 
 QUERY = BlendOptions(selector="query", ratio=0.2)
@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[type, str, BlendOptions, Exception]] = {
     "select": (QuerySelector, "select", QUERY, MemoryError()),
     "recompute": (Pass, "attention", HEAD, RuntimeError("not computed")),
     "extrapolate": (Extrapolation, "_weights", QUERY, torch.OutOfMemoryError("no room")),
-    "write": (BoundModel, "write_paged", QUERY, RuntimeError("not written")),
+    "write": (PagedCache, "write", QUERY, RuntimeError("not written")),
 }
 
 

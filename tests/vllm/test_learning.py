@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,7 @@ def test_a_request_comes_before_the_next_piece(engine: LocalEngine, monkeypatch:
         return tokens
 
     monkeypatch.setattr(refiner, "advance", advanced)
+    monkeypatch.setattr(worker_half(), "_rates", replace(worker_half()._rates, held_s=None))  # so it is computed
     ask(engine, app.prompt(1))
     engine.settle()
     assert between and set(between) == {2}  # all of its answer

@@ -57,6 +57,7 @@ def test_requests(fields: dict[str, Any], reason: str) -> None:
         ("cache_config.cache_dtype", "float32", ""),
         ("model_config.uses_mrope", True, "multimodal RoPE"),
         ("speculative_config", None, ""),
+        ("lora_config", SimpleNamespace(), "LoRA"),
     ],
 )
 def test_engines(place: str, value: object, reason: str) -> None:
@@ -88,6 +89,7 @@ def vllm_config(*, moe: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
         parallel_config=ParallelConfig(),
         speculative_config=None,
+        lora_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(dtype="torch.float32", uses_mrope=False, is_moe=moe),
     )

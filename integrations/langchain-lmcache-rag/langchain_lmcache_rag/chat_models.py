@@ -51,6 +51,7 @@ class ChatLmcacheRag(BaseChatModel):
         target_kl: how far from full prefill answers may be; see `BlendOptions`.
         ratio: the share of stored chunks' tokens that is repaired, 0 to 1, instead of a target.
         chat_template: whether prompts are written in the model's own chat template, or as plain text.
+        chat_template_kwargs: what the template takes besides, such as `{"enable_thinking": False}`.
         streaming: whether `invoke` streams too, for callbacks that want each token.
 
     Raises:
@@ -72,6 +73,7 @@ class ChatLmcacheRag(BaseChatModel):
     target_kl: float = Field(default=DEFAULT_TARGET_KL, gt=0.0)
     ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     streaming: bool = False
 
     def __init__(
@@ -98,7 +100,7 @@ class ChatLmcacheRag(BaseChatModel):
     def prompt_text(self, messages: Sequence[BaseMessage]) -> str:
         """Messages as the model reads them, where no tools are bound. Raises `PromptError` for what is not text."""
         if self.chat_template:
-            return str(self.engine.render(Chat(turns_of(messages))))
+            return str(self.engine.render(Chat(turns_of(messages), template_kwargs=self.chat_template_kwargs)))
         return plain_text(messages)
 
     def get_token_ids(self, text: str) -> list[int]:
@@ -184,6 +186,7 @@ class ChatLmcacheRag(BaseChatModel):
             "model_name": self.model_name,
             "scope": self.engine.scope,
             "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
             **{name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)},
         }
 
@@ -235,7 +238,8 @@ class ChatLmcacheRag(BaseChatModel):
     ) -> tuple[Chat | str, Sampling, BlendOptions]:
         """What one call asks for: the fields, and the call's own arguments over them."""
         values = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, *_BLEND_FIELDS)} | kwargs
-        values.pop("stream", None)  # LangChain's own: which of our methods it is to call
+        for own in ("stream", "streaming"):  # LangChain's: which of our methods it is to call
+            values.pop(own, None)
         prompt = self._prompt(messages, values)
         if stop is not None:
             values["stop"] = stop
@@ -254,7 +258,8 @@ class ChatLmcacheRag(BaseChatModel):
         choice = choice_of(values.pop("tool_choice", None))
         parallel = bool(values.pop("parallel_tool_calls", True))
         if self.chat_template:
-            return Chat(turns_of(messages), tools, choice, parallel)
+            given = values.pop("chat_template_kwargs", self.chat_template_kwargs)
+            return Chat(turns_of(messages), tools, choice, parallel, given)
         if tools and choice != "none":
             raise PromptError(
                 "Plain prompts offer no tools: use ChatLmcacheRag(chat_template=True); structured output goes by "

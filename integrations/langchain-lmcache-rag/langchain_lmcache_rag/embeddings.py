@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from langchain_core.embeddings import Embeddings
 
 if TYPE_CHECKING:
-    from lmcache_rag.corpus import SentenceEmbedder
+    from lmcache_rag.corpus.embedder import SentenceEmbedder
 
 
 class LocalEmbeddings(Embeddings):
@@ -26,6 +26,6 @@ class LocalEmbeddings(Embeddings):
 
     @cached_property
     def _embedder(self) -> SentenceEmbedder:
-        from lmcache_rag.corpus import SentenceEmbedder  # imports torch, which clients of servers do without
+        from lmcache_rag.corpus.embedder import SentenceEmbedder  # imports torch, which clients of servers do without
 
         return SentenceEmbedder()

@@ -94,15 +94,17 @@ class KVRetriever(BaseRetriever):
         """A document as the chain prompts it; use it in the chain's `format_docs` too."""
         return self._kv.text_of(document)
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
-        documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()})
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        documents = self.retriever.invoke(query, {"callbacks": run_manager.get_child()}, **kwargs)
         self._store(documents)
         return self._ordered(documents)
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        documents = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()})
+        documents = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **kwargs)
         await asyncio.to_thread(self._store, documents)
         return self._ordered(documents)
 

@@ -159,12 +159,20 @@ class KVVectorStore(VectorStore):
         """The texts that documents have now, as they are prompted."""
         if not self._knows_documents:
             return {each: self._texts[each] for each in ids if each in self._texts}
-        return self._texts_of(self.store.get_by_ids(ids) if ids else ())
+        found = self.store.get_by_ids(ids) if ids else []
+        if all(document.id is not None for document in found):
+            return self._texts_of(found)
+        asked = {each: self.store.get_by_ids([each]) for each in ids}  # Qdrant's documents do not say which they are
+        return {each: self.text_of(documents[0]) for each, documents in asked.items() if documents}
 
     async def _aknown(self, ids: Sequence[str]) -> dict[str, str]:
         if not self._knows_documents:
             return self._known(ids)
-        return self._texts_of(await self.store.aget_by_ids(ids) if ids else ())
+        found = await self.store.aget_by_ids(ids) if ids else []
+        if all(document.id is not None for document in found):
+            return self._texts_of(found)
+        asked = {each: await self.store.aget_by_ids([each]) for each in ids}
+        return {each: self.text_of(documents[0]) for each, documents in asked.items() if documents}
 
     def _texts_of(self, documents: Iterable[Document]) -> dict[str, str]:
         return {document.id: self.text_of(document) for document in documents if document.id is not None}

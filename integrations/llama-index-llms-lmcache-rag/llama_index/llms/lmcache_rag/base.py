@@ -39,7 +39,7 @@ from llama_index.llms.lmcache_rag.prompts import as_texts, preamble_of
 from llama_index.llms.lmcache_rag.structured import StructuredAnswers
 
 from lmcache_rag.engine import Completion, Delta, Engine, EngineSettings, Prompt, Sampling, engine_of
-from lmcache_rag.errors import PromptError
+from lmcache_rag.errors import CutOffError, PromptError
 from lmcache_rag.prompt import encode
 from lmcache_rag.request import (
     DEFAULT_SELECTOR,
@@ -50,7 +50,7 @@ from lmcache_rag.request import (
 )
 
 _BLEND_FIELDS = ("mode", "selector", "target_kl", "ratio")
-_SAMPLING_FIELDS = ("max_tokens", "temperature", "stop")
+_SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "stop")
 
 _dispatcher = get_dispatcher(__name__)
 
@@ -86,13 +86,15 @@ class LmcacheRag(Copyable, StructuredAnswers):
         EngineError: not exactly one of `engine`, `settings` and `base_url` is given, or the engine does not start. When
             copied or pickled: the engine runs in this process.
         PromptError: `messages_to_prompt` is given with `chat_template`. When called: the prompt does not fit the model,
-            an argument is unknown, or a structured answer is cut off by `max_tokens`.
+            an argument is unknown, or a structured answer is cut off by `max_tokens` (`CutOffError`).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     max_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Of the likeliest tokens, this share is drawn from.")
+    seed: int | None = Field(default=None, description="Makes drawing repeatable.")
     stop: tuple[str, ...] = Field(default=(), description="Generation ends before any of these strings.")
     mode: Literal["blend", "off"] = Field(default="blend", description="`off` is vLLM without any reuse.")
     selector: SelectorName = Field(default=DEFAULT_SELECTOR, description="Which tokens of stored chunks are repaired.")
@@ -257,7 +259,8 @@ class LmcacheRag(Copyable, StructuredAnswers):
 
         def render(**variables: str) -> str:
             if self.chat_template:
-                return self._engine.render(chat_of(self._get_messages(template, **variables)))
+                messages = self._get_messages(template, **variables)
+                return self._engine.render(chat_of(messages, template_kwargs=self.chat_template_kwargs))
             return self._get_prompt(template, **variables)
 
         return preamble_of(template, render)
@@ -307,11 +310,12 @@ class LmcacheRag(Copyable, StructuredAnswers):
         }
 
     def _completion(self, prompt: str, kwargs: dict[str, Any], *, formatted: bool) -> _Call:
+        if self.chat_template and formatted:
+            return self._call(self.token_ids(prompt), kwargs)
         if self.chat_template:
-            whole: Prompt = (
-                self.token_ids(prompt) if formatted else chat_of([ChatMessage(role=MessageRole.USER, content=prompt)])
-            )
-            return self._call(whole, kwargs)
+            given = kwargs.pop("chat_template_kwargs", self.chat_template_kwargs)
+            asked = [ChatMessage(role=MessageRole.USER, content=prompt)]
+            return self._call(chat_of(asked, template_kwargs=given), kwargs)
         assert self.completion_to_prompt is not None
         return self._call(prompt if formatted else self.completion_to_prompt(prompt), kwargs)
 
@@ -320,7 +324,8 @@ class LmcacheRag(Copyable, StructuredAnswers):
         parallel = kwargs.pop("allow_parallel_tool_calls", True)
         if self.chat_template:
             choice = tool_choice_of(tool_choice, required=False)
-            return self._call(chat_of(messages, tools, choice, parallel=parallel), kwargs)
+            given = kwargs.pop("chat_template_kwargs", self.chat_template_kwargs)
+            return self._call(chat_of(messages, tools, choice, parallel=parallel, template_kwargs=given), kwargs)
         if tools:
             raise PromptError("Tools are offered in the model's chat template: LmcacheRag(..., chat_template=True).")
         assert self.messages_to_prompt is not None
@@ -356,11 +361,11 @@ class LmcacheRag(Copyable, StructuredAnswers):
             yield ChatResponse(message=message, delta=delta.text)
 
     def _ended(self, call: _Call, completion: Completion) -> dict[str, Any]:
-        """Report an answer; returns its `raw`. Raises `PromptError` where it was to be JSON, and is cut off."""
+        """Report an answer; returns its `raw`. Raises `CutOffError` where it was to be JSON, and is cut off."""
         self._reports.append(completion.reuse)
         _dispatcher.event(KVReuseEvent.of(completion, self._engine.model_name, call.span_id))
         if self._json_schema is not None and completion.finish_reason == "length":
-            raise PromptError(
+            raise CutOffError(
                 f"The structured answer was cut off after {completion.answer_tokens} tokens: raise max_tokens "
                 f"(got {call.sampling.max_tokens}), or bound the lengths in the schema."
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
@@ -13,7 +15,7 @@ class LocalEmbedding(BaseEmbedding):
     LlamaIndex does as well.
 
     Raises:
-        ImportError: the package's extra `local` is missing.
+        ImportError: when called: the package's extra `local` is missing.
     """
 
     _embedder: SentenceEmbedder = PrivateAttr(default_factory=SentenceEmbedder)
@@ -31,5 +33,11 @@ class LocalEmbedding(BaseEmbedding):
     def _get_query_embedding(self, query: str) -> list[float]:
         return self._get_text_embedding(query)
 
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
+        return await self._aget_text_embedding(query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
@@ -46,13 +46,14 @@ def chat_of(
     tool_choice: str = "auto",
     *,
     parallel: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Chat:
     """A conversation. What the model thought in earlier answers is left out.
 
     Raises:
         PromptError: a message holds more than text and tool calls, or `tool_choice` names no tool.
     """
-    return Chat([_message(message) for message in messages], tools, tool_choice, parallel)
+    return Chat([_message(message) for message in messages], tools, tool_choice, parallel, template_kwargs or {})
 
 
 def tool_form(tool: BaseTool) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def answer_message(completion: Completion) -> ChatMessage:
     """A whole answer: its text, and the calls that the model asks for, as blocks and, where parts of LlamaIndex look
     for them still, in OpenAI's form."""
     calls = [_block(call) for call in completion.tool_calls]
-    text: list[ContentBlock] = [TextBlock(text=completion.text)] if completion.text else []
+    # LlamaIndex writes "None" for an answer without blocks.
+    text: list[ContentBlock] = [TextBlock(text=completion.text)] if completion.text or not calls else []
     older = {"tool_calls": [_call(block) for block in calls]} if calls else {}
     return ChatMessage(role=MessageRole.ASSISTANT, blocks=[*text, *calls], additional_kwargs=older)
 

@@ -34,6 +34,9 @@ _SENTENCE = {"type": "string", "maxLength": 200}
 class StructuredAnswers(FunctionCallingLLM):
     """A language model whose answers can be made to follow a JSON schema, by a grammar."""
 
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="What the chat template takes besides, such as `enable_thinking`."
+    )
     chat_template: bool = Field(
         default=False, description="Whether prompts are written in the model's own chat template, or as plain text."
     )
@@ -42,7 +45,7 @@ class StructuredAnswers(FunctionCallingLLM):
 
     def following(self, json_schema: dict[str, Any]) -> Self:
         """The same model, whose answers are JSON of this schema. One that is cut off by `max_tokens` is a
-        `PromptError`; `stop` does not hold."""
+        `CutOffError`; `stop` does not hold."""
         following = self.model_copy()
         following._json_schema = json_schema
         return following
@@ -67,7 +70,7 @@ class StructuredAnswers(FunctionCallingLLM):
         """See `LLM.structured_predict`. The answer follows the schema of `output_cls` by a grammar.
 
         Raises:
-            PromptError: it is cut off by `max_tokens`.
+            CutOffError: it is cut off by `max_tokens`.
         """
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
@@ -126,7 +129,7 @@ class StructuredProgram(BasePydanticProgram[Model]):
         prompt: the template of the prompts.
 
     Raises:
-        PromptError: when called: the answer is cut off by `max_tokens`.
+        CutOffError: when called: the answer is cut off by `max_tokens`.
     """
 
     def __init__(self, output_cls: type[Model], llm: StructuredAnswers, prompt: BasePromptTemplate) -> None:
