@@ -114,7 +114,7 @@ def work(folder: Path, task: str, first: int) -> None:
     records_module._SEGMENTS = _SEGMENTS
     store = DiskStore(folder)
     room = Room(store, SCOPE.namespace, LIMITS)
-    room._records[SCOPE] = _TellingRecords(store, SCOPE)
+    room._kept[SCOPE] = room._records[SCOPE] = _TellingRecords(store, SCOPE)
     TASKS[task](store, room, first)
 
 

@@ -28,7 +28,7 @@ from lmcache_rag.errors import CorruptObjectError, StoreError
 from lmcache_rag.library.coding import coded
 from lmcache_rag.library.forms import base_for, read_for, readable
 from lmcache_rag.library.loaded import LoadedKV
-from lmcache_rag.library.names import object_name, parsed
+from lmcache_rag.library.names import is_incidental, object_name, parsed
 from lmcache_rag.library.reading import read_if_usable
 from lmcache_rag.library.room import PINNED, PREAMBLE, Rooms
 from lmcache_rag.library.uses import INTERVAL_S, Uses
@@ -85,7 +85,7 @@ class ChunkStore:
             StoreError: the store cannot be read, and no cache is in front of it.
         """
         try:
-            self.records.follow()
+            self.records.follow(patient=is_incidental(self.scope.namespace))  # each tenant has some
         except StoreError:
             if not getattr(self.store, "caches", ()):
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -131,23 +132,34 @@ class Room:
         self.evicted = Evicted()
         self._store = store
         self._clock = clock
-        self._records: dict[KVScope, Records] = {}
+        self._records: weakref.WeakValueDictionary[KVScope, Records] = weakref.WeakValueDictionary()
+        self._kept: dict[KVScope, Records] = {}
         self._looked_at = self._expired_at = -_EXPIRE_S
         self._said = False
         self._lock = threading.RLock()
+        self._opening = threading.Lock()  # who opens a scope does not wait for what is deleted
         self._counting = threading.Lock()
 
     def records(self, scope: KVScope) -> Records:
-        """Those of a scope of the namespace, shared by all who use it."""
-        with self._lock:
-            if scope not in self._records:
-                self._records[scope] = Records.of(self._store, scope)
-            return self._records[scope]
+        """Those of a scope of the namespace, shared by all who use it. They stay open where all of them count towards a
+        limit; else each tenant's would, whoever comes by."""
+        with self._opening:
+            found = self._records.get(scope)
+            if found is None:
+                found = self._records[scope] = Records.of(self._store, scope)
+            if self.limits.capacity_bytes is not None:
+                self._kept[scope] = found
+            return found
+
+    def _all(self) -> dict[KVScope, Records]:
+        """Those that are open."""
+        with self._opening:
+            return dict(self._records)
 
     @property
     def size_bytes(self) -> int:
         """Of all objects, as last followed."""
-        return sum(records.size_bytes for records in self._records.values())
+        return sum(records.size_bytes for records in self._all().values())
 
     def make(self, scope: KVScope, size_bytes: int) -> bool:
         """Have so many bytes fit, which are then written at once. A conversation or learned text has none evicted but
@@ -164,6 +176,7 @@ class Room:
                 self.expire()
             limit = self.limits.capacity_bytes
             if limit is None:
+                self._kept.clear()
                 return True
             self._follow(scope)
             wanted = size_bytes + min(size_bytes, limit // 50)  # as much again, which another process may be writing
@@ -201,7 +214,7 @@ class Room:
     def expired(self, *, by_clock: bool = False) -> Iterator[tuple[_Stored, np.ndarray]]:
         """What `expire` deletes, as last looked at: of each scope the numbers of objects."""
         now = int(self._clock())
-        for scope, records in list(self._records.items()):
+        for scope, records in self._all().items():
             ttl_s = self.limits.ttl_of(scope.namespace)
             if ttl_s is None:
                 continue
@@ -215,22 +228,22 @@ class Room:
         """Know of all scopes of the namespace, and what is recorded in them. Raises `StoreError`."""
         with self._lock:
             self._look()
-            for records in self._records.values():
+            for records in self._all().values():
                 records.refresh()
 
     def _look(self) -> None:
         self._looked_at = time.monotonic()
         for scope in recorded_scopes(self._store):
             if beside(scope.namespace) == self.namespace:
-                self.records(scope)
+                self._kept[scope] = self.records(scope)
 
     def _follow(self, scope: KVScope) -> None:
         """Take over what was stored by others."""
-        cheap = not self._store.remote and len(self._records) <= _OFTEN  # over a network, listing is not
+        cheap = not self._store.remote and len(self._all()) <= _OFTEN  # over a network, listing is not
         if cheap or time.monotonic() - self._looked_at > _LOOK_S:
             self._look()
-        self.records(scope)
-        for records in self._records.values() if len(self._records) <= _OFTEN else [self._records[scope]]:
+        own, every = self.records(scope), self._all().values()
+        for records in every if len(every) <= _OFTEN else [own]:
             records.refresh()
 
     def _evict(self, target_bytes: int, *, only_incidental: bool) -> None:
@@ -246,8 +259,8 @@ class Room:
             )
         self.look()
         for incidental in (True,) if only_incidental else (True, False):
-            scopes = [scope for scope in self._records if is_incidental(scope.namespace) == incidental]
-            self._evict_of([_Stored.of(scope, self._records[scope]) for scope in scopes], target_bytes)
+            some = {scope: own for scope, own in self._all().items() if is_incidental(scope.namespace) == incidental}
+            self._evict_of([_Stored.of(scope, records) for scope, records in some.items()], target_bytes)
 
     def _evict_of(self, several: Sequence[_Stored], target_bytes: int) -> None:
         numbers = [np.flatnonzero(stored.evictable()) for stored in several]

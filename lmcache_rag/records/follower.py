@@ -10,6 +10,10 @@ from collections.abc import Callable
 from lmcache_rag.errors import StoreError
 
 _EVERY_S = 0.3
+_OFTEN_S = 10.0
+_SELDOM_S = 5.0
+"""So often, or twice as seldom each time up to that, of a view that may wait and that nobody used for so long."""
+
 _UNUSED_S = 300.0
 """Nothing is asked for a view that nobody used for so long."""
 
@@ -19,18 +23,23 @@ class Follower:
 
     Args:
         refresh: a bound method. Its object is held only while it is called, and may go at any time.
+        patient: whether less often while nobody looks.
     """
 
-    def __init__(self, refresh: Callable[[], None]) -> None:
+    def __init__(self, refresh: Callable[[], None], *, patient: bool = False) -> None:
+        self._patient = patient
         self._refresh = weakref.WeakMethod(refresh)
         self._used = 0.0
         self._error: StoreError | None = None
         self._running = False
+        self._asked = threading.Event()
         self._lock = threading.Lock()
 
     def look(self) -> None:
         """Go on following; raises the `StoreError` of the last try where it failed."""
         with self._lock:
+            if time.monotonic() - self._used > _OFTEN_S:
+                self._asked.set()
             self._used = time.monotonic()
             if not self._running:
                 thread = threading.Thread(target=self._follow, name="lmcache-rag-follow", daemon=True)
@@ -40,6 +49,7 @@ class Follower:
             raise StoreError(str(error))
 
     def _follow(self) -> None:
+        pause_s = _EVERY_S
         while True:
             refresh = self._refresh()
             with self._lock:
@@ -55,4 +65,7 @@ class Follower:
             else:
                 self._error = None
             del refresh
-            time.sleep(_EVERY_S)
+            unused = self._patient and time.monotonic() - self._used > _OFTEN_S
+            pause_s = min(2 * pause_s, _SELDOM_S) if unused else _EVERY_S
+            self._asked.wait(pause_s)
+            self._asked.clear()

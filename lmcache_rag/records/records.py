@@ -92,9 +92,12 @@ class Records(View):
                 self._look(self._number)
             self._follow()
 
-    def follow(self) -> None:
+    def follow(self, *, patient: bool = False) -> None:
         """As `refresh`, but over a network, which may take long: there a thread takes over what was written, several
         times a second while this is called now and then, and this waits for nothing.
+
+        Args:
+            patient: whether the thread looks less often while this is not called.
 
         Raises:
             StoreError: the store could not be read lately.
@@ -105,7 +108,7 @@ class Records(View):
         self._process.check()
         with self._following:
             if self._follower is None:
-                self._follower = Follower(self.refresh)
+                self._follower = Follower(self.refresh, patient=patient)
         self._follower.look()
 
     @property

@@ -88,8 +88,6 @@ def _is_granted(options: BlendOptions) -> bool:
 
 def _unhandled(request: Request) -> str:
     """Why a request passes through untouched, or nothing."""
-    if request.lora_request is not None:
-        return "LoRA"
     if request.mm_features:
         return "multimodal input"
     if request.prompt_embeds is not None or request.prompt_token_ids is None:

@@ -138,6 +138,7 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
         ("reload_weights", "reset_weights", "init_weight_transfer_engine", "start_weight_update", "update_weights"),
     ),
     Function("v1/worker/gpu_worker.py", "Worker.sleep", ("self", "level")),
+    Function("v1/worker/gpu_worker.py", "Worker.wake_up", ("self", "tags")),
     # Engines that are passed through
     Attributes(
         "config/parallel.py",
@@ -155,6 +156,7 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
             "ubatch_size",
         ),
     ),
+    Attributes("config/vllm.py", "VllmConfig", ("lora_config",)),
     Attributes("config/model.py", "ModelConfig", ("is_moe", "uses_mrope")),
     Attributes("config/kv_transfer.py", "KVTransferConfig", ("kv_load_failure_policy", "kv_connector_extra_config")),
     # The connector
@@ -205,6 +207,7 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
     Text(_SCHEDULER, "Scheduler.__init__", "self.connector.bind_kv_cache_manager(self.kv_cache_manager)"),
     Text(_SCHEDULER, "Scheduler.has_requests", "self.connector.has_pending_push_work()"),
     Attributes("v1/core/kv_cache_manager.py", "KVCacheManager", ("enable_caching", "block_pool")),
+    Function("v1/core/kv_cache_manager.py", "KVCacheBlocks.get_block_ids", ("self",)),
     Function("v1/core/kv_cache_manager.py", "KVCacheManager.get_computed_blocks", ("self", "request")),
     Attributes("v1/core/block_pool.py", "BlockPool", ("null_block",)),
     Function("v1/core/block_pool.py", "BlockPool.get_num_free_blocks", ("self",)),
@@ -245,7 +248,6 @@ INTERFACES: tuple[Function | Attributes | Text, ...] = (
             "cache_salt",
             "block_hashes",
             "update_block_hashes",
-            "lora_request",
             "mm_features",
             "prompt_embeds",
             "pooling_params",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -111,6 +112,28 @@ def test_nobody_follows_what_nobody_uses(store: Remote, tmp_path: Path, monkeypa
     end_of_following()
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_view_that_may_wait_is_followed_less_often_while_nobody_looks(*, patient: bool) -> None:
+    class View:
+        def refresh(self) -> None:
+            return
+
+    views, waits = [View()], list[float]()
+    follower = module.Follower(views[0].refresh, patient=patient)
+    follower._used = time.monotonic() - 20.0
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 6:
+            views.clear()  # and with it the following ends
+
+    follower._asked.wait = wait  # type: ignore[assignment]
+    follower._follow()
+    assert waits == ([0.6, 1.2, 2.4, 4.8, 5.0, 5.0] if patient else [0.3] * 6)
+    follower.look()
+    assert follower._asked.is_set()  # at once
 
 
 def test_a_disk_is_read_by_who_looks(tmp_path: Path) -> None:

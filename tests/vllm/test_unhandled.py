@@ -15,7 +15,6 @@ from lmcache_rag.vllm.config import unsupported_engine
     ("fields", "reason"),
     [
         ({}, ""),
-        ({"lora_request": object()}, "LoRA"),
         ({"mm_features": [object()]}, "multimodal input"),
         ({"prompt_embeds": object()}, "prompt embeddings"),
         ({"prompt_token_ids": None}, "prompt embeddings"),
@@ -26,7 +25,6 @@ from lmcache_rag.vllm.config import unsupported_engine
 )
 def test_requests(fields: dict[str, Any], reason: str) -> None:
     request = {
-        "lora_request": None,
         "mm_features": [],
         "prompt_embeds": None,
         "prompt_token_ids": [1, 2],
