@@ -102,7 +102,12 @@ class Blender:
         state.count(recomputed)
         computing_s = report.phases_s["select"] + report.phases_s["recompute"]
         self._slower_s = max(0.0, computing_s - self.rates.computing_s(plan))
-        self.preambles.keep(self.workspace, plan.preamble_of, plan.token_ids[: plan.preamble.length])
+        self.preambles.keep(
+            self.workspace,
+            plan.preamble_of,
+            plan.token_ids[: plan.preamble.length],
+            is_preamble=plan.preamble.name is not None or plan.mode == "precompute",
+        )
         return report
 
     def loading_s(self, plan: BlendPlan) -> float | None:

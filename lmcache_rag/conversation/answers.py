@@ -62,13 +62,19 @@ class Answered:
 
 
 class Answers:
-    """The answers given last."""
+    """The answers given last.
+
+    Attributes:
+        added: how many there were.
+    """
 
     def __init__(self, remembered: int = _REMEMBERED) -> None:
+        self.added = 0
         self._answers: deque[Answered] = deque(maxlen=remembered)
 
     def add(self, answered: Answered) -> None:
         """Remember an answer; what it continues need not be remembered any more."""
+        self.added += 1
         for earlier in list(self._answers):
             same = answered.salts[: len(earlier.salts)] == earlier.salts
             if same and _common(earlier.token_ids, answered.token_ids) == len(earlier.token_ids):

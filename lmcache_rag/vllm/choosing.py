@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.codec import CODECS
 from lmcache_rag.conversation.answers import Answered, Answers, Salt, Terms
@@ -26,6 +27,9 @@ SMALL_REST = 64
 
 _TRIED = 2
 """So many of the answers that a prompt begins like are looked for in the prefix cache: naming blocks takes time."""
+
+_WAITING = 64
+"""Of so many requests it is kept how their blocks would be named."""
 
 _MOST_BLENDS = 8
 """Behind so many blends, each done behind the one before, another one begins anew."""
@@ -72,6 +76,9 @@ class Choice:
         return self.held.continued if self.salts and is_kept else None
 
 
+_Begun = tuple[Answered, tuple[Salt, ...], BlockNames]
+
+
 class Chooser:
     """Chooses what is fastest among all that is known here. Choosing changes nothing; of the store it asks what
     was recorded since.
@@ -103,6 +110,7 @@ class Chooser:
         self._chats = chats
         self._learns = learns
         self._learns_unsalted = learns_unsalted
+        self._named: OrderedDict[str, tuple[Any, list[_Begun]]] = OrderedDict()
 
     def terms(self, options: BlendOptions, names: BlockNames) -> Terms:
         """On which a request's KV may be inherited; `names` are those that vLLM gave its blocks."""
@@ -117,17 +125,31 @@ class Chooser:
         exact = prefixes.held(request, names)
         if request.num_prompt_tokens - exact <= SMALL_REST:
             return Held(exact, None, exact, names)
-        assert request.prompt_token_ids is not None
-        ratio = self._planner.ratio_of(options)
-        terms, least = self.terms(options, names), exact + SMALL_REST
-        for answered in self._answers.continued_by(request.prompt_token_ids, terms, ratio, least)[:_TRIED]:
-            salts = tuple(salt for salt in answered.salts if salt.kept_blocks < len(names.hashes))
-            if salts:
-                salted = names.salted(request, salts)
-                tokens = prefixes.held(request, salted)
-                if tokens > least:
-                    return Held(exact, answered, tokens, salted, salts)
+        least = exact + SMALL_REST
+        for answered, salts, salted in self._begun_like(request, names, options, least):
+            tokens = prefixes.held(request, salted)
+            if tokens > least:
+                return Held(exact, answered, tokens, salted, salts)
         return Held(exact, None, exact, names)
+
+    def _begun_like(self, request: Request, names: BlockNames, options: BlendOptions, least: int) -> list[_Begun]:
+        """The answers that a prompt begins like, and how its blocks are named then. A request that waits is asked about
+        in each step, so that is kept until there is another answer."""
+        state = self._answers.added, least, names
+        kept, found = self._named.get(request.request_id, (None, []))
+        if kept != state:
+            terms, ratio = self.terms(options, names), self._planner.ratio_of(options)
+            assert request.prompt_token_ids is not None
+            answers = self._answers.continued_by(request.prompt_token_ids, terms, ratio, least)[:_TRIED]
+            salted = [
+                (answered, tuple(salt for salt in answered.salts if salt.kept_blocks < len(names.hashes)))
+                for answered in answers
+            ]
+            found = [(answered, salts, names.salted(request, salts)) for answered, salts in salted if salts]
+            self._named[request.request_id] = state, found
+            while len(self._named) > _WAITING:
+                self._named.popitem(last=False)
+        return found
 
     def choose(self, request: Request, names: BlockNames, options: BlendOptions, report: ReuseReport) -> Choice:
         """What is fastest; `report` says why."""

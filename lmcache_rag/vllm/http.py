@@ -76,7 +76,9 @@ class ReuseMiddleware:
         except RefusedError as refusal:
             await _respond(send, refusal.status, _error(refusal))
             return
-        reporting = _Reporting(send, request) if path in _ANSWERING else send
+        # Reports come with vLLM's statistics; without them nothing is to be waited for.
+        are_told = not getattr(scope["app"].state.args, "disable_log_stats", False)
+        reporting = _Reporting(send, request) if path in _ANSWERING and are_told else send
         await self._app(scope, _replayed(body, receive), reporting)
 
     def _check(self, request: Mapping[str, Any], scope: Scope) -> bool:

@@ -192,8 +192,9 @@ def test_a_preamble_that_had_to_be_computed_is_kept_too(blends: Blends) -> None:
 
 
 def test_one_namespace_does_not_get_anothers_preamble(blends: Blends) -> None:
-    blends.blend(blends.stored(10, 30))
-    assert blends.sizes == [(10, 12)]
+    for _ in range(2):  # it is kept when it comes again
+        blends.blend(blends.stored(10, 30))
+        assert blends.sizes == [(10, 12)]
     blends.blend(blends.stored(10, 30, "other"), namespace="other")
     assert blends.sizes == [(10, 12)]
     blends.blend(blends.stored(10, 30))
@@ -207,8 +208,8 @@ def test_text_of_a_callers_own_is_not_kept_for_others(blends: Blends) -> None:
         blends.blend(blends.stored(10, 30), cache_salt=cache_salt, preamble=preamble)
         return blends.sizes != []
 
-    assert computed("one") and not computed("one")
-    assert computed("another") and computed(None) and not computed(None)
+    for caller in ("one", "another", None):
+        assert computed(caller) and computed(caller) and not computed(caller)
     stored = blends.stored(0, 10, exact=True)  # by which a namespace shares it
     computed("one", stored)
     assert stored.name is not None

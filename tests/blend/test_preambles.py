@@ -41,6 +41,15 @@ def test_what_is_too_long_is_not_kept_and_drives_out_nothing() -> None:
     assert not preambles.place(workspace_of(0), "a", [])
 
 
+def test_what_may_be_one_prompts_own_is_kept_when_it_comes_again() -> None:
+    preambles = Preambles()
+    for expected in (False, True):
+        preambles.keep(workspace_of(1), "a", range(10), is_preamble=False)
+        preambles.keep(workspace_of(1), "b", range(10 + expected), is_preamble=False)
+        assert preambles.place(workspace_of(0), "a", range(10)) == expected
+        assert not preambles.place(workspace_of(0), "b", range(10))
+
+
 def test_neither_another_namespace_nor_a_beginning_is_the_same() -> None:
     preambles = Preambles()
     preambles.keep(workspace_of(1), "a", range(10))

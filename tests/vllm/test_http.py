@@ -17,10 +17,18 @@ from lmcache_rag.vllm.http import ReuseMiddleware
 ASKED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
-def called(app: Any, body: Any, *, path: str = "/v1/completions", keys: tuple[str, ...] = (), **headers: str) -> Any:
+def called(
+    app: Any,
+    body: Any,
+    *,
+    path: str = "/v1/completions",
+    keys: tuple[str, ...] = (),
+    disable_log_stats: bool = False,
+    **headers: str,
+) -> Any:
     """Status and body of what the middleware answers around an application."""
     sent: list[dict[str, Any]] = []
-    state = SimpleNamespace(args=SimpleNamespace(api_key=list(keys)))
+    state = SimpleNamespace(args=SimpleNamespace(api_key=list(keys), disable_log_stats=disable_log_stats))
     scope = {
         "type": "http", "method": "POST", "path": path, "root_path": "", "app": SimpleNamespace(state=state),
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
@@ -50,6 +58,17 @@ def streaming(*pieces: bytes) -> Any:
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     reports.note({"cmpl-known-0-12345678": {"mode": "blend"}})
     monkeypatch.setattr(http, "_WAIT_S", 0.0)
+
+
+def test_where_no_reports_come_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(_: float) -> None:
+        raise AssertionError("an answer waits")
+
+    monkeypatch.setattr(http.asyncio, "sleep", waiting)
+    stream = b'data: {"id": "cmpl-unknown", "choices": []}\n\ndata: [DONE]\n\n'
+    assert called(streaming(stream), ASKED, disable_log_stats=True)[1] == stream
+    answer = b'{"id": "cmpl-unknown", "choices": [{"text": "x"}]}'
+    assert called(streaming(answer), {"kv_transfer_params": {}}, disable_log_stats=True)[1] == answer
 
 
 @pytest.mark.parametrize("separate", [True, False])
