@@ -240,7 +240,10 @@ class Records(View):
                 while kept and len(base[kept - 1]) <= _GROWTH * size:
                     kept -= 1
                     size += len(base[kept])
-                merged = merge([*base[kept:], *frozen], whole=not kept) if size else None
+                # Read whole: what has rotted would be merged into what is then taken to be right.
+                whole = [part for name in names[kept:] if (part := self._mapped(name, mapped=False)) is not None]
+                parts = [*whole, *frozen]
+                merged = merge(parts, whole=not kept) if parts else None
                 new = [] if merged is None else [self._log.write_part(epoch, merged.to_bytes())]
                 self._end_epoch(epoch, [*names[:kept], *new])
             finally:
@@ -406,12 +409,13 @@ class Records(View):
         self._epoch, self._number, self._frozen, self._fresh = epoch, 0, [], []
         self._show()
 
-    def _mapped(self, name: str) -> Part | None:
+    def _mapped(self, name: str, *, mapped: bool = True) -> Part | None:
+        """A part of the base; see `Part.from_bytes`. None where it is lost."""
         try:
             try:
-                return Part.from_bytes(self._log.map_part(name) or memoryview(b""), mapped=True)
+                return Part.from_bytes(self._log.map_part(name) or memoryview(b""), mapped=mapped)
             except CorruptObjectError:
-                return Part.from_bytes(self._log.healed_part(name) or memoryview(b""), mapped=True)
+                return Part.from_bytes(self._log.healed_part(name) or memoryview(b""), mapped=mapped)
         except CorruptObjectError as error:
             self._lost = True
             _log.warning("part %s of the records is lost (%s): run `lmcache-rag store rebuild`", name, error)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lmcache_rag.errors import StoreError
 from lmcache_rag.records.merge import Live, live
 from lmcache_rag.records.part import Part, VariantRow, build
 
@@ -21,8 +22,15 @@ class View:
     parts: tuple[Part, ...] = ()
 
     def live(self) -> Live:
-        """All that is stored. Walks all that is known: for eviction, statistics and repair."""
-        return live(self.parts or (build({}),))
+        """All that is stored. Walks all that is known: for eviction, statistics and repair.
+
+        Raises:
+            StoreError: a file has rotted, and says what cannot be.
+        """
+        try:
+            return live(self.parts or (build({}),))
+        except (IndexError, ValueError) as error:
+            raise StoreError(f"The records are damaged ({error}): run `lmcache-rag store rebuild`.") from error
 
     def tokens(self, key: bytes) -> np.ndarray | None:
         """int32 token ids of a chunk; None where it is not known."""

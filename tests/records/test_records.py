@@ -13,6 +13,7 @@ import pytest
 
 from lmcache_rag.blobs.disk import DiskStore
 from lmcache_rag.chunk_kv import KVScope, key_of
+from lmcache_rag.errors import StoreError
 from lmcache_rag.records import records as module
 from lmcache_rag.records.merge import merge
 from lmcache_rag.records.part import OwnerRow, Part, VariantRow, build
@@ -200,6 +201,30 @@ def test_a_part_that_is_gone(store: DiskStore, records: Records) -> None:
     save(records, 1)
     for file in (store.root / ".records" / SCOPE.namespace / SCOPE.model / "parts").iterdir():
         file.unlink()
+    assert known(Records(store, SCOPE), 2) == [1]
+
+
+def test_a_part_that_has_rotted_is_not_merged(
+    store: DiskStore, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is mapped, so its checksum is not looked at until all of it is read."""
+    save(records, 0)
+    records.compact()
+    (file,) = (store.root / ".records" / SCOPE.namespace / SCOPE.model / "parts").iterdir()
+    content = bytearray(file.read_bytes())
+    forms = Part.from_bytes(memoryview(content)).variant_form
+    at = np.frombuffer(content, np.uint8).ctypes.data
+    content[forms.ctypes.data - at + 2] = 7  # a form that there is none of
+    file.chmod(0o644)
+    file.write_bytes(content)
+    again = Records(store, SCOPE)
+    again.refresh()
+    with pytest.raises(StoreError, match="store rebuild"):
+        again.live()
+    save(again, 1)
+    again.compact()
+    assert "is lost" in caplog.text
+    assert not again.is_whole and list(again.live().tokens) == [len(chunk(1))]
     assert known(Records(store, SCOPE), 2) == [1]
 
 
