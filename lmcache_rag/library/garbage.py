@@ -68,10 +68,13 @@ def collect(
         wait()
         for scope, names in first.items():
             if names:
-                found.unrecorded += sorted(names.intersection(_unrecorded(store, scope, progress)))
+                still = sorted(names.intersection(_unrecorded(store, scope, progress)))
+                found.unrecorded += still
+                if not dry_run:
+                    store.delete(still)  # at once, before they can be recorded
     found.tables = _unused_tables(store, scopes)
     if not dry_run:
-        store.delete([*found.unrecorded, *found.tables])
+        store.delete(found.tables)
     return found
 
 

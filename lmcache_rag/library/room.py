@@ -161,6 +161,11 @@ class Room:
         """Of all objects, as last followed."""
         return sum(records.size_bytes for records in self._all().values())
 
+    @property
+    def _chunks_bytes(self) -> int:
+        """Of all that somebody asked for to be stored."""
+        return sum(own.size_bytes for scope, own in self._all().items() if not is_incidental(scope.namespace))
+
     def make(self, scope: KVScope, size_bytes: int) -> bool:
         """Have so many bytes fit, which are then written at once. A conversation or learned text has none evicted but
         such: False where that is not enough, and it is not to be stored.
@@ -182,10 +187,15 @@ class Room:
             wanted = size_bytes + min(size_bytes, limit // 50)  # as much again, which another process may be writing
             if self.size_bytes + wanted <= limit:
                 return True
-            self._evict(max(0, int(_LOW * limit) - wanted), only_incidental=is_incidental(scope.namespace))
+            target, incidental = max(0, int(_LOW * limit) - wanted), is_incidental(scope.namespace)
+            if incidental and self._chunks_bytes > target:
+                target = limit - wanted  # no more than has to be: chunks stay, and so nearly all others would go
+                if self._chunks_bytes > target:
+                    return False
+            self._evict(target, only_incidental=incidental)
             if self.size_bytes + size_bytes <= limit:
                 return True
-            if is_incidental(scope.namespace):
+            if incidental:
                 return False
             raise StoreError(
                 f"The limit of {limit} bytes leaves no room for {size_bytes} more: give a larger capacity, or unpin "

@@ -230,6 +230,20 @@ def test_learned_text_goes_before_chunks_and_evicts_none(clock: Clock) -> None:
     assert learned.save(chunk(20), VARIANT) == 0
 
 
+def test_where_chunks_fill_the_limit_one_learned_text_does_not_drive_out_all_others(clock: Clock) -> None:
+    store = MemoryStore()
+    rooms = Rooms(store, limits(30))  # type: ignore[arg-type]
+    chunks = opened(store, clock, limits(30), rooms=rooms)
+    learned = opened(store, clock, limits(30), learned_of("docs", "salt"), rooms)
+    for number in range(27):
+        chunks.save(chunk(number), VARIANT)
+    for number in range(30, 34):
+        clock.now += 100
+        learned.save(chunk(number), VARIANT)
+    assert kept(learned, 34) == [32, 33]
+    assert kept(chunks, 27) == list(range(27)) and object_bytes(store) <= 30 * SIZE
+
+
 def test_learned_text_expires_as_conversations_do(clock: Clock) -> None:
     store = MemoryStore()
     chunks = opened(store, clock, Limits(conversations_ttl_s=100.0))
