@@ -4,6 +4,7 @@ of its layout."""
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lmcache_rag.blend.workspace import Workspace, on_device
 from lmcache_rag.chunk_kv import KVShape
+
+_log = logging.getLogger(__name__)
 
 _DIGIT_BITS = 7
 """Numbers up to 128 are exact in every compute type."""
@@ -117,11 +120,15 @@ class PagedCache:
     def _layouts(self) -> list[_Layout] | None:
         """Of each layer; None where one of them cannot be read."""
         layouts = []
-        for layer in self._layers:
-            layout = _learned(layer, self._shape)
-            if layout is None or self._block_tokens % layout.tokens:
-                return None
-            layouts.append(layout)
+        try:
+            for layer in self._layers:
+                layout = _learned(layer, self._shape)
+                if layout is None or self._block_tokens % layout.tokens:
+                    return None
+                layouts.append(layout)
+        except Exception as error:  # noqa: BLE001  # a backend may take nothing but what it expects; the engine goes on
+            _log.warning("vLLM's paged cache cannot be read (%s: %s)", type(error).__name__, error)
+            return None
         return layouts
 
 

@@ -107,7 +107,11 @@ def test_what_was_written_is_read(written: Written, split: int, heads: int, size
     assert (cache.token_s(after) or 0) > 0
 
 
-@pytest.mark.parametrize("written", [shuffled, summed])
+def refused(block: Tensor, key: Tensor, value: Tensor) -> None:
+    raise RuntimeError("not so")
+
+
+@pytest.mark.parametrize("written", [shuffled, summed, refused])
 def test_what_cannot_be_told_is_not_read(written: Written) -> None:
     cache, made = paged(written, 2, 16, torch.float32)
     assert not cache.is_readable and cache.token_s(made()) is None
