@@ -182,7 +182,7 @@ def chat_text(
     turns: Sequence[Mapping[str, Any]],
     today: date = TEMPLATE_DATE,
     tools: Sequence[Mapping[str, Any]] = (),
-    **template_kwargs: Any,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Messages (`role` and `content`) in the model's own chat template, up to where its answer begins. The text has its
     special tokens in it, so it is tokenised with `add_special_tokens=False`.
@@ -199,7 +199,7 @@ def chat_text(
     from jinja2.exceptions import TemplateError
 
     dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))  # the one way in which a date gets in
-    given: dict[str, Any] = {**({"strftime_now": today.strftime} if dated else {}), **template_kwargs}
+    given: dict[str, Any] = {**({"strftime_now": today.strftime} if dated else {}), **(template_kwargs or {})}
     if tools:
         given["tools"] = list(tools)
     try:

@@ -31,6 +31,9 @@ from lmcache_rag.request import ReuseReport
 _PLACED_FOR_ONE = 16
 """So many tokens' KV is decoded and placed in the time in which one is computed, or in less."""
 
+_READ_AT_ONCE = 1024
+"""Tokens of the paged cache. Whole blocks of it."""
+
 _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""
 
@@ -78,12 +81,14 @@ class Blender:
         self.rates = self._measured_rates()
         self.loader = Loader(shape, self.rates.prefill_tokens_per_s if never_slower else 0.0)
 
-    def blend(self, plan: BlendPlan, chunks: HotChunks, held: Callable[[], None] | None = None) -> Steps[ReuseReport]:
+    def blend(
+        self, plan: BlendPlan, chunks: HotChunks, held: Callable[[int, int], None] | None = None
+    ) -> Steps[ReuseReport]:
         """Leave K and V of positions 0 to `plan.end` in the workspace, and say what was done. The workspace is this
         blend's until then.
 
         Args:
-            held: puts those of the first `plan.held_tokens` there.
+            held: puts those of some of the first `plan.held_tokens` there, from one position to another.
         """
         report = ReuseReport(
             mode=plan.mode, selector=plan.selector, ratio=plan.ratio, prompt_tokens=len(plan.token_ids)
@@ -91,8 +96,9 @@ class Blender:
         self.token_layers = 0
         self.workspace.holder = self
         with self._timed(report, "load"):
-            if plan.held_tokens and held is not None:
-                held()
+            if plan.held_tokens:
+                assert held is not None
+                yield from self._read_held(plan.held_tokens, held)
             state = _Blend(self, plan, report)
             yield from state.load(chunks)
         with self._timed(report, "select"):
@@ -106,9 +112,16 @@ class Blender:
             self.workspace,
             plan.preamble_of,
             plan.token_ids[: plan.preamble.length],
-            is_preamble=plan.preamble.name is not None or plan.mode == "precompute",
+            is_preamble=plan.shares_preamble,
         )
         return report
+
+    def _read_held(self, tokens: int, held: Callable[[int, int], None]) -> Steps[None]:
+        yield from self.allowance.pause()  # some of it may be computed in the step that the blend begins in
+        for start in range(0, tokens, _READ_AT_ONCE):
+            end = min(tokens, start + _READ_AT_ONCE)
+            yield from self.allowance.take((end - start) // _PLACED_FOR_ONE)
+            held(start, end)
 
     def loading_s(self, plan: BlendPlan) -> float | None:
         """How long loading may take where the answer has a goal: what is left of it beside what is computed."""
@@ -116,7 +129,7 @@ class Blender:
             return None
         rates = self.rates
         vllm_s = rates.prefill_s(plan.end, len(plan.token_ids)) + rates.pass_s
-        return plan.ttft_goal_s - rates.computing_s(plan) - self._slower_s - vllm_s
+        return plan.ttft_goal_s - rates.computing_s(plan) - rates.reading_s(plan) - self._slower_s - vllm_s
 
     def _measured_rates(self) -> Rates:
         limit = min(self.workspace.max_tokens, self._max_pass_tokens)
@@ -316,7 +329,7 @@ class _Blend:
         found_in_order = blender.loader.load(
             chunks,
             wanted,
-            plan.end,
+            plan.end - plan.held_tokens,
             blender.loading_s(plan),
             may_wait=lambda: allowance.alone,
             paused_s=lambda: allowance.paused_s,

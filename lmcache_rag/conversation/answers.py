@@ -12,6 +12,12 @@ import numpy as np
 
 _REMEMBERED = 64
 
+_LEFT_OUT = 8
+"""So many tokens at a prompt's end at most are not in the next turn's, such as Qwen3's empty thoughts."""
+
+_ANSWER = 4
+"""So many tokens of an answer tell that it follows."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -32,8 +38,8 @@ class Salt(NamedTuple):
     """What the names of a blend's blocks are mixed with; see `vllm.isolation`.
 
     Attributes:
-        kept_blocks: so many of the prompt's first blocks were there before: the first blend's hold exact KV, under the
-            names that exact requests give them.
+        kept_blocks: so many of the prompt's first blocks keep the names that they had: before the first blend those are
+            of exact KV.
         digest: of all that has shaped the KV of the others, hexadecimal digits.
     """
 
@@ -59,6 +65,17 @@ class Answered:
     ratio: float
     salts: tuple[Salt, ...]
     turns: int = 1
+
+    def is_continued_by(self, token_ids: Sequence[int] | np.ndarray) -> bool:
+        """Whether a prompt begins with this one, and does not only ask something else about the same passages. What
+        templates end a prompt with, and leave out of the history, may be missing where the answer follows all the same.
+        """
+        prompt = np.asarray(token_ids, dtype=np.int32)
+        common, answer = _common(self.token_ids, prompt), self.token_ids[self.prompt_tokens :][:_ANSWER]
+        if common >= self.prompt_tokens:
+            return True
+        follows = np.array_equal(prompt[common : common + len(answer)], answer)
+        return len(answer) > 0 and follows and self.prompt_tokens - common <= _LEFT_OUT
 
 
 class Answers:

@@ -316,7 +316,7 @@ class LocalEngine(Engine):
     def render(self, chat: Chat) -> str:
         """See `Engine.render`."""
         tools = chat.tools if chat.offers_tools else ()
-        return chat_text(self.tokenizer, chat.turns(), tools=tools, **chat.template_kwargs)
+        return chat_text(self.tokenizer, chat.turns(), tools=tools, template_kwargs=chat.template_kwargs)
 
     def settle(self) -> None:
         """Wait until all requests are answered, and what the engine does while nothing is asked is done: refinement.

@@ -65,6 +65,10 @@ class Rates:
         probed = min(PROBE_TOKENS, len(plan.token_ids) - plan.end)
         return missing_s + self._tokens_s(probed, plan.end) + repaired_s + 2 * self.pass_s
 
+    def reading_s(self, plan: BlendPlan) -> float:
+        """What reading of the paged cache takes."""
+        return plan.held_tokens * (self.held_s or 0.0)
+
     def _tokens_s(self, tokens: float, keys: float) -> float:
         return tokens * (1 / self.prefill_tokens_per_s + keys * self.key_s)
 
@@ -110,7 +114,7 @@ class CostModel:
             return not held_tokens or Rates(1.0).computing_s(plan) < plan.end - held_tokens
         overhead_s = rates.overhead_s if self._clock() - self._blended_at <= REMEMBERED_S else 0.0
         loading_s = sum(self._loading_s(size, tier) or 0.0 for tier, size in plan.bytes_by_tier.items())
-        blending_s = loading_s + plan.held_tokens * (rates.held_s or 0.0) + rates.computing_s(plan) + overhead_s
+        blending_s = loading_s + rates.reading_s(plan) + rates.computing_s(plan) + overhead_s
         return blending_s < rates.prefill_s(held_tokens, plan.end)
 
     def _loading_s(self, size_bytes: int, tier: str) -> float | None:

@@ -77,8 +77,12 @@ class BlendPlan:
     def preamble_of(self) -> tuple[str, str | None]:
         """Whose prompts the preamble is shared by: those of the namespace where it is stored there, or is to be, else
         those of the namespace with this cache salt."""
-        is_shared = self.preamble.name is not None or self.mode == "precompute"
-        return self.namespace, None if is_shared else self.cache_salt
+        return self.namespace, None if self.shares_preamble else self.cache_salt
+
+    @property
+    def shares_preamble(self) -> bool:
+        """Whether the preamble is stored, or is to be."""
+        return self.preamble.name is not None or self.mode == "precompute"
 
     @property
     def known(self) -> list[PlannedSegment]:

@@ -32,6 +32,10 @@ _MOST = 0.75
 """Where more than this share of a chunk's tokens is wanted, all of it is read."""
 
 
+_WORTH_READING = 0.125
+"""Stored exact KV of a prompt's beginning is loaded where this share of it is not in the prefix cache."""
+
+
 class Planner:
     """Plans blends for one model over one store. It looks at what is recorded, never at what is stored.
 
@@ -141,14 +145,10 @@ class Planner:
         preamble, segments = _preamble(0, None), list[PlannedSegment]()
         if matches:
             preamble, segments = self._segments(prompt, matches, sources, options)
-        begun: tuple[PlannedSegment, ...] = ()
-        start, stored = preamble.end if preamble.name is not None else 0, history.end if history is not None else 0
-        if max(behind, stored) > start:
-            begun = history.begun if history is not None and stored > behind else ()
-            behind, start, preamble = 0 if begun else behind, max(behind, stored), _preamble(0, None)
+        start, begun, behind = _beginning(preamble, history, behind)
+        if begun or behind:
+            preamble = _preamble(0, None)
             segments = [_behind(segment, start) for segment in segments if segment.end > start]
-        else:
-            behind, start = 0, preamble.end
         if history is not None:
             segments = self._with_history(prompt, segments, start, history)
         if segments and segments[0].start < _SINKS and not segments[0].exact:
@@ -286,6 +286,21 @@ class Planner:
         if self.cost.worth_loading(segment, share, among):
             return segment
         return replace(segment, name=None, exact=False, foreign=False, reason=_CHEAPER)
+
+
+def _beginning(
+    preamble: PlannedSegment, history: History | None, behind: int
+) -> tuple[int, tuple[PlannedSegment, ...], int]:
+    """Where what is blended begins; and what is before it: stored exact KV, or that of so many tokens in the paged
+    cache; neither where it is the preamble."""
+    stored, known = history.end if history is not None else 0, preamble.end if preamble.name is not None else 0
+    if stored - behind <= stored * _WORTH_READING:
+        stored = 0
+    if max(stored, behind) <= known:
+        return preamble.end, (), 0
+    if history is not None and stored > behind:
+        return stored, history.begun, 0
+    return behind, (), behind
 
 
 def _context(

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from lmcache_rag.errors import StoreError
 
 _EVERY_S = 0.3
-_OFTEN_S = 10.0
+_RECENT_S = 10.0
+"""A view that may wait is followed less often when nobody used it for so long: each time after twice the pause,"""
 _SELDOM_S = 5.0
-"""So often, or twice as seldom each time up to that, of a view that may wait and that nobody used for so long."""
+"""up to this one."""
 
 _UNUSED_S = 300.0
 """Nothing is asked for a view that nobody used for so long."""
@@ -38,7 +39,7 @@ class Follower:
     def look(self) -> None:
         """Go on following; raises the `StoreError` of the last try where it failed."""
         with self._lock:
-            if time.monotonic() - self._used > _OFTEN_S:
+            if time.monotonic() - self._used > _RECENT_S:
                 self._asked.set()
             self._used = time.monotonic()
             if not self._running:
@@ -65,7 +66,7 @@ class Follower:
             else:
                 self._error = None
             del refresh
-            unused = self._patient and time.monotonic() - self._used > _OFTEN_S
+            unused = self._patient and time.monotonic() - self._used > _RECENT_S
             pause_s = min(2 * pause_s, _SELDOM_S) if unused else _EVERY_S
             self._asked.wait(pause_s)
             self._asked.clear()

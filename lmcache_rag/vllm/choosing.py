@@ -166,7 +166,7 @@ class Chooser:
                 options,
                 report,
                 held_tokens=there,
-                behind=self._behind(held) if there else 0,
+                behind=self._behind(request, held) if there else 0,
                 history=history,
                 learned=learned,
             )
@@ -181,16 +181,20 @@ class Chooser:
             return Choice(None, held, held.names, held.salts)
         return Choice(None, held, names)
 
-    def _behind(self, held: Held) -> int:
-        """How many first tokens a blend may begin behind: those whose KV is in the prefix cache, and exact or of an
-        earlier answer that the prompt continues. A prompt that only begins with the same passages is blended anew: they
-        were repaired for another question."""
+    def _behind(self, request: Request, held: Held) -> int:
+        """How many first tokens a blend may begin behind: those whose KV is in the prefix cache, in whole blocks, and
+        exact or of an earlier answer that the prompt continues. A prompt that only begins with the same passages is
+        blended anew: they were repaired for another question. One that asks something else of the last turn's begins
+        behind the turn before."""
         tokens, answered = held.exact, held.continued
+        assert request.prompt_token_ids is not None
         if self._planner.cost.held_s is None:
             return 0
         if answered is not None and len(held.salts) < _MOST_BLENDS:
-            whole = answered.prompt_tokens // self._block_tokens * self._block_tokens
-            tokens = held.tokens if held.tokens >= whole else tokens
+            if answered.is_continued_by(request.prompt_token_ids):
+                tokens = held.tokens
+            elif len(held.salts) > 1:
+                tokens = max(tokens, min(held.tokens, held.salts[-1].kept_blocks * self._block_tokens))
         return kept_blocks(tokens, held.names, self._block_tokens) * self._block_tokens
 
     def chats(self, options: BlendOptions, names: BlockNames) -> str:
@@ -230,7 +234,8 @@ class Chooser:
         kept = kept_blocks(max(exact_tokens, plan.held_tokens), names, self._block_tokens)
         salt = Salt(kept, uuid.uuid4().hex if precomputed else plan_digest(plan))
         if plan.held_tokens > held.exact:
-            return Choice(plan, held, held.names.salted(request, [salt]), (*held.salts, salt))
+            before = tuple(earlier for earlier in held.salts if earlier.kept_blocks < kept)
+            return Choice(plan, held, held.names.salted(request, [salt]), (*before, salt))
         return Choice(plan, held, names.salted(request, [salt]), (salt,))
 
 

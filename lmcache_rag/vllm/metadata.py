@@ -49,14 +49,15 @@ class RefineJob:
     Attributes:
         step: `compute` some more of it; `write` it to the paged cache from token `start` on; `store` some more of it as
             a conversation's; `learn`: store what recurs.
-        block_ids: to `compute`, those that hold exact KV of the first tokens already; to `write`, where to write it,
-            from the block that holds `start`.
+        held_ids: the blocks that hold exact KV of the first tokens already.
+        block_ids: where to write it, from the block that holds `start`.
         chats: the namespace in which conversations are stored; empty where they are not.
         last: when this step is done nothing is left to do of this prompt.
     """
 
     token_ids: tuple[int, ...]
     step: Step
+    held_ids: tuple[int, ...] = ()
     block_ids: tuple[int, ...] = ()
     start: int = 0
     chats: str = ""

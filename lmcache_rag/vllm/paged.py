@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 _DIGIT_BITS = 7
 """Numbers up to 128 are exact in every compute type."""
 
-_TIMED_BLOCKS = 16
+_TIMED_TOKENS = 2048
+"""So many that a device's launches do not count for much."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,6 @@ class PagedCache:
             key, value = workspace.key[index, start:end], workspace.value[index, start:end]
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
-    @property
-    def is_readable(self) -> bool:
-        return self._layouts is not None
-
     @torch.inference_mode()
     def read(self, workspace: Workspace, block_ids: Sequence[int], blocks: range) -> None:
         """Copy some whole blocks of a request, by their number in its block table, to their rows of the workspace."""
@@ -105,7 +102,7 @@ class PagedCache:
     def token_s(self, workspace: Workspace) -> float | None:
         """Seconds that reading takes a token, measured; None where it cannot be read."""
         there = len(self._layers[0].kv_cache) * (self._layouts[0].tokens if self._layouts else 0) // self._block_tokens
-        count = min(_TIMED_BLOCKS, there, workspace.max_tokens // self._block_tokens)
+        count = min(there, min(_TIMED_TOKENS, workspace.max_tokens) // self._block_tokens)
         if not count:
             return None
         seconds = []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -135,18 +135,17 @@ class Refinements:
             self._queue.popleft()
             return None
         self._under_way = refinement
-        block_ids: Sequence[int] = ()
+        held_ids: list[int] = []
         if self._prefixes is not None and refinement.steps[0] in ("compute", "write"):
-            held = self._prefixes.blocks(refinement.request, refinement.names)
-            if refinement.steps[0] == "write":
-                refinement.first = len(held)
-                refinement.blocks = self._prefixes.reserve(len(refinement.names.hashes) - refinement.first)
-                held = [block.block_id for block in refinement.blocks]
-            block_ids = held[: len(refinement.token_ids) // self._block_tokens]
+            held_ids = self._prefixes.blocks(refinement.request, refinement.names)
+        if self._prefixes is not None and refinement.steps[0] == "write":
+            refinement.first = len(held_ids)
+            refinement.blocks = self._prefixes.reserve(len(refinement.names.hashes) - refinement.first)
         return RefineJob(
             refinement.token_ids,
             refinement.steps[0],
-            tuple(block_ids),
+            tuple(held_ids[: len(refinement.token_ids) // self._block_tokens]),
+            tuple(block.block_id for block in refinement.blocks),
             refinement.first * self._block_tokens,
             refinement.chats,
             refinement.learning,

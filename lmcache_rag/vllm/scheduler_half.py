@@ -191,8 +191,10 @@ class SchedulerHalf:
         if self._is_to_wait(tracked, computed_tokens):  # what was chosen now is another blend
             return None
         if tracked.plan is not None and tracked.plan.held_tokens > computed_tokens:
-            tracked.failed = True  # what it was to begin behind is gone
-            tracked.report["reason"] = "the KV to blend behind left the prefix cache"
+            if not tracked.placed:  # else it was blended, and preempted since
+                tracked.failed = True
+                tracked.report["reason"] = "the KV to blend behind left the prefix cache"
+            return 0
         return _matched(tracked.plan, computed_tokens)
 
     def _is_to_wait(self, tracked: _Tracked, computed_tokens: int) -> bool:
@@ -253,7 +255,9 @@ class SchedulerHalf:
         if choice is None or not local:
             return
         continued = report["continued_tokens"] = self._approximate(choice, local)
-        if not continued:
+        if tracked.failed:
+            report["mode"] = "continued" if continued else "plain"
+        elif not continued:
             report["mode"], report["reason"] = "plain", "exact KV in the local prefix cache"
         elif choice.plan is not None:
             report["mode"], report["reason"] = "blend", "blended KV in the local prefix cache"
@@ -318,11 +322,12 @@ class SchedulerHalf:
             report["phases_s"] = {**tracked.report["phases_s"], **figures["phases_s"]}
             counted = ("local", "reused", "recomputed", "missed", "unknown")
             report["vllm_tokens"] = report["prompt_tokens"] - sum(report[f"{kind}_tokens"] for kind in counted)
-            choice = tracked.choice
-            if choice is not None and choice.plan is not None and choice.continued is not None:
-                report["continued_tokens"] = self._approximate(choice, choice.plan.held_tokens)
-            tracked.report.update(report)
+            if tracked.choice is not None:
+                report["continued_tokens"] = self._approximate(tracked.choice, report["local_tokens"])
             tracked.failed = figures["mode"] == "plain"
+            if tracked.failed and report["continued_tokens"]:
+                report["mode"] = "continued"  # what a blend had shaped is there all the same
+            tracked.report.update(report)
             _count_cached(tracked.request, report["reused_tokens"])
             self.stats.tell(request_id, tracked.report)
 
@@ -356,15 +361,15 @@ class SchedulerHalf:
             return
         if request.status not in _ANSWERED or not request.num_output_tokens:
             return
-        if self._config.learn == "idle":
-            self._learn(request, tracked, options)
-        approximate = bool(choice.salts) and not tracked.failed
+        approximate = bool(choice.salts) and (not tracked.failed or tracked.report["continued_tokens"] > 0)
         chats = self._chooser.chats(options, tracked.names)
         if approximate:
             self._answers.add(self._answered(request, tracked, choice, options))
         refines = self._config.refine == "idle" and self._chooser.prefixes is not None
         if refines and self._refinements is not None and (approximate or chats):
             self._refinements.refine(request, tracked.names, chats)
+        if self._config.learn == "idle":
+            self._learn(request, tracked, options)  # behind that, from what it puts into the prefix cache
 
     def _learn(self, request: Request, tracked: _Tracked, options: BlendOptions) -> None:
         """Have what the prompt shares with earlier ones of its caller's stored when there is time."""

@@ -99,7 +99,7 @@ class WorkerHalf:
         # Where all layers have a window vLLM forgets the blocks that lie before it.
         keeps_all = any(spec.window is None for spec in model.specs)
         held_s = self._paged.token_s(self._blender.workspace) if keeps_all else None
-        self._rates = replace(self._blender.rates, held_s=held_s)
+        self._rates = self._blender.rates = replace(self._blender.rates, held_s=held_s)
         self._refiner = Refiner(self._blender.workspace, model, self._rates)
         self._refined: Refined | None = None
         self._saver = Saver()
@@ -190,13 +190,13 @@ class WorkerHalf:
     def _read(self, job: RefineJob, done: int) -> int:
         """Read what the prefix cache holds behind what is done; returns how many first tokens are done then."""
         held_s, block = self._rates.held_s, self._block_tokens
-        if held_s is None or done >= len(job.block_ids) * block:
+        if held_s is None or done >= len(job.held_ids) * block:
             return done
         first = done // block
-        last = min(len(job.block_ids), first + max(1, int(PIECE_S / held_s / block)))
+        last = min(len(job.held_ids), first + max(1, int(PIECE_S / held_s / block)))
         return self._refiner.give(
             last * block - done,
-            lambda _: self._paged.read(self._blender.workspace, job.block_ids, range(first, last)),
+            lambda _: self._paged.read(self._blender.workspace, job.held_ids, range(first, last)),
         )
 
     def _loaded(self, job: RefineJob, done: int) -> int:
@@ -320,8 +320,9 @@ class WorkerHalf:
         plan = job.plan
         before = self._stored_before(job) if plan.mode == "precompute" else None
 
-        def held() -> None:
-            self._paged.read(self._blender.workspace, job.block_ids, range(plan.held_tokens // self._block_tokens))
+        def held(start: int, end: int) -> None:
+            blocks = range(start // self._block_tokens, end // self._block_tokens)
+            self._paged.read(self._blender.workspace, job.block_ids, blocks)
 
         report = before if before is not None else (yield from self._blender.blend(plan, self._hot, held))
         start = time.perf_counter()

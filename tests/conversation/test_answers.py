@@ -49,6 +49,24 @@ def test_a_stricter_request_does_not_inherit_a_looser_blend() -> None:
     assert len(answers.continued_by(range(60), TERMS, 0.05)) == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "continues"),
+    [
+        ([*range(70)], True),
+        ([*range(60), 90, 91], True),  # the prompt's own end, and another answer
+        ([*range(56), 60, 61, 62, 63, 64], True),  # without what the prompt ended with, and the answer
+        ([*range(56), 90, 91, 92, 93], False),  # another question
+        ([*range(50), 60, 61, 62, 63], False),  # too much is missing
+        ([*range(56)], False),
+        ([*range(59)], False),
+    ],
+)
+def test_what_goes_on_from_an_answer(prompt: list[int], continues: bool) -> None:
+    said = np.arange(70, dtype=np.int32)  # of which the last ten are the answer
+    earlier = Answered(said, 60, TERMS, 0.1, salts=(Salt(1, "aa"),))
+    assert earlier.is_continued_by(prompt) == continues
+
+
 def test_a_turn_takes_the_place_of_the_one_before() -> None:
     answers = Answers(remembered=2)
     answers.add(answered(range(50)))

@@ -51,7 +51,7 @@ def test_what_a_template_takes_besides_is_given_to_it() -> None:
             return f"{turns[0]['content']} {given.get('enable_thinking')}"
 
     chat = Chat([ASKED], template_kwargs={"enable_thinking": False})
-    assert chat_text(Tokenizer(), chat.turns(), **chat.template_kwargs) == "How warm is it? False"
+    assert chat_text(Tokenizer(), chat.turns(), template_kwargs=chat.template_kwargs) == "How warm is it? False"
     sent = call_of(chat, None, None, None).body["extra_body"]
     assert sent["chat_template_kwargs"] == {"enable_thinking": False}
     assert "chat_template_kwargs" not in call_of(Chat([ASKED]), None, None, None).body["extra_body"]

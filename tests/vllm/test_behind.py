@@ -164,6 +164,16 @@ def test_nothing_is_blended_behind_what_was_made_otherwise(engine: LocalEngine, 
     assert report.local_tokens < 121 and report.reused_tokens + report.recomputed_tokens > 300
 
 
+def test_a_last_question_that_is_asked_anew_is_blended_behind_the_turn_before(engine: LocalEngine) -> None:
+    (first, _), (turn, _) = turns(engine, range(356, 358), REPAIR)
+    said = list(turn.token_ids[: len(turn.token_ids) - 213])  # without the last turn's passages and question
+    other = with_more(said, stored_plan(engine, 358))
+    report = ask(engine, other, salt=f"turns {range(356, 358)}").reuse
+    assert report.mode == "blend" and 0 < report.continued_tokens <= report.local_tokens
+    assert len(first.token_ids) - 32 <= report.local_tokens <= len(said)
+    assert report.reused_tokens + report.recomputed_tokens == 200
+
+
 def test_a_looser_blend_behind_one_is_continued_as_a_looser_one(engine: LocalEngine) -> None:
     plan, more = stored_plan(engine, 352), stored_plan(engine, 353)
     done = ask(engine, plan)
@@ -211,6 +221,28 @@ def test_what_cannot_be_read_is_computed(engine: LocalEngine, monkeypatch: pytes
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
     found, _ = answer(engine, turn, OFF, "own")
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_a_blend_that_fails_behind_an_earlier_answer_is_approximate_all_the_same(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, more = stored_plan(engine, 375), stored_plan(engine, 376)
+    done = ask(engine, plan)
+    turn = with_more([*plan.token_ids, *done.token_ids], more)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("not read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedCache, "read", failing)
+        second = ask(engine, turn)
+    assert (second.reuse.mode, second.reuse.failure) == ("continued", "RuntimeError")
+    assert second.reuse.continued_tokens > 0 and second.reuse.vllm_tokens + second.reuse.missed_tokens > 200
+    following = [*turn.token_ids, *second.token_ids, *some_tokens(377, 80)]
+    third = ask(engine, following)
+    assert third.reuse.mode == "continued" and third.reuse.local_tokens >= len(turn.token_ids) - 32
+    engine.settle()
+    assert ask(engine, following).reuse.reason == "exact KV in the local prefix cache"
 
 
 def test_without_a_readable_cache_the_history_is_kept_and_the_rest_computed(

@@ -162,8 +162,7 @@ class KVVectorStore(VectorStore):
         found = self.store.get_by_ids(ids) if ids else []
         if all(document.id is not None for document in found):
             return self._texts_of(found)
-        asked = {each: self.store.get_by_ids([each]) for each in ids}  # Qdrant's documents do not say which they are
-        return {each: self.text_of(documents[0]) for each, documents in asked.items() if documents}
+        return self._named_texts({each: self.store.get_by_ids([each]) for each in ids})
 
     async def _aknown(self, ids: Sequence[str]) -> dict[str, str]:
         if not self._knows_documents:
@@ -171,7 +170,10 @@ class KVVectorStore(VectorStore):
         found = await self.store.aget_by_ids(ids) if ids else []
         if all(document.id is not None for document in found):
             return self._texts_of(found)
-        asked = {each: await self.store.aget_by_ids([each]) for each in ids}
+        return self._named_texts({each: await self.store.aget_by_ids([each]) for each in ids})
+
+    def _named_texts(self, asked: Mapping[str, Sequence[Document]]) -> dict[str, str]:
+        """Of documents that do not say which they are, as Qdrant's, and so were asked for one by one."""
         return {each: self.text_of(documents[0]) for each, documents in asked.items() if documents}
 
     def _texts_of(self, documents: Iterable[Document]) -> dict[str, str]:
