@@ -34,9 +34,11 @@ struct Kernel {
     // Write K and V of one key block of one kv head as `attend` reads them: in its order and type.
     void (*pack)(const Problem &, int64_t kv_head, int64_t block, float *key, float *value);
     // Attention of row tiles [first_tile, first_tile + tiles) of one kv head, whose packed blocks from `first_block` on
-    // are at `key` and `value`.
+    // are at `key` and `value`. What each key gets of it, from that block's first on, is added to `mass`, where that is
+    // given.
     void (*attend)(const Problem &, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
-                   const float *key, const float *value, float *work);
+                   const float *key, const float *value, float *work, float *mass);
+    bool weighs;  // whether it takes `mass`
 };
 
 #ifdef ATTEND_X86

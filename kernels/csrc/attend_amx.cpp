@@ -254,7 +254,7 @@ inline void step(const Problem &problem, int64_t first_key, const uint16_t *key,
 }
 
 void attend(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
-            const float *key, const float *value, float *work) {
+            const float *key, const float *value, float *work, float *) {
     const Configured configured;
     const WorkLayout at(problem.head_size, tiles);
     const int64_t packed = packed_size(problem.head_size), tile_size = kTile * at.width;
@@ -330,6 +330,6 @@ int64_t work_size(int64_t head_size, int64_t tiles) { return WorkLayout(head_siz
 
 }  // namespace
 
-extern const Kernel kernel_amx = {kBlock, kTile, packed_size, packed_size, work_size, pack, attend};
+extern const Kernel kernel_amx = {kBlock, kTile, packed_size, packed_size, work_size, pack, attend, false};
 
 }  // namespace attend

@@ -260,23 +260,55 @@ void finish_tile(const Problem &problem, int64_t kv_head, int64_t first_row, con
     }
 }
 
-// One tile over one key block.
-inline void step(const Problem &problem, int64_t first_key, const float *key, const float *value, const float *query,
-                 int64_t width, Tile &tile, float *s, float *out) {
-    const int64_t keys = tile.high - first_key < kBlock ? tile.high - first_key : kBlock;
+// The scores of a tile over one key block; returns how many columns they have.
+inline int64_t scores_of_block(const Problem &problem, int64_t first_key, int64_t keys, const float *key,
+                               const float *query, const Tile &tile, float *s) {
     const int64_t columns = round_up(keys, kPanel);
     for (int64_t c = 0; c < columns; c += kPanel)
         scores(query, key + c * problem.head_size, problem.head_size, s + c);
     const bool all_seen =
         first_key + columns <= tile.position[0] + 1 && first_key > tile.position[kTile - 1] - problem.window;
     if (!all_seen) hide(s, tile, first_key, columns, problem.window);
+    return columns;
+}
+
+// How many keys of a block a tile sees at most.
+inline int64_t keys_of_block(const Tile &tile, int64_t first_key) {
+    return tile.high - first_key < kBlock ? tile.high - first_key : kBlock;
+}
+
+// One tile over one key block.
+inline void step(const Problem &problem, int64_t first_key, const float *key, const float *value, const float *query,
+                 int64_t width, Tile &tile, float *s, float *out) {
+    const int64_t keys = keys_of_block(tile, first_key);
+    const int64_t columns = scores_of_block(problem, first_key, keys, key, query, tile, s);
     softmax(s, columns, tile, width, out);
     accumulate_all(s, value, keys, width, out);
 }
 
+// What each key of a block gets of a tile's attention, whose maximum and sum are known by now: the scores are computed
+// once more, which is cheaper than keeping them.
+inline void weigh(const Problem &problem, int64_t first_key, const float *key, const float *query, int64_t rows,
+                  const Tile &tile, float *s, float *mass) {
+    const int64_t keys = keys_of_block(tile, first_key);
+    const int64_t columns = scores_of_block(problem, first_key, keys, key, query, tile, s);
+    float factor[kTile];
+    for (int64_t r = 0; r < rows; ++r) {
+        float sum = 0.0f;
+        for (int i = 0; i < kLanes; ++i) sum += tile.sum[r][i];
+        factor[r] = 1.0f / sum;
+    }
+    for (int64_t c = 0; c < columns; c += kLanes) {
+        Vec total = load_vec(mass + c);
+        for (int64_t r = 0; r < rows; ++r)
+            total += exp2_vec(load_vec(s + r * kBlock + c) - splat(tile.maximum[r])) * splat(factor[r]);
+        store_vec(total, mass + c);
+    }
+}
+
 template <typename T>
 void attend_rows(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
-                 const float *key, const float *value, float *work) {
+                 const float *key, const float *value, float *work, float *mass) {
     const WorkLayout at(problem.head_size, tiles);
     const int64_t query_size = kTile * problem.head_size, out_size = kTile * at.width;
     Tile *tile = reinterpret_cast<Tile *>(work + at.tile);
@@ -291,6 +323,15 @@ void attend_rows(const Problem &problem, int64_t kv_head, int64_t first_tile, in
             if (block * kBlock < tile[i].high && (block + 1) * kBlock > tile[i].low)
                 step(problem, block * kBlock, block_key, block_value, work + at.query + i * query_size, at.width,
                      tile[i], work, work + at.out + i * out_size);
+    }
+    for (int64_t block = tile[0].low / kBlock; mass && block * kBlock < tile[tiles - 1].high; ++block) {
+        const float *block_key = key + (block - first_block) * packed_key_size(problem.head_size);
+        for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t left = problem.rows() - (first_tile + i) * kTile;
+            if (block * kBlock < tile[i].high && (block + 1) * kBlock > tile[i].low)
+                weigh(problem, block * kBlock, block_key, work + at.query + i * query_size,
+                      left < kTile ? left : kTile, tile[i], work, mass + (block - first_block) * kBlock);
+        }
     }
 
     for (int64_t i = 0; i < tiles; ++i)
@@ -349,14 +390,14 @@ void pack(const Problem &problem, int64_t kv_head, int64_t block, float *key, fl
 }
 
 void attend(const Problem &problem, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t first_block,
-            const float *key, const float *value, float *work) {
+            const float *key, const float *value, float *work, float *mass) {
     const auto rows = problem.bfloat16 ? attend_rows<Bfloat16> : attend_rows<float>;
-    rows(problem, kv_head, first_tile, tiles, first_block, key, value, work);
+    rows(problem, kv_head, first_tile, tiles, first_block, key, value, work, mass);
 }
 
 }  // namespace
 
 extern const Kernel ATTEND_KERNEL = {kBlock,    kTile, packed_key_size, packed_value_size,
-                                     work_size, pack,  attend};
+                                     work_size, pack,  attend,          true};
 
 }  // namespace attend

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,6 +10,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -47,9 +49,9 @@ const Kernels &kernels_for(bool bfloat16) {
     return found;
 }
 
-const Kernel &kernel_named(const std::string &isa, bool bfloat16) {
+const Kernel &kernel_named(const std::string &isa, bool bfloat16, bool weighs) {
     for (const auto &[name, kernel] : kernels_for(bfloat16))
-        if (isa.empty() || isa == name) return *kernel;
+        if ((isa.empty() || isa == name) && (kernel->weighs || !weighs)) return *kernel;
     throw std::invalid_argument("isa: this machine cannot run '" + isa + "' in " + (bfloat16 ? "bfloat16" : "float32"));
 }
 
@@ -90,7 +92,8 @@ std::vector<uint8_t> seen_keys(const Problem &problem) {
 // Packed K and V of as many kv heads as fit here are made at a time: they should stay in the L3 cache.
 constexpr int64_t kPackedFloats = (8 << 20) / sizeof(float);
 
-void run(const Problem &problem, const Kernel &kernel, int threads) {
+// `mass` is null, or has a place for each key up to the last one that is seen.
+void run(const Problem &problem, const Kernel &kernel, int threads, float *mass) {
     const int64_t first_block = std::max<int64_t>(0, problem.positions[0] - problem.window + 1) / kernel.keys_per_block;
     const int64_t blocks = problem.positions[problem.queries - 1] / kernel.keys_per_block + 1 - first_block;
     const int64_t key_size = kernel.packed_key_size(problem.head_size);
@@ -104,14 +107,18 @@ void run(const Problem &problem, const Kernel &kernel, int threads) {
     const int64_t items = (tiles + tiles_per_item - 1) / tiles_per_item;
     const int64_t work_size = kernel.work_size(problem.head_size, tiles_per_item);
 
-    thread_local Buffer key_buffer, value_buffer, work_buffer;
+    thread_local Buffer key_buffer, value_buffer, work_buffer, mass_buffer;
     float *keys = key_buffer.at_least(most_heads * blocks * key_size);
     float *values = value_buffer.at_least(most_heads * blocks * value_size);
     float *work = work_buffer.at_least(threads * work_size);
+    // Each item has its own, so that they are summed in one order, whichever thread computes which.
+    const int64_t mass_size = blocks * kernel.keys_per_block;
+    float *masses = mass ? mass_buffer.at_least(most_heads * items * mass_size) : nullptr;
 
     for (int64_t first_head = 0; first_head < problem.kv_heads; first_head += most_heads) {
         const int64_t heads = std::min(most_heads, problem.kv_heads - first_head);
         std::atomic<int64_t> next_block{0}, next_item{0};
+        if (mass) std::fill_n(masses, heads * items * mass_size, 0.0f);
         parallel(threads, [&](int) {
             for (int64_t i; (i = next_block++) < heads * blocks;)
                 kernel.pack(problem, first_head + i / blocks, first_block + i % blocks, keys + i * key_size,
@@ -123,14 +130,20 @@ void run(const Problem &problem, const Kernel &kernel, int threads) {
                 const int64_t head = i / items, tile = (items - 1 - i % items) * tiles_per_item;
                 kernel.attend(problem, first_head + head, tile, std::min(tiles_per_item, tiles - tile), first_block,
                               keys + head * blocks * key_size, values + head * blocks * value_size,
-                              work + worker * work_size);
+                              work + worker * work_size, mass ? masses + i * mass_size : nullptr);
             }
         });
+        if (!mass) continue;
+        const int64_t first_key = first_block * kernel.keys_per_block;
+        const int64_t keys = std::min(mass_size, problem.positions[problem.queries - 1] + 1 - first_key);
+        for (int64_t i = 0; i < heads * items; ++i)
+            for (int64_t k = 0; k < keys; ++k) mass[first_key + k] += masses[i * mass_size + k];
     }
 }
 
 using Array = nb::ndarray<nb::device::cpu, nb::ndim<3>>;
 using ConstArray = nb::ndarray<nb::ro, nb::device::cpu, nb::ndim<3>>;
+using Mass = nb::ndarray<float, nb::device::cpu, nb::ndim<1>, nb::c_contig>;
 using Positions = nb::ndarray<nb::ro, const int64_t, nb::device::cpu, nb::ndim<1>, nb::c_contig>;
 
 constexpr nb::dlpack::dtype kBfloat16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
@@ -159,7 +172,7 @@ void check_positions(const Problem &problem, int64_t tokens) {
 }
 
 void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions positions, double scale,
-                   int64_t window, Array out, int threads, const std::string &isa) {
+                   int64_t window, Array out, std::optional<Mass> mass, int threads, const std::string &isa) {
     check(query.dtype() == nb::dtype<float>() || query.dtype() == kBfloat16, "dtype must be float32 or bfloat16");
     check_same(query, out, "query and out must have the same shape");
     check_same(key, value, "key and value must have the same shape");
@@ -170,6 +183,7 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
     check(window > 0 && threads > 0, "window and threads must be positive");
     check(scale > 0, "scale must be positive");
     check(query.shape(2) % 8 == 0, "the head size must be a multiple of 8");
+    check(!mass || mass->shape(0) == key.shape(0), "mass must have one element per key");
     if (query.shape(0) == 0 || query.shape(1) == 0 || query.shape(2) == 0) return;
 
     Problem problem{};
@@ -190,13 +204,14 @@ void attend_arrays(ConstArray query, ConstArray key, ConstArray value, Positions
     problem.scale = static_cast<float>(scale);
     // A window of all tokens is no window.
     problem.window = std::min<int64_t>(window, key.shape(0));
-    const Kernel &kernel = kernel_named(isa, problem.bfloat16);
+    const Kernel &kernel = kernel_named(isa, problem.bfloat16, mass.has_value());
+    float *weights = mass ? mass->data() : nullptr;
 
     nb::gil_scoped_release unlocked;
     check_positions(problem, key.shape(0));
     const std::vector<uint8_t> seen = seen_keys(problem);
     problem.seen = seen.data();
-    run(problem, kernel, threads);
+    run(problem, kernel, threads, weights);
 }
 
 std::vector<std::string> instruction_sets(bool bfloat16) {
@@ -210,7 +225,8 @@ std::vector<std::string> instruction_sets(bool bfloat16) {
 
 NB_MODULE(_attend, m) {
     m.def("attend", &attend::attend_arrays, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("positions"),
-          nb::kw_only(), nb::arg("scale"), nb::arg("window"), nb::arg("out"), nb::arg("threads"), nb::arg("isa") = "");
+          nb::kw_only(), nb::arg("scale"), nb::arg("window"), nb::arg("out"), nb::arg("mass") = nb::none(),
+          nb::arg("threads"), nb::arg("isa") = "");
     m.def("instruction_sets", &attend::instruction_sets, nb::arg("bfloat16"),
           "What `isa` may be on this machine, the default first.");
     m.def("openmp_runtime", &attend::openmp_runtime, "The library whose threads are used; empty for its own threads.");

@@ -122,8 +122,8 @@ void carry(Rows key, Rows value, Rows key_before, Rows value_before, In<int64_t,
     std::vector<Item> items;
     int64_t first = 0;
     for (const auto &[start, stop, weights] : lessons) {
-        const int64_t count = weights.shape(1);
-        check(0 <= start && start <= stop && stop <= positions && static_cast<int64_t>(weights.shape(0)) == stop - start,
+        const int64_t rows = weights.shape(0), count = weights.shape(1);
+        check(0 <= start && start <= stop && stop <= positions && rows == stop - start,
               "a chunk must have rows, angles, and as many weights");
         check(count <= known - first, "there must be as many taught tokens as weights");
         for (int64_t row = start; row < stop; row += kBlock)

@@ -314,6 +314,44 @@ def test_attend_weighing_in_half_precision() -> None:
     assert float(mass.sum()) == pytest.approx(9 * query.shape[1], rel=1e-2)
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", [_cpp(isa) for isa in ("avx512", "avx2", "generic")])
+@pytest.mark.parametrize(
+    ("tokens", "n", "kv_heads", "group", "head_size", "window"),
+    [(200, 70, 2, 3, 64, None), (200, 70, 2, 3, 64, 30), (1300, 33, 3, 3, 64, None), (65, 65, 4, 1, 80, None),
+     (129, 40, 1, 8, 128, 64), (9, 1, 1, 1, 8, None)],
+)  # fmt: skip
+def test_cpp_weighs(
+    isa: str, dtype: torch.dtype, tokens: int, n: int, kv_heads: int, group: int, head_size: int, window: int | None
+) -> None:
+    query, key, value, positions = _inputs(
+        n=n, tokens=tokens, kv_heads=kv_heads, group=group, head_size=head_size, dtype=dtype
+    )
+    out, expected_out = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
+    mass, again = torch.ones(tokens), torch.zeros(tokens)  # what is there is added to
+    asked = {"scale": 0.125, "window": window, "out": out, "isa": isa}
+    cpu.attend(query, key, value, positions, mass=mass, **asked)
+    cpu.attend(query, key, value, positions, mass=again, **asked)
+    expected = reference.attend_weighing(
+        query.float(), key.float(), value.float(), positions, scale=0.125, window=window, out=expected_out
+    )
+    assert _error(mass - 1, expected) < 1e-5 and _error(again, expected) < 1e-6
+    assert _error(out.float(), expected_out) < TOLERANCE[dtype]
+    once_more = torch.zeros(tokens)
+    cpu.attend(query, key, value, positions, mass=once_more, **asked)
+    assert torch.equal(once_more, again)  # whichever thread computes what
+
+
+@needs_cpp
+def test_a_mass_of_other_keys_is_refused() -> None:
+    query, key, value, positions = _inputs(n=4, tokens=20)
+    with pytest.raises(ValueError, match="one element per key"):
+        cpu.attend(
+            query, key, value, positions, scale=1.0, window=None, out=torch.empty_like(query), mass=torch.zeros(19)
+        )
+
+
 @pytest.mark.parametrize("window", [None, 30], ids=lambda w: f"window-{w}")
 def test_attend_weighing(window: int | None) -> None:
     query, key, value, positions = _inputs(n=70, tokens=200, group=3)

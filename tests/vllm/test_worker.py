@@ -8,7 +8,9 @@ import pytest
 
 from lmcache_rag.engine import LocalEngine
 from lmcache_rag.errors import ModelError
-from tests.helpers import OFF, answer, random_plan
+from lmcache_rag.vllm.metadata import Refined, RefineJob
+from lmcache_rag.vllm.worker import bound_model
+from tests.helpers import OFF, answer, random_plan, worker_half
 
 
 @pytest.mark.parametrize(
@@ -32,5 +34,12 @@ def test_new_weights_are_refused_in_words(llama: LocalEngine, method: str, argum
 
 def test_sleeping_with_the_weights_kept_is_allowed(llama: LocalEngine) -> None:
     llama._loop.engine.collective_rpc("sleep", args=(1,))
+    assert bound_model().asleep  # and nothing is computed while nobody asks
+    job = RefineJob(tuple(range(50, 100)), "compute")
+    worker_half().refine(job)
+    assert worker_half().take_reports().refined == Refined(failure="asleep")
+    llama._loop.engine.collective_rpc("wake_up", args=(["weights"],))
+    assert bound_model().asleep
     llama._loop.engine.collective_rpc("wake_up")
+    assert not bound_model().asleep
     answer(llama, random_plan(120), OFF)

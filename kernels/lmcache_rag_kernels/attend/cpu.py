@@ -51,6 +51,7 @@ def attend(
     scale: float,
     window: int | None,
     out: Tensor,
+    mass: Tensor | None = None,
     isa: str = "",
 ) -> None:
     """Arguments as `reference.attend`; computes in float32 with `torch.get_num_threads()` threads, without the GIL. On
@@ -60,6 +61,8 @@ def attend(
     that is more.
 
     Args:
+        mass: float32 `[tokens]`: how much attention each key gets, summed over queries and heads, is added to it. AMX
+            does not tell.
         isa: one of `instruction_sets(dtype)`; empty for the best.
 
     Raises:
@@ -73,6 +76,7 @@ def attend(
         scale=scale,
         window=max(1, key.shape[0]) if window is None else window,
         out=out.detach(),
+        mass=mass,
         threads=torch.get_num_threads(),
         isa=isa,
     )
