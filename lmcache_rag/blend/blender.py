@@ -32,7 +32,7 @@ _PLACED_FOR_ONE = 16
 """So many tokens' KV is decoded and placed in the time in which one is computed, or in less."""
 
 _READ_AT_ONCE = 1024
-"""Tokens of the paged cache. Whole blocks of it."""
+"""Tokens of the paged cache, before the blend may pause."""
 
 _MEASURED_TOKENS = 256
 """Prefill's rate is measured on so many at least: on more where these take hardly longer than a few."""

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from lmcache_rag.again import SeenOnce
 from lmcache_rag.blend.workspace import Workspace
 
 _CAPACITY_BYTES = 256 << 20
@@ -29,7 +30,7 @@ class Preambles:
         self._capacity_bytes = capacity_bytes
         self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
-        self._seen_once: OrderedDict[int, None] = OrderedDict()
+        self._seen_once = SeenOnce(_REMEMBERED)
 
     def place(self, workspace: Workspace, owner: Hashable, token_ids: Sequence[int]) -> bool:
         """Put K and V of these first tokens in their place; False where they are not kept."""
@@ -53,18 +54,9 @@ class Preambles:
         size_bytes = workspace.key[:, rows].nbytes + workspace.value[:, rows].nbytes
         if not token_ids or name in self._kept or size_bytes > self._capacity_bytes:
             return
-        if not is_preamble and not self._comes_again(hash(name)):
+        if not is_preamble and not self._seen_once.again(hash(name)):
             return
         while self._bytes + size_bytes > self._capacity_bytes:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         self._kept[name] = torch.stack([workspace.key[:, rows], workspace.value[:, rows]]).cpu()
         self._bytes += size_bytes
-
-    def _comes_again(self, name: int) -> bool:
-        if name in self._seen_once:
-            del self._seen_once[name]
-            return True
-        self._seen_once[name] = None
-        if len(self._seen_once) > _REMEMBERED:
-            self._seen_once.popitem(last=False)
-        return False

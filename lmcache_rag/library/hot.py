@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache_rag.again import SeenOnce
 from lmcache_rag.chunk_kv import ChunkKV, KVShape
 from lmcache_rag.errors import CorruptObjectError
 from lmcache_rag.library.chunks import ChunkStores
@@ -70,7 +71,7 @@ class HotChunks:
         self._pinned = pinned
         self._held: OrderedDict[str, HeldKV] = OrderedDict()
         self._bytes = 0
-        self._read_once: OrderedDict[str, None] = OrderedDict()
+        self._read_once = SeenOnce(_REMEMBERED)
         self._lock = threading.Lock()
 
     @property
@@ -107,13 +108,7 @@ class HotChunks:
 
     def _is_read_again(self, name: str) -> bool:
         with self._lock:
-            if name in self._read_once:
-                del self._read_once[name]
-                return True
-            self._read_once[name] = None
-            if len(self._read_once) > _REMEMBERED:
-                self._read_once.popitem(last=False)
-            return False
+            return self._read_once.again(name)
 
     def _keep(self, name: str, held: HeldKV) -> None:
         with self._lock:

@@ -90,6 +90,8 @@ class PagedCache:
         """Copy some whole blocks of a request, by their number in its block table, to their rows of the workspace."""
         layouts = self._layouts
         assert layouts is not None, "a cache that cannot be read"
+        if not blocks:
+            return
         split = self._block_tokens // layouts[0].tokens
         ids = torch.tensor([block_ids[number] for number in blocks], dtype=torch.int64)
         ids = on_device((ids[:, None] * split + torch.arange(split)).flatten(), self._device)
@@ -121,6 +123,7 @@ class PagedCache:
             for layer in self._layers:
                 layout = _learned(layer, self._shape)
                 if layout is None or self._block_tokens % layout.tokens:
+                    _log.warning("vLLM's paged cache cannot be read: its layout is no matter of strides")
                     return None
                 layouts.append(layout)
         except Exception as error:  # noqa: BLE001  # a backend may take nothing but what it expects; the engine goes on

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lmcache_rag.engine import Completion, EngineSettings, LocalEngine, Sampling
+from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.plan.cost import CostModel
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
@@ -17,7 +17,7 @@ from lmcache_rag.vllm.choosing import Chooser, Held
 from lmcache_rag.vllm.paged import PagedCache
 from tests.conftest import Engines
 from tests.helpers import OFF, answer, connector, fix_rates, ingest, noise, parts, random_plan
-from tests.models import make_tiny
+from tests.vllm.apps import settings_in
 
 REPAIR = BlendOptions(ratio=0.2)
 EVERYTHING = BlendOptions(ratio=1.0)
@@ -26,17 +26,7 @@ EVERYTHING = BlendOptions(ratio=1.0)
 @pytest.fixture(scope="module")
 def engine(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     engines.close()
-    folder = tmp_path_factory.mktemp("behind")
-    settings = EngineSettings(
-        model=str(make_tiny("llama", folder / "tiny")),
-        store=folder / "kv",
-        dtype="float32",
-        kv_cache_bytes=64 << 20,
-        primed=False,
-        never_slower=True,
-        refine="idle",
-    )
-    with LocalEngine(settings) as engine:
+    with LocalEngine(settings_in(tmp_path_factory.mktemp("behind"), primed=False, learn="off")) as engine:
         fix_rates(engine)
         yield engine
 

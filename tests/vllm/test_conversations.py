@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.engine import Completion, EngineSettings, LocalEngine, Sampling
+from lmcache_rag.engine import Completion, LocalEngine, Sampling
 from lmcache_rag.prompt import MarkedPrompt
 from lmcache_rag.request import BlendOptions
 from lmcache_rag.vllm.metadata import Refined
 from tests.conftest import Engines
 from tests.helpers import OFF, answer, connector, fix_rates, ingest, noise, parts, random_plan, worker_half
-from tests.models import make_tiny
+from tests.vllm.apps import settings_in
 
 REPAIR = BlendOptions(ratio=0.2)
 FOLLOWING = tuple(range(50, 150))
@@ -23,17 +23,7 @@ FOLLOWING = tuple(range(50, 150))
 @pytest.fixture(scope="module")
 def engine(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     engines.close()
-    folder = tmp_path_factory.mktemp("conversations")
-    settings = EngineSettings(
-        model=str(make_tiny("llama", folder / "tiny")),
-        store=folder / "kv",
-        dtype="float32",
-        kv_cache_bytes=64 << 20,
-        primed=False,
-        never_slower=True,
-        refine="idle",
-    )
-    with LocalEngine(settings) as engine:
+    with LocalEngine(settings_in(tmp_path_factory.mktemp("conversations"), primed=False, learn="off")) as engine:
         fix_rates(engine)
         yield engine
 
